@@ -1,0 +1,320 @@
+"""The scans of Mamba-1 and Mamba-2: one signature per op, one file per backend, one choice of backend, here.
+
+A backend is a module, imported when it is first needed. It holds functions named after the ops it can do,
+
+    selective_scan(x, dt, A, B, C, D, *, h0, positions) -> ScanOut
+    ssd(x, dt, A, B, C, D, *, h0, positions, chunk)     -> ScanOut
+    linear_scan(a, b, *, h0)                            -> h
+
+and `why_not(op, x, N, asked) -> str | None`, the reason why it cannot do this call (None: it can), where
+`asked` holds the names of the optional features in use: "h0", "states", "grad". Arguments arrive checked;
+`positions` is an ascending tuple or None. `frozen` is settled here by detaching: a backend has only to skip
+the gradients that nobody needs (`ctx.needs_input_grad`). Edits of the state are made by cutting the sequence,
+unless the module says `TAKES_EDITS = True` and has an argument `edits`. To add a backend, write such a module
+and name it in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.ops import checks
+from hooked_mamba.ops.interface import ScanOut as ScanOut
+from hooked_mamba.ops.interface import StateEdits as StateEdits
+from hooked_mamba.ops.segments import run_in_segments
+
+BACKENDS: dict[str, dict[str, str]] = {
+    "selective_scan": {
+        "torch": "hooked_mamba.ops.cpu",
+        "naive": "hooked_mamba.ops.naive",
+    },
+    "ssd": {
+        "torch": "hooked_mamba.ops.chunked",
+        "naive": "hooked_mamba.ops.naive",
+    },
+    "linear_scan": {
+        "torch": "hooked_mamba.ops.linear",
+        "naive": "hooked_mamba.ops.naive",
+    },
+}
+"""Op -> backend -> module, the preferred first; "torch" refuses nothing, so "naive" is never chosen."""
+
+ENVIRONMENT = "HOOKED_MAMBA_SCAN"
+"""Environment variable that names the backend of every op that has it, for calls that name none."""
+
+
+@cache
+def _load(module: str) -> ModuleType | str:
+    """Import a backend's module; the reason as text if it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+
+
+def _refusal(module: ModuleType | str, op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
+    return module if isinstance(module, str) else module.why_not(op, x, N, asked)
+
+
+def choose(
+    op: str, x: Tensor, N: int = 1, asked: frozenset[str] = frozenset(), backend: str | None = None
+) -> ModuleType:
+    """Choose the module that runs an op.
+
+    Parameters
+    ----------
+    op
+        "selective_scan", "ssd" or "linear_scan".
+    x
+        The input: its device and type decide.
+    N
+        Number of states per channel.
+    asked
+        Optional features in use: "h0", "states", "grad".
+    backend
+        A name from `BACKENDS[op]`; None or "auto" for the first that can. None also looks at the environment
+        variable HOOKED_MAMBA_SCAN, which binds the ops that have a backend of that name.
+
+    Raises
+    ------
+    ValueError
+        No backend of that name; lists the valid ones.
+    RuntimeError
+        The named backend cannot do this call; says why and lists those that can.
+    """
+    table = BACKENDS[op]
+    name, source = backend, "backend"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+    if name == "auto":
+        return next(m for m in map(_load, table.values()) if _refusal(m, op, x, N, asked) is None)
+    if name not in table:
+        known_elsewhere = any(name in other for other in BACKENDS.values())
+        if source == ENVIRONMENT and known_elsewhere:
+            return choose(op, x, N, asked, "auto")
+        raise ValueError(
+            f"{op}: {source} is {name!r}, expected one of {', '.join(map(repr, ('auto', *table)))}"
+        )
+    module = _load(table[name])
+    reason = _refusal(module, op, x, N, asked)
+    if reason is not None:
+        able = [n for n, m in table.items() if _refusal(_load(m), op, x, N, asked) is None]
+        raise RuntimeError(
+            f"{op}: {source} is {name!r}, but {reason}; able here: {', '.join(map(repr, ('auto', *able)))}"
+        )
+    return module
+
+
+def _asked(h0: Tensor | None, positions: tuple[int, ...] | None, *tensors: Tensor | None) -> frozenset[str]:
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h0, *tensors))
+    features = {"h0": h0 is not None, "states": positions is not None, "grad": grad}
+    return frozenset(name for name, used in features.items() if used)
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]
+
+
+def selective_scan(
+    x: Float[Tensor, "b l E"],
+    dt: Float[Tensor, "b l E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "b l N"],
+    C: Float[Tensor, "b l N"],
+    D: Float[Tensor, " E"] | None = None,
+    *,
+    h0: Float[Tensor, "b E N"] | None = None,
+    states_at: Sequence[int] | str | None = None,
+    edits: StateEdits | None = None,
+    frozen: bool = False,
+    backend: str | None = None,
+) -> ScanOut:
+    """The selective scan of Mamba-1 (Gu & Dao 2023, equations 2a and 2b, A by zero-order hold, B by Euler).
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,      y_t = C_t h_t + D x_t
+
+    Parameters
+    ----------
+    x
+        Input, b l E. The state is float32, or float64 if x is float64.
+    dt
+        Step sizes after softplus, b l E. A step of 0 (padding) leaves the state as it is, bit for bit.
+    A
+        Negative reals, E N: -exp(A_log).
+    B, C
+        Input and output projections, b l N.
+    D
+        Skip weights, E; None for no skip.
+    h0
+        State before the first position, b E N; None for zeros.
+    states_at
+        Positions after which the state is returned, strictly ascending, or "all".
+    edits
+        Edits of the state on the way; gradients flow to their scale and add.
+    frozen
+        Take dt, A, B, C and D as constants: gradients reach x and h0 only, at the cost of the adjoint alone.
+    backend
+        One of `BACKENDS["selective_scan"]`, "auto", or None (HOOKED_MAMBA_SCAN, else auto).
+
+    Returns
+    -------
+    ScanOut
+        y, h_last and states, all differentiable with respect to all inputs (once).
+
+    Raises
+    ------
+    ValueError
+        A shape, a position or a backend's name does not fit.
+    RuntimeError
+        The backend asked for cannot do this call.
+    """
+    op = "selective_scan"
+    sizes: dict[str, int] = {}
+    checks.expect(op, sizes, x=(x, "b l E"), dt=(dt, "b l E"), A=(A, "E N"), B=(B, "b l N"), C=(C, "b l N"))
+    checks.expect(op, sizes, D=(D, "E"), h0=(h0, "b E N"))
+    checks.expect_length(op, sizes["l"])
+    positions = checks.positions_of(op, states_at, sizes["l"])
+    edits = checks.checked_edits(op, edits, sizes["b"], sizes["l"], (sizes["E"], sizes["N"]))
+    if frozen:
+        dt, A, B, C, D = _detached(dt, A, B, C, D)
+    module = choose(op, x, sizes["N"], _asked(h0, positions, x, dt, A, B, C, D), backend)
+    if edits is None:
+        return module.selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions)
+    if getattr(module, "TAKES_EDITS", False):
+        return module.selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions, edits=edits)
+    return run_in_segments(
+        module.selective_scan, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits
+    )
+
+
+def ssd(
+    x: Float[Tensor, "b l H P"],
+    dt: Float[Tensor, "b l H"],
+    A: Float[Tensor, " H"],
+    B: Float[Tensor, "b l G N"],
+    C: Float[Tensor, "b l G N"],
+    D: Float[Tensor, " H"] | None = None,
+    *,
+    h0: Float[Tensor, "b H P N"] | None = None,
+    states_at: Sequence[int] | str | None = None,
+    edits: StateEdits | None = None,
+    frozen: bool = False,
+    chunk: int = 64,
+    backend: str | None = None,
+) -> ScanOut:
+    """The scan of Mamba-2: state-space duality (Dao & Gu 2024, section 6), one decay per head.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,    y_t = h_t C_t + D x_t       (per head; h is P x N)
+
+    Parameters
+    ----------
+    x
+        Input, b l H P. The state is float32, or float64 if x is float64.
+    dt
+        Step sizes after softplus and clamp, b l H. A step of 0 leaves the state as it is, bit for bit.
+    A
+        Negative reals, H.
+    B, C
+        Input and output projections, b l G N; head h uses group h // (H / G).
+    D
+        Skip weights, H; None for no skip.
+    h0
+        State before the first position, b H P N; None for zeros.
+    states_at, edits, frozen, backend
+        As in `selective_scan`.
+    chunk
+        Positions that are handled together as matrix products.
+
+    Returns
+    -------
+    ScanOut
+        y, h_last and states, all differentiable with respect to all inputs (once).
+
+    Raises
+    ------
+    ValueError
+        A shape, a position, the chunk or a backend's name does not fit.
+    RuntimeError
+        The backend asked for cannot do this call.
+    """
+    op = "ssd"
+    sizes: dict[str, int] = {}
+    checks.expect(
+        op, sizes, x=(x, "b l H P"), dt=(dt, "b l H"), A=(A, "H"), B=(B, "b l G N"), C=(C, "b l G N")
+    )
+    checks.expect(op, sizes, D=(D, "H"), h0=(h0, "b H P N"))
+    checks.expect_length(op, sizes["l"])
+    H, G, l = sizes["H"], sizes["G"], sizes["l"]
+    if H % G:
+        raise ValueError(f"{op}: {H} heads do not divide into {G} groups of B and C")
+    if chunk < 1:
+        raise ValueError(f"{op}: chunk is {chunk}, expected at least 1")
+    positions = checks.positions_of(op, states_at, l)
+    edits = checks.checked_edits(op, edits, sizes["b"], l, (H, sizes["P"], sizes["N"]))
+    if frozen:
+        dt, A, B, C, D = _detached(dt, A, B, C, D)
+    # Settled for the whole sequence: its pieces must be computed in chunks of one size, to the same bits.
+    chunk = min(chunk, -(-l // 8) * 8)
+    module = choose(op, x, sizes["N"], _asked(h0, positions, x, dt, A, B, C, D), backend)
+    if edits is None:
+        return module.ssd(x, dt, A, B, C, D, h0=h0, positions=positions, chunk=chunk)
+    if getattr(module, "TAKES_EDITS", False):
+        return module.ssd(x, dt, A, B, C, D, h0=h0, positions=positions, chunk=chunk, edits=edits)
+    return run_in_segments(
+        module.ssd, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits, chunk=chunk
+    )
+
+
+def linear_scan(
+    a: Float[Tensor, "*any"],
+    b: Float[Tensor, "b l *rest"],
+    *,
+    h0: Float[Tensor, "*any"] | None = None,
+    backend: str | None = None,
+) -> Float[Tensor, "b l *rest"]:
+    """The first-order recurrence h_t = a_t h_{t-1} + b_t over axis 1.
+
+    Parameters
+    ----------
+    a
+        Decays, anything that broadcasts to b; may be 0 or negative.
+    b
+        Inputs, b l and any further axes.
+    h0
+        State before the first position, shaped like b without its axis l; None for zeros.
+    backend
+        One of `BACKENDS["linear_scan"]`, "auto" or None.
+
+    Returns
+    -------
+    Tensor
+        h at every position, shaped like b. It is kept for the backward: do not write into it.
+
+    Raises
+    ------
+    ValueError
+        A shape or a backend's name does not fit.
+    """
+    op = "linear_scan"
+    if b.ndim < 2:
+        raise ValueError(f"{op}: b has shape {tuple(b.shape)}, expected at least the axes b and l")
+    checks.expect_length(op, b.shape[1])
+    try:
+        fits = torch.broadcast_shapes(a.shape, b.shape) == b.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{op}: a has shape {tuple(a.shape)}, which does not broadcast to {tuple(b.shape)}")
+    wanted = (b.shape[0], *b.shape[2:])
+    if h0 is not None and tuple(h0.shape) != wanted:
+        raise ValueError(f"{op}: h0 has shape {tuple(h0.shape)}, expected {wanted}")
+    module = choose(op, b, 1, _asked(h0, None, a, b), backend)
+    return module.linear_scan(a, b, h0=h0)
