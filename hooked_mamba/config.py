@@ -19,6 +19,8 @@ class SSMConfig:
     """Number of blocks."""
     d_vocab: int
     """Rows V of the embedding, padding rows included."""
+    d_vocab_unpadded: int | None = None
+    """Rows of the embedding that stand for tokens; the rest is padding. None: the checkpoint does not say."""
     d_state: int = 16
     """State size N: numbers of memory per channel."""
     d_conv: int = 4
@@ -59,6 +61,10 @@ class SSMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.d_vocab_unpadded is not None and not 1 <= self.d_vocab_unpadded <= self.d_vocab:
+            raise ValueError(
+                f"d_vocab_unpadded must be from 1 to d_vocab={self.d_vocab}, got {self.d_vocab_unpadded!r}"
+            )
         if not self.eps > 0:
             raise ValueError(f"eps must be positive, got {self.eps!r}")
         if not 0 < self.dt_min <= self.dt_max:

@@ -1,0 +1,10 @@
+"""Checkpoints: finding them, reading them by table, and writing them back."""
+
+from hooked_mamba.loading.checkpoint import Checkpoint as Checkpoint
+from hooked_mamba.loading.checkpoint import from_hf_model as from_hf_model
+from hooked_mamba.loading.checkpoint import load_checkpoint as load_checkpoint
+from hooked_mamba.loading.files import bundled_names as bundled_names
+from hooked_mamba.loading.tables import CheckpointError as CheckpointError
+from hooked_mamba.loading.weights import KEEP_IN_FP32 as KEEP_IN_FP32
+from hooked_mamba.loading.weights import load_into as load_into
+from hooked_mamba.loading.weights import target_dtype as target_dtype

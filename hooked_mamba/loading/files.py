@@ -1,0 +1,109 @@
+"""From a name to a folder, and from a folder to its tensors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hooked_mamba.loading.tables import CheckpointError, LazyState
+from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, open_sharded
+
+__all__ = ["bundled_names", "open_weights", "resolve"]
+
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+"""Checkpoints that come with the package, one folder each."""
+
+CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt"]
+
+# Looked for in this order; the first kind that is there is fetched, so that no checkpoint is fetched twice.
+WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pytorch_model*.bin"]]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def bundled_names() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
+
+
+def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a bundled name, a local folder, or a hub id, looked for in this order.
+
+    Parameters
+    ----------
+    name_or_path
+        "tiny-name", "path/to/folder" or "owner/name".
+    revision
+        Branch, tag or commit of a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        Nothing of that name, or a revision where there are none.
+    OSError
+        The hub cannot be reached, or does not let us have the checkpoint; the bundled names are listed.
+    """
+    name = str(name_or_path)
+    folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{name!r} is a local folder and has no revisions; expected revision=None")
+        return folder
+    bundled = ", ".join(bundled_names()) or "none"
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+        what = (
+            "is a file; expected its folder"
+            if folder.is_file()
+            else "is no folder that is there, nor a hub id"
+        )
+        raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
+    return _download(name, revision, bundled)
+
+
+def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
+    """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set)."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+    try:
+        folder = fetch(CONFIG_PATTERNS)
+        for patterns in WEIGHT_PATTERNS:
+            fetch(patterns)
+            if any(path for pattern in patterns for path in folder.glob(pattern)):
+                break
+    except Exception as error:  # the hub client's errors differ between its releases and its HTTP libraries
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().splitlines()
+        raise OSError(
+            f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
+            f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
+            f"Checkpoints that need no network: {bundled}"
+        ) from error
+    return folder
+
+
+def open_weights(folder: Path) -> LazyState:
+    """The tensors of a checkpoint folder, memory-mapped; safetensors before archives, whole before sharded.
+
+    Raises
+    ------
+    CheckpointError
+        No weights, or damaged ones.
+    """
+    if (folder / "model.safetensors").exists():
+        return open_safetensors(folder / "model.safetensors")
+    if (folder / "model.safetensors.index.json").exists():
+        return open_sharded(folder / "model.safetensors.index.json", open_safetensors, ".safetensors")
+    if (folder / "consolidated.safetensors").exists():
+        return open_safetensors(folder / "consolidated.safetensors")
+    if (folder / "pytorch_model.bin").exists():
+        return open_bin(folder / "pytorch_model.bin")
+    if (folder / "pytorch_model.bin.index.json").exists():
+        return open_sharded(folder / "pytorch_model.bin.index.json", open_bin, ".bin")
+    present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise CheckpointError(
+        f"{folder} has no weights: expected model.safetensors, consolidated.safetensors or pytorch_model.bin "
+        f"(or an index of shards), found {present}"
+    )

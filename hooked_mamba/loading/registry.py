@@ -1,0 +1,126 @@
+"""The formats a checkpoint can have, and how to tell which one it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hooked_mamba.config import SSMConfig
+from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
+from hooked_mamba.loading.raw_fields import ssm_layer
+from hooked_mamba.loading.tables import CheckpointError, LazyState
+from hooked_mamba.loading.tensor_files import read_json
+
+__all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder"]
+
+CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One checkpoint format: its name, the model family it holds, and the pair of functions that map it."""
+
+    name: str
+    family: str
+    to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
+    from_ours: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], LazyState]]
+
+
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("hf_mamba", "mamba", hf_mamba.to_ours, hf_mamba.from_ours),
+        Format("hf_falcon_mamba", "mamba", hf_falcon_mamba.to_ours, hf_falcon_mamba.from_ours),
+        Format("hf_mamba2", "mamba2", hf_mamba2.to_ours, hf_mamba2.from_ours),
+        Format("raw_mamba", "mamba", raw_mamba.to_ours, raw_mamba.from_ours),
+        Format("raw_mamba2", "mamba2", raw_mamba2.to_ours, raw_mamba2.from_ours),
+        Format("codestral", "mamba2", codestral.to_ours, codestral.from_ours),
+    )
+}
+
+MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"}
+LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2"}
+
+
+def detect(config: Mapping[str, Any]) -> Format:
+    """The format of a config, from its fields.
+
+    Raises
+    ------
+    CheckpointError
+        None of the known formats, or a family for which there is no model here.
+    """
+    if "hidden_size" in config:  # before the raw names: early conversions carry both
+        return FORMATS[_choose(config.get("model_type"), MODEL_TYPES, "model_type")]
+    if "d_model" in config:
+        return FORMATS[_choose(ssm_layer(config), LAYERS, "ssm_cfg layer")]
+    if "dim" in config and "n_groups" in config:
+        return FORMATS["codestral"]
+    if config.get("model_type") in MODEL_TYPES:
+        return FORMATS[MODEL_TYPES[config["model_type"]]]
+    raise CheckpointError(
+        "this config is of no known format: expected hidden_size and model_type (transformers), d_model and "
+        f"n_layer (mamba_ssm), or dim and n_groups (params.json); got {', '.join(sorted(config)) or 'no fields'}"
+    )
+
+
+def _choose(value: Any, known: Mapping[str, str], what: str) -> str:
+    if value in known:
+        return known[value]
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise CheckpointError(f"{what} {value!r} is not supported; expected one of {', '.join(known)}{hint}")
+
+
+def detect_folder(folder: Path) -> tuple[Format, dict[str, Any]]:
+    """The format and the config of a checkpoint folder.
+
+    A folder may hold two forms of one model; the one whose weights are there counts.
+
+    Raises
+    ------
+    CheckpointError
+        No config, or one that :func:`detect` refuses.
+    """
+    has_params = (folder / "params.json").is_file()
+    has_config = (folder / "config.json").is_file()
+    only_consolidated = (folder / "consolidated.safetensors").is_file() and not (
+        any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    )
+    if has_params and (only_consolidated or not has_config):
+        config = read_json(folder / "params.json")
+    elif has_config:
+        config = read_json(folder / "config.json")
+    else:
+        present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{folder} has no config.json and no params.json; found {present}")
+    return detect(config), config
+
+
+def check_family(found: str, expected: str | None, name: str) -> None:
+    """Refuse a checkpoint of the other family, naming the class that reads it.
+
+    Raises
+    ------
+    CheckpointError
+        `found` is not `expected`.
+    ValueError
+        `expected` is no family.
+    """
+    if expected is not None and expected not in CLASS_OF_FAMILY:
+        raise ValueError(f"no family {expected!r}; expected one of {', '.join(CLASS_OF_FAMILY)}")
+    if expected is not None and found != expected:
+        raise CheckpointError(
+            f"{name} is of the family {found!r}, not {expected!r}; load it with "
+            f"{CLASS_OF_FAMILY[found]}.from_pretrained instead of {CLASS_OF_FAMILY[expected]}.from_pretrained"
+        )
+
+
+def config_family(cfg: SSMConfig) -> str:
+    """The family of one of our configs."""
+    return "mamba2" if hasattr(cfg, "head_dim") else "mamba"

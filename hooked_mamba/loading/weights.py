@@ -1,0 +1,138 @@
+"""Strict assignment of weights to a module built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mamba.loading.tables import CheckpointError
+
+__all__ = ["KEEP_IN_FP32", "load_into", "target_dtype"]
+
+KEEP_IN_FP32 = ("A_log", "D", "dt_bias", "dt_proj.bias")
+"""Parameters that stay float32 in a half-precision model, by the end of their names: exp acts on them."""
+
+HALF = (torch.bfloat16, torch.float16)
+ELEMENTS_AT_ONCE = 2**20
+
+
+def target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype the parameter `name` has in a model of `dtype`."""
+    kept = any(name == end or name.endswith("." + end) for end in KEEP_IN_FP32)
+    return torch.float32 if kept and dtype in HALF else dtype
+
+
+def load_into(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every parameter of `module` its weight from `state_dict`, each as a copy of its own.
+
+    1. Compare names and shapes; collect every fault.
+    2. Copy tensor by tensor into the dtype wanted, looking for NaN and infinities.
+    3. Raise one error that lists all faults, or assign; a module that fails is left as it was.
+
+    Build the module on the meta device and pass a lazy state dict, and the peak of memory is one copy of the
+    weights. Tied parameters (one parameter under two names) need one of their names.
+
+    Parameters
+    ----------
+    module
+        Its parameters are replaced; `requires_grad` is kept.
+    state_dict
+        Tensors by the module's own names.
+    dtype
+        dtype of the weights; None: each parameter's own. Those of :data:`KEEP_IN_FP32` are float32 where
+        this is a half precision.
+    device
+        Where the weights go.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, unexpected, misshaped, non-floating or non-finite weights, all listed.
+    """
+    slots = _slots(module)
+    expected = {name: slot for slot in slots for name in slot.names}
+    faults = [
+        f"unexpected: {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in expected
+    ]
+    sources: dict[str, _Slot] = {}
+    for slot in slots:
+        present = [name for name in slot.names if name in state_dict]
+        if not present:
+            faults.append(f"missing: {slot.names[0]} {tuple(slot.parameter.shape)}")
+            continue
+        source = state_dict[present[0]]
+        if source.shape != slot.parameter.shape:
+            faults.append(
+                f"shape: {present[0]} got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}"
+            )
+        elif not source.dtype.is_floating_point:
+            faults.append(f"dtype: {present[0]} got {source.dtype}, expected floating point")
+        else:
+            sources[present[0]] = slot
+    copies: dict[str, Tensor] = {}
+    for name, slot in sources.items():
+        source = state_dict[name]
+        wanted = target_dtype(name, dtype or slot.parameter.dtype)
+        copy = source.detach().to(device=device, dtype=wanted, copy=True).contiguous()
+        fault = _not_finite(name, source, copy)
+        if fault:
+            faults.append(fault)
+        if not faults:
+            copies[name] = copy
+        del source, copy
+    if faults:
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(module).__name__}, {len(faults)} faults:\n  "
+            + "\n  ".join(faults)
+        )
+    for name, slot in sources.items():
+        slot.assign(copies.pop(name))
+
+
+class _Slot:
+    """One parameter and every place of the module where it sits."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.places: list[tuple[str, nn.Module, str]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.places]
+
+    def assign(self, tensor: Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=self.parameter.requires_grad)
+        for _, owner, attribute in self.places:
+            setattr(owner, attribute, parameter)
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    slots: dict[int, _Slot] = {}
+    for prefix, owner in module.named_modules():
+        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            slots.setdefault(id(parameter), _Slot(parameter)).places.append((name, owner, attribute))
+    return list(slots.values())
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.reshape(-1).split(ELEMENTS_AT_ONCE)
+
+
+def _not_finite(name: str, source: Tensor, copy: Tensor) -> str | None:
+    """A line for the error when the copy holds NaN or an infinity, saying whether the conversion made it."""
+    if copy.device.type == "meta":
+        return f"no data: {name} is on the meta device"
+    bad = sum(int((~block.isfinite()).sum()) for block in _blocks(copy))
+    if not bad:
+        return None
+    if copy.dtype != source.dtype and all(bool(block.isfinite().all()) for block in _blocks(source)):
+        return f"overflow: {name} has {bad} values too large for {copy.dtype}"
+    return f"not finite: {name} has {bad} NaN or infinite values of {copy.numel()}"
