@@ -207,7 +207,7 @@ def ssd(
     states_at: Sequence[int] | str | None = None,
     edits: StateEdits | None = None,
     frozen: bool = False,
-    chunk: int = 64,
+    chunk: int | None = None,
     backend: str | None = None,
 ) -> ScanOut:
     """The scan of Mamba-2: state-space duality (Dao & Gu 2024, section 6), one decay per head.
@@ -231,7 +231,8 @@ def ssd(
     states_at, edits, frozen, backend
         As in `selective_scan`.
     chunk
-        Positions that are handled together as matrix products.
+        Positions that are handled together as matrix products; None: 64, or fewer for a short sequence. Scans of
+        pieces of a sequence give the bits of a scan of the whole if they name the same chunk.
 
     Returns
     -------
@@ -255,14 +256,14 @@ def ssd(
     H, G, l = sizes["H"], sizes["G"], sizes["l"]
     if H % G:
         raise ValueError(f"{op}: {H} heads do not divide into {G} groups of B and C")
+    if chunk is None:
+        chunk = default_chunk(l)
     if chunk < 1:
         raise ValueError(f"{op}: chunk is {chunk}, expected at least 1")
     positions = checks.positions_of(op, states_at, l)
     edits = checks.checked_edits(op, edits, sizes["b"], l, (H, sizes["P"], sizes["N"]))
     if frozen:
         dt, A, B, C, D = _detached(dt, A, B, C, D)
-    # Settled for the whole sequence: its pieces must be computed in chunks of one size, to the same bits.
-    chunk = min(chunk, -(-l // 8) * 8)
     module = choose(op, x, sizes["N"], _asked(h0, positions, x, dt, A, B, C, D), backend)
     if edits is None:
         return module.ssd(x, dt, A, B, C, D, h0=h0, positions=positions, chunk=chunk)
@@ -271,6 +272,11 @@ def ssd(
     return run_in_segments(
         module.ssd, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits, chunk=chunk
     )
+
+
+def default_chunk(length: int, chunk: int = 64) -> int:
+    """Positions per chunk for a sequence of this length: at most `chunk`, else the next multiple of 8."""
+    return min(chunk, -(-length // 8) * 8)
 
 
 def linear_scan(

@@ -1,0 +1,90 @@
+"""The parts that both families share: norms, the causal convolution, embedding and unembedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_mamba.hook_points import HookPoint
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precisions to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight over the last axis, or over each of `groups` parts of it (Zhang & Sennrich 2019).
+
+    hook_scale is the divisor, hook_normalized the quotient, hook_out the product with the weight.
+    """
+
+    def __init__(self, width: int, eps: float, groups: int | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(width))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+        self.hook_out = HookPoint()
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        x = at_least_fp32(x)
+        if self.groups is not None:
+            x = rearrange(x, "b l (g w) -> b l g w", g=self.groups)
+        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        x = x / scale
+        if self.groups is not None:
+            x = rearrange(x, "b l g w -> b l (g w)")
+        normalized = self.hook_normalized(x)
+        return self.hook_out((normalized * self.weight).to(self.weight.dtype))
+
+
+def rms_normalize(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n"]:
+    """RMS norm without weight, computed in float32 at least (Falcon-Mamba's norm of dt, B and C)."""
+    wide = at_least_fp32(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b l c"],
+    weight: Float[Tensor, "c 1 k"],
+    bias: Float[Tensor, " c"] | None,
+) -> Float[Tensor, "b m c"]:
+    """Depthwise convolution, out_t = sum_k weight[k] x_{t+k} + bias, m = l - k + 1 positions long.
+
+    With the k-1 inputs before the sequence (zeros at its start) put in front of x this is causal.
+    """
+    taps = weight.shape[-1]
+    length = x.shape[1] - taps + 1
+    kernel = weight[:, 0].t()
+    # Shifted products stay in the layout of x; F.conv1d would transpose there and back.
+    out = x[:, :length] * kernel[0] if bias is None else torch.addcmul(bias, x[:, :length], kernel[0])
+    for k in range(1, taps):
+        out = torch.addcmul(out, x[:, k : k + length], kernel[k])
+    return out
+
+
+class Embed(nn.Module):
+    """Rows of the embedding matrix."""
+
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
+
+    def forward(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        return F.embedding(tokens, self.weight)
+
+
+class Unembed(nn.Module):
+    """Logits, float32 at least; the weight is [V, d] as stored, and the embedding's own where they are tied."""
+
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l v"]:
+        return at_least_fp32(F.linear(x, self.weight))

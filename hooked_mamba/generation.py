@@ -1,0 +1,195 @@
+"""Generation: read the prompt once, then one position a step, with every hook in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_mamba.hook_points import StateHookPoint
+from hooked_mamba.state import ModelState
+from hooked_mamba.text import PaddingSide
+
+
+def sample_logits(
+    logits: Float[Tensor, "b v"],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    freq_penalty: float = 0.0,
+    tokens: Int[Tensor, "b l"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " b"]:
+    """Draw one token a row.
+
+    Parameters
+    ----------
+    top_k
+        Only the k likeliest tokens.
+    top_p
+        Only the likeliest tokens that together reach this probability, always at least one.
+    temperature
+        Divides the logits; 0 is greedy.
+    freq_penalty
+        Subtracted from a token's logit for every time it stands in `tokens`.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    logits = logits.float()
+    if freq_penalty and tokens is not None:
+        counts = torch.zeros_like(logits).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+        logits = logits - freq_penalty * counts
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of the likelier ones
+        logits = logits.scatter(1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+class Generation:
+    """`generate`, for a model with TextMethods and a forward that takes and returns its state."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: str | Sequence[str] | Tensor = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        verbose: bool = True,
+        attention_mask: Tensor | None = None,
+        initial_state: ModelState | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Continue a prompt. Hooks fire once for the prompt and once for every new token but the last.
+
+        In here `hook_h.{t}` with t >= 0 counts from the prompt's first column and fires in the one call that holds
+        that column; a negative t counts from the end of each call, so `hook_h.-1` fires every time.
+
+        Parameters
+        ----------
+        input
+            Text, a list of texts, or tokens b l; "" starts from the BOS token.
+        max_new_tokens
+            Tokens to add.
+        stop_at_eos, eos_token_id
+            End a row at one of these (default: the tokenizer's); it is filled with the first of them.
+        do_sample, top_k, top_p, temperature, freq_penalty
+            False takes the likeliest token; the others as in :func:`sample_logits`. Rows of the vocabulary that the
+            tokenizer does not know are never drawn.
+        prepend_bos, padding_side, attention_mask
+            As in `forward`.
+        return_type
+            "input": as the input was; "str" or "tokens".
+        verbose
+            Show a progress bar.
+        initial_state
+            Memory to go on from.
+        generator
+            Source of randomness; default: torch's global one.
+
+        Returns
+        -------
+        Prompt and continuation: a string, a list of strings, or tokens b l+new. Padding is left out of strings.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+        if return_type not in ("input", "str", "tokens"):
+            raise ValueError(f"return_type must be 'input', 'str' or 'tokens', got {return_type!r}")
+        one_text = isinstance(input, str)
+        if one_text and not input:
+            prepend_bos = True
+        tokens, found_mask = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[attr-defined]
+        mask = found_mask if attention_mask is None else torch.as_tensor(attention_mask, device=tokens.device)
+        stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
+        last = _last_real(tokens, mask)
+
+        made: list[Tensor] = []
+        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        bar = tqdm(total=max_new_tokens, disable=not verbose, desc="tokens", leave=False)
+        with bar, self._counting_columns() as columns:
+            step, state = tokens, initial_state
+            while len(made) < max_new_tokens and not ended.all():
+                logits, state = self(  # type: ignore[operator]
+                    step, attention_mask=None if made else mask, initial_state=state, return_state=True
+                )
+                columns(step.shape[1])
+                row = logits[:, -1] if made else logits[torch.arange(len(tokens)), last]
+                row = row.clone()
+                row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
+                seen = torch.cat([tokens, *(t[:, None] for t in made)], 1)
+                heat = temperature if do_sample else 0.0
+                new = sample_logits(row, top_k, top_p, heat, freq_penalty, seen, generator)
+                if stops:
+                    new = torch.where(ended, stops[0], new)
+                    ended |= torch.isin(new, torch.tensor(stops, device=new.device))
+                made.append(new)
+                step = new[:, None]
+                bar.update()
+
+        added = torch.stack(made, 1) if made else tokens[:, :0]
+        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+            return torch.cat([tokens, added], 1)
+        real = mask if mask is not None else torch.ones_like(tokens)
+        texts = [self._text(*row, stops) for row in zip(tokens, real, added, strict=True)]
+        return texts[0] if len(texts) == 1 and not isinstance(input, list | tuple) else texts
+
+    def _text(self, prompt: Tensor, mask: Tensor, added: Tensor, stops: list[int]) -> str:
+        new = added.tolist()
+        ends = [i for i, token in enumerate(new) if token in stops]
+        ids = prompt[mask.bool()].tolist() + (new[: ends[0]] if ends else new)
+        return self.to_string(torch.tensor(ids, dtype=torch.long))  # type: ignore[attr-defined]
+
+    def _stop_tokens(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
+        if eos_token_id is None:
+            known = self.eos_token_id  # type: ignore[attr-defined]
+            return [] if known is None else [known]
+        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+    @contextmanager
+    def _counting_columns(self) -> Iterator[Any]:
+        """Tell single-state hook points how many columns earlier calls had; gives a function that counts on."""
+        sites = [p for p in self.hook_dict.values() if isinstance(p, StateHookPoint)]  # type: ignore[attr-defined]
+
+        def count(columns: int) -> None:
+            for site in sites:
+                site.offset = (site.offset or 0) + columns
+
+        count(0)
+        try:
+            yield count
+        finally:
+            for site in sites:
+                site.offset = None
+
+
+def _last_real(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Column of each row's last real token."""
+    length = tokens.shape[1]
+    if mask is None:
+        return torch.full((len(tokens),), length - 1, device=tokens.device)
+    columns = torch.arange(length, device=tokens.device)
+    return (columns * mask).max(1).values

@@ -1,0 +1,230 @@
+"""Hook points: the named places where a forward pass can be read and written."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mamba.positions import PositionSelect
+
+HookFunction = Callable[..., Any]
+"""`fn(tensor, hook) -> tensor or None`: None keeps the value, a tensor replaces it."""
+
+Direction = Literal["fwd", "bwd", "both"]
+
+
+@dataclass(eq=False)
+class Hook:
+    """One function at one hook point."""
+
+    fn: HookFunction
+    is_permanent: bool = False
+    level: int | None = None
+    """Depth of the `hooks()` context that added it; None when added outside of any."""
+    by_keyword: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_keyword = _takes_hook_by_keyword(self.fn)
+
+    def __call__(self, value: Tensor, hook_point: HookPoint) -> Any:
+        return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
+
+
+@dataclass(eq=False)
+class Reader:
+    """A store for the final value of a site, after all hooks: what a cache puts there."""
+
+    store: Callable[[Tensor], None]
+    select: PositionSelect
+
+
+def _takes_hook_by_keyword(fn: HookFunction) -> bool:
+    """TransformerLens passes `hook=`; a function that names its second argument otherwise gets it by place."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # builtins have no signature
+        return False
+    return any(p.kind is p.VAR_KEYWORD or (p.name == "hook" and p.kind is not p.POSITIONAL_ONLY) for p in parameters)
+
+
+class HookPoint(nn.Module):
+    """An identity with a name. What its hooks return is what the rest of the computation uses.
+
+    Forward hooks run in the order they were added; each gets its own copy of the value, so that editing in place is
+    safe. Backward hooks get the gradient of whatever is differentiated with respect to the value here, and belong
+    to the forward pass that they saw: they fire even if they are removed before `backward()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name: str | None = None
+        self.ctx: dict[Any, Any] = {}
+        self.fwd_hooks: list[Hook] = []
+        self.bwd_hooks: list[Hook] = []
+        self.readers: list[Reader] = []
+
+    # What sits here ------------------------------------------------------------------------------------------
+
+    @property
+    def edited(self) -> bool:
+        """Whether a function sits here that may change the value or that needs its gradient."""
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything at all sits here."""
+        return bool(self.fwd_hooks or self.bwd_hooks or self.readers)
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> Hook:
+        """Add `fn(tensor, hook)`; with `prepend` it runs before those that are there."""
+        if not callable(hook):
+            raise TypeError(f"a hook at {self.name} must be a function fn(tensor, hook), got {type(hook).__name__}")
+        entry = Hook(hook, is_permanent, level)
+        hooks = self._hooks(dir)
+        hooks.insert(0, entry) if prepend else hooks.append(entry)
+        return entry
+
+    def add_perma_hook(self, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> Hook:
+        """Add a hook that only `remove_hooks(including_permanent=True)` removes."""
+        return self.add_hook(hook, dir, is_permanent=True)
+
+    def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+        """Remove hooks: all that are not permanent, or those of one context level."""
+        if dir not in ("fwd", "bwd", "both"):
+            raise ValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}")
+        for one in ("fwd", "bwd") if dir == "both" else (dir,):
+            hooks = self._hooks(one)
+            hooks[:] = [
+                h
+                for h in hooks
+                if not (including_permanent or (not h.is_permanent and (level is None or h.level == level)))
+            ]
+
+    def clear_context(self) -> None:
+        """Forget what hooks stored in `ctx`."""
+        self.ctx = {}
+
+    def layer(self) -> int:
+        """The block this point belongs to."""
+        parts = (self.name or "").split(".")
+        if len(parts) < 2 or not parts[1].isdigit():
+            raise ValueError(f"{self.name!r} belongs to no block")
+        return int(parts[1])
+
+    def extra_repr(self) -> str:
+        return f"{len(self.fwd_hooks)} fwd, {len(self.bwd_hooks)} bwd" if self.edited else ""
+
+    def _hooks(self, dir: str) -> list[Hook]:
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
+        return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
+
+    # What happens here ---------------------------------------------------------------------------------------
+
+    def forward(self, value: Tensor) -> Tensor:
+        if self.fwd_hooks:
+            for hook in tuple(self.fwd_hooks):
+                # A copy each: an edit in place must not reach other sites' tensors, which may share this memory.
+                mine = value.clone()
+                out = hook(mine, self)
+                value = mine if out is None else self._checked(out, value, "forward")
+        if self.bwd_hooks:
+            value = self._watch_gradient(value)
+        for reader in tuple(self.readers):
+            reader.store(reader.select.apply(value))
+        return value
+
+    def _watch_gradient(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            raise RuntimeError(f"{self.name} holds integers, which have no gradient: remove its backward hook")
+        if not torch.is_grad_enabled():
+            raise RuntimeError(f"a backward hook on {self.name} cannot fire: gradients are switched off here")
+        # Own node: one tensor may be the value of two sites, each of which has a gradient of its own.
+        value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        hooks = tuple(self.bwd_hooks)
+
+        def run(grad: Tensor) -> Tensor:
+            for hook in hooks:
+                out = hook(grad, self)
+                if isinstance(out, tuple) and len(out) == 1:  # TransformerLens' form
+                    out = out[0]
+                grad = grad if out is None else self._checked(out, grad, "backward")
+            return grad
+
+        value.register_hook(run)
+        return value
+
+    def _checked(self, out: Any, value: Tensor, kind: str) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"a {kind} hook at {self.name} returned {type(out).__name__}; expected a tensor or None")
+        if out.shape != value.shape or out.dtype != value.dtype or out.device != value.device:
+            raise ValueError(f"a {kind} hook at {self.name} returned {_describe(out)}; expected {_describe(value)}")
+        return out
+
+
+class LazyHookPoint(HookPoint):
+    """A site that is computed only while something sits on it, since it is large or slows the scan.
+
+    Edits need the whole value in line. Readers get theirs through :meth:`read`, at the positions they ask for.
+    """
+
+    def read(self, length: int, values_at: Callable[[list[int] | slice], Tensor]) -> None:
+        """Give each reader `values_at(its positions)`; nothing is computed where nobody reads."""
+        for reader in tuple(self.readers):
+            reader.store(reader.select.finish(values_at(reader.select.index(length))))
+
+
+class StateHookPoint(LazyHookPoint):
+    """`hook_h`: the stacked states as read, and `hook_h.{t}`: the state right after position t, which travels on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: dict[int, HookPoint] = {}
+        self.offset: int | None = None
+        """Columns before this call, while generating; None outside, where a position out of range is an error."""
+
+    def at(self, t: int) -> HookPoint:
+        """The hook point of the state after position t; negative t counts from the end of the call."""
+        if t not in self.points:
+            point = HookPoint()
+            point.name = f"{self.name}.{t}"
+            self.points[t] = point
+        return self.points[t]
+
+    def live_points(self) -> Iterator[HookPoint]:
+        """The single-state points on which something sits; the others are forgotten."""
+        self.points = {t: point for t, point in self.points.items() if point.wanted or point.ctx}
+        yield from self.points.values()
+
+    def points_at(self, length: int) -> dict[int, list[HookPoint]]:
+        """Columns of this call -> the wanted points there, in ascending order."""
+        found: dict[int, list[HookPoint]] = {}
+        for t, point in self.points.items():
+            if not point.wanted:
+                continue
+            column = t + length if t < 0 else t - (self.offset or 0)
+            if not 0 <= column < length:
+                if self.offset is not None:
+                    continue  # generating: another call holds this position
+                raise IndexError(
+                    f"{point.name}: position {t} is out of range, this call has {length} positions"
+                    f" ({-length} to {length - 1})"
+                )
+            found.setdefault(column, []).append(point)
+        return dict(sorted(found.items()))
+
+
+def _describe(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"

@@ -1,0 +1,265 @@
+"""Running a module with hooks and with a cache: the interface that TransformerLens users know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.hook_points import Hook, HookFunction, HookPoint, Reader, StateHookPoint
+from hooked_mamba.names import NamesFilter, match_names, split_state_point, unalias, unknown_name
+from hooked_mamba.positions import PositionSelect, PosSlice
+
+HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
+"""Pairs of (name, glob or predicate on names; function)."""
+
+
+class HookedRoot(nn.Module):
+    """A module whose HookPoint descendants are found by name. Call :meth:`setup` at the end of `__init__`."""
+
+    def setup(self) -> None:
+        """Name every hook point by its place in the module tree."""
+        self.context_level = 0
+        for name, module in self.named_modules():
+            if isinstance(module, HookPoint):
+                module.name = name
+
+    # Finding -------------------------------------------------------------------------------------------------
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by name, in computing order. Single states (`...hook_h.4`) exist when asked for."""
+        points = {name: m for name, m in self.named_modules() if isinstance(m, HookPoint)}
+        return {name: points[name] for name in self.ordered_names(list(points))}
+
+    def ordered_names(self, names: list[str]) -> list[str]:
+        """Names in the order in which a forward pass reaches them; a subclass that knows better says so."""
+        return names
+
+    def default_names(self) -> list[str]:
+        """The sites that a cache without a filter holds."""
+        return list(self.hook_dict)
+
+    def hook_point(self, name: str) -> HookPoint:
+        """The hook point of a full name, single states included."""
+        points = self.hook_dict
+        name = unalias(name)
+        state = split_state_point(name)
+        if state and state[0] in points:
+            site = points[state[0]]
+            assert isinstance(site, StateHookPoint)
+            return site.at(state[1])
+        if name not in points:
+            raise unknown_name(name, list(points))
+        return points[name]
+
+    def hook_points(self) -> Iterator[HookPoint]:
+        """Every hook point, with those single states on which something sits."""
+        for point in self.hook_dict.values():
+            yield point
+            if isinstance(point, StateHookPoint):
+                yield from point.live_points()
+
+    # Adding and removing -------------------------------------------------------------------------------------
+
+    def add_hook(
+        self,
+        name: NamesFilter,
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Put `hook(tensor, hook)` on every site that `name` (a name, glob, list or predicate) chooses."""
+        for site in match_names(name, list(self.hook_dict)):
+            self.hook_point(site).add_hook(hook, dir, is_permanent, level, prepend)
+
+    def add_perma_hook(self, name: NamesFilter, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:
+        """A hook that `reset_hooks()` leaves in place."""
+        self.add_hook(name, hook, dir, is_permanent=True)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove what add_hook put, and clear every `hook.ctx`; permanent hooks only when asked."""
+        for point in self.hook_points():
+            point.remove_hooks(direction, including_permanent, level)
+            if clear_contexts:
+                point.clear_context()
+
+    def clear_contexts(self) -> None:
+        """Clear every `hook.ctx`."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedRoot]:
+        """Hooks for the duration of a `with`: exactly these are removed at its end, also after an exception.
+
+        Parameters
+        ----------
+        fwd_hooks, bwd_hooks
+            Pairs (name, glob, list or predicate; `fn(tensor, hook)`).
+        reset_hooks_end
+            False leaves them in place, for `reset_hooks()` to remove.
+        clear_contexts
+            Clear every `hook.ctx` at the end.
+        """
+        self.context_level += 1
+        added: list[tuple[list[Hook], Hook]] = []
+        try:
+            for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                for name, fn in hooks:
+                    for site in match_names(name, list(self.hook_dict)):
+                        point = self.hook_point(site)
+                        entry = point.add_hook(fn, direction, level=self.context_level)  # type: ignore[arg-type]
+                        added.append((point.fwd_hooks if direction == "fwd" else point.bwd_hooks, entry))
+            yield self
+        finally:
+            self.context_level -= 1
+            if reset_hooks_end:
+                for hooks_there, entry in added:
+                    if entry in hooks_there:  # a reset inside the context may have been first
+                        hooks_there.remove(entry)
+            if clear_contexts:
+                self.clear_contexts()
+
+    # Running -------------------------------------------------------------------------------------------------
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Forward with temporary hooks. Backward hooks fire when `backward()` of this pass is called, also later."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: str | torch.device | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: PosSlice = None,
+        return_cache_object: bool = True,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        **model_kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """Forward, keeping the final value of chosen sites.
+
+        Without a filter every site is kept but the large ones of size b l E N (A_bar, B_bar, Bx and h in Mamba-1, Bx
+        and h in Mamba-2): name them to get them, with `pos_slice` at the cost of just those positions.
+
+        Parameters
+        ----------
+        names_filter
+            A name, a glob (`blocks.*.mixer.hook_dt`), a list of these, or a predicate. `...hook_h.17` caches the
+            state after position 17, b E N.
+        device
+            Where the cache lives; default: where the model does.
+        remove_batch_dim
+            Drop the batch axis; an error if the batch is larger than one.
+        incl_bwd
+            Also call `backward()` on the output, which must be one number (`return_type="loss"`), and keep the
+            gradients as `<name>_grad`.
+        reset_hooks_end, clear_contexts, fwd_hooks, bwd_hooks
+            As in :meth:`hooks`. What is cached is what the hooks made of it.
+        pos_slice
+            Positions to keep: an int drops the axis, a slice or list keeps it.
+        return_cache_object
+            False gives a plain dict.
+
+        Returns
+        -------
+        The model's output and an :class:`ActivationCache`; cached tensors are detached.
+        """
+        select = PositionSelect(pos_slice)
+        names = self.default_names() if names_filter is None else match_names(names_filter, list(self.hook_dict))
+        points = {unalias(name): self.hook_point(name) for name in names}
+        self.check_cache_fits(list(points), select, device, model_args, model_kwargs, incl_bwd)
+        values: dict[str, Tensor] = {}
+
+        def keeper(name: str) -> Callable[[Tensor], None]:
+            def keep(value: Tensor) -> None:
+                values[name] = _detached(value, device)
+
+            return keep
+
+        def gradient_keeper(name: str) -> HookFunction:
+            def keep(grad: Tensor, hook: HookPoint) -> None:
+                values[f"{name}_grad"] = _detached(choice[name].apply(grad), device)
+
+            return keep
+
+        # A single state has no position axis to choose from.
+        choice = {name: PositionSelect() if split_state_point(name) else select for name in points}
+        readers = [(point, Reader(keeper(name), choice[name])) for name, point in points.items()]
+        gradients = [(name, gradient_keeper(name)) for name in points if name != "hook_tokens"] if incl_bwd else []
+        try:
+            for point, reader in readers:
+                point.readers.append(reader)
+            with self.hooks(fwd_hooks, [*bwd_hooks, *gradients], reset_hooks_end, clear_contexts):
+                out = self(*model_args, **model_kwargs)
+                if incl_bwd:
+                    _scalar(out).backward()
+        finally:
+            for point, reader in readers:
+                point.readers.remove(reader)
+            if incl_bwd and not reset_hooks_end:  # the gradient hooks are ours, not the user's
+                kept = {fn for _, fn in gradients}
+                for point in points.values():
+                    point.bwd_hooks[:] = [h for h in point.bwd_hooks if h.fn not in kept]
+
+        ordered = {name: values[name] for name in points if name in values}
+        ordered |= {name: value for name, value in values.items() if name not in ordered}
+        cache = ActivationCache(ordered, self)
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return out, cache if return_cache_object else cache.cache_dict
+
+    def check_cache_fits(
+        self,
+        names: list[str],
+        select: PositionSelect,
+        device: str | torch.device | None,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any],
+        incl_bwd: bool,
+    ) -> None:
+        """Raise MemoryError for a cache that cannot fit; a subclass that knows its shapes says so."""
+
+
+def _detached(value: Tensor, device: str | torch.device | None) -> Tensor:
+    value = value.detach()
+    return value if device is None else value.to(device)
+
+
+def _scalar(out: Any) -> Tensor:
+    if not isinstance(out, Tensor) or out.numel() != 1:
+        got = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"incl_bwd needs a model output of one number, such as return_type='loss'; got {got}")
+    return out

@@ -1,0 +1,176 @@
+"""The Mamba-1 mixer (Gu & Dao 2023, arXiv:2312.00752, section 3), and Falcon-Mamba's.
+
+Glossary
+    b, l  batch, positions          E  d_inner, channels        N  d_state
+    K     taps of the convolution   R  rank of the step size    d  d_model
+    A_bar = exp(dt A)   B_bar = dt B (Euler)   h_t = A_bar_t h_{t-1} + B_bar_t x_t   y_t = C_t h_t + D x_t
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_mamba import ops
+from hooked_mamba.components import at_least_fp32, causal_conv1d, rms_normalize
+from hooked_mamba.config import MambaConfig
+from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
+from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
+from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
+from hooked_mamba.state import LayerState, Padding, with_history
+
+
+class Mamba1Mixer(KeepsFloat32, nn.Module):
+    """in_proj -> conv -> selective scan -> gate -> out_proj, with a hook point at every site."""
+
+    keep_float32 = ("A_log", "D", "dt_proj.bias")
+
+    def __init__(self, cfg: MambaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        E, N, R, d = cfg.E, cfg.d_state, cfg.R, cfg.d_model
+        self.in_proj = nn.Linear(d, 2 * E, bias=cfg.use_bias)
+        self.conv1d = nn.Conv1d(E, E, cfg.d_conv, groups=E, bias=cfg.conv_bias)
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, E)
+        self.A_log = nn.Parameter(torch.empty(E, N))
+        self.D = nn.Parameter(torch.empty(E))
+        self.out_proj = nn.Linear(E, d, bias=cfg.use_bias)
+
+        self.hook_in_proj = HookPoint()
+        self.hook_x_pre = HookPoint()
+        self.hook_z = HookPoint()
+        self.hook_conv = HookPoint()
+        self.hook_x = HookPoint()
+        self.hook_x_proj = HookPoint()
+        self.hook_dt_low = HookPoint()
+        self.hook_dt_pre = HookPoint()
+        self.hook_dt = HookPoint()
+        self.hook_B = HookPoint()
+        self.hook_C = HookPoint()
+        self.hook_A_bar = LazyHookPoint()
+        self.hook_B_bar = LazyHookPoint()
+        self.hook_Bx = LazyHookPoint()
+        self.hook_h = StateHookPoint()
+        self.hook_y_scan = HookPoint()
+        self.hook_skip = HookPoint()
+        self.hook_y = HookPoint()
+        self.hook_gate = HookPoint()
+        self.hook_y_gated = HookPoint()
+        self.hook_out_proj = HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: LayerState, padding: Padding | None = None
+    ) -> tuple[Float[Tensor, "b l d"], LayerState]:
+        """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
+        E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
+        real = padding.zero if padding is not None else _unchanged
+
+        xz = self.hook_in_proj(self.in_proj(resid))
+        x = self.hook_x_pre(real(xz[..., :E]))
+        z = self.hook_z(xz[..., E:])
+
+        x, history = with_history(x, state.conv, padding)
+        x = self.hook_conv(causal_conv1d(x, self.conv1d.weight, self.conv1d.bias))
+        x = self.hook_x(real(F.silu(x)))
+
+        x_proj = self.hook_x_proj(self.x_proj(x))
+        dt_low, B, C = x_proj.split([R, N, N], -1)
+        if self.cfg.mixer_norms:
+            dt_low, B, C = (rms_normalize(v, self.cfg.mixer_norm_eps) for v in (dt_low, B, C))
+        dt_low = self.hook_dt_low(dt_low)
+        dt_pre = self.hook_dt_pre(at_least_fp32(F.linear(dt_low, self.dt_proj.weight)) + self.dt_proj.bias)
+        dt = self.hook_dt(real(F.softplus(dt_pre)))
+        B = self.hook_B(B)
+        C = self.hook_C(C)
+
+        y_scan, h = self.ssm(x, dt, B, C, state.ssm)
+        y_scan = self.hook_y_scan(y_scan)
+        skip = self.hook_skip((self.D * x).to(x.dtype))
+        y = self.hook_y(y_scan + skip)
+
+        gate = self.hook_gate(F.silu(z))
+        y_gated = self.hook_y_gated(y * gate)
+        return self.hook_out_proj(self.out_proj(y_gated)), LayerState(history, h)
+
+    def ssm(
+        self,
+        x: Float[Tensor, "b l E"],
+        dt: Float[Tensor, "b l E"],
+        B: Float[Tensor, "b l N"],
+        C: Float[Tensor, "b l N"],
+        h0: Float[Tensor, "b E N"],
+    ) -> tuple[Float[Tensor, "b l E"], Float[Tensor, "b E N"]]:
+        """C h for every position, without the skip, and the last state."""
+        A = self.A
+
+        def A_bar_at(t: list[int] | slice) -> Tensor:
+            return torch.exp(dt[:, t].unsqueeze(-1) * A)
+
+        def B_bar_at(t: list[int] | slice) -> Tensor:
+            return dt[:, t].unsqueeze(-1) * B[:, t].unsqueeze(2)
+
+        def Bx_at(t: list[int] | slice) -> Tensor:
+            return B_bar_at(t) * x[:, t].unsqueeze(-1)
+
+        def read_out(h: Tensor, t: slice) -> Tensor:
+            return torch.einsum("blen,bln->ble", h, C[:, t].to(h.dtype)).to(x.dtype)
+
+        if self.discrete_sites_edited:
+            everything = slice(None)
+            A_bar = self.hook_A_bar(A_bar_at(everything))
+            B_bar = self.hook_B_bar(B_bar_at(everything))
+            Bx = self.hook_Bx(B_bar * x.unsqueeze(-1))
+            h, h_last = linear_scan_through_hooks(self.hook_h, A_bar, Bx, h0)
+            return read_out(self.hook_h(h), everything), h_last
+
+        self.hook_A_bar.read(x.shape[1], A_bar_at)
+        self.hook_B_bar.read(x.shape[1], B_bar_at)
+        self.hook_Bx.read(x.shape[1], Bx_at)
+
+        def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ops.ScanOut:
+            return ops.selective_scan(x[:, t], dt[:, t], A, B[:, t], C[:, t], h0=h, states_at=states_at)
+
+        return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, read_out)
+
+    @property
+    def discrete_sites_edited(self) -> bool:
+        """Whether a function sits on A_bar, B_bar, Bx or the stacked h, so that they must be formed in line."""
+        return any(site.edited for site in (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h))
+
+    @property
+    def A(self) -> Float[Tensor, "E N"]:
+        """Continuous-time decay rates, negative."""
+        return -torch.exp(at_least_fp32(self.A_log))
+
+    def initial_state(self, batch: int) -> LayerState:
+        """The empty memory."""
+        cfg, weight = self.cfg, self.in_proj.weight
+        return LayerState(
+            weight.new_zeros(batch, cfg.d_conv - 1, cfg.E),
+            self.A_log.new_zeros(batch, cfg.E, cfg.d_state),
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights as the paper's code draws them: A = -(1..N), dt log-uniform, projections Kaiming-uniform."""
+        cfg = self.cfg
+        for linear in (self.in_proj, self.x_proj, self.out_proj):
+            uniform_fan_in(linear.weight, linear.in_features, generator)
+            if linear.bias is not None:
+                linear.bias.zero_()
+        self.out_proj.weight /= math.sqrt(cfg.n_layers)
+        for parameter in self.conv1d.parameters():
+            uniform_fan_in(parameter, cfg.d_conv, generator)
+        uniform_fan_in(self.dt_proj.weight, cfg.R, generator)
+        self.dt_proj.bias.copy_(initial_dt_bias(cfg, self.dt_proj.bias, generator))
+        self.A_log.copy_(torch.arange(1, cfg.d_state + 1).to(self.A_log).log().expand_as(self.A_log))
+        self.D.fill_(1)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

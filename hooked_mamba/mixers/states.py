@@ -1,0 +1,105 @@
+"""Taking a scan through the hooks on its state, for every kind of mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hooked_mamba import ops
+from hooked_mamba.hook_points import StateHookPoint
+from hooked_mamba.ops.interface import ScanOut
+
+ScanSegment = Callable[[slice, Tensor | None, list[int] | str | None], ScanOut]
+"""(columns, state before them, columns within them whose states are wanted) -> what the scan gives."""
+
+ReadOut = Callable[[Tensor, slice], Tensor]
+"""(states b l ..., their columns) -> C h."""
+
+
+def scan_through_hooks(
+    hook_h: StateHookPoint, length: int, h0: Tensor | None, scan: ScanSegment, read_out: ReadOut
+) -> tuple[Tensor, Tensor]:
+    """The fused scan with states read and edited on the way; returns C h and the last state.
+
+    1. Cut the columns behind every position whose state a hook edits.
+    2. Scan a segment; its last state passes through the hooks, its last read-out is made anew from what they return.
+    3. Go on from there. States that are only read come out of the same scans, at just their positions.
+    """
+    points = hook_h.points_at(length)
+    edited = [t for t, at in points.items() if any(point.edited for point in at)]
+    wanted = _columns_read(hook_h, points, length)
+    if not edited and not wanted:
+        out = scan(slice(0, length), h0, None)
+        return out.y, out.h_last
+
+    ends = edited if edited and edited[-1] == length - 1 else [*edited, length - 1]
+    ys, states, h, start = [], [], h0, 0
+    for end in ends:
+        columns = slice(start, end + 1)
+        here = [t - start for t in wanted if start <= t <= end]
+        out = scan(columns, h, "all" if len(here) == end + 1 - start else here or None)
+        y, h, found = out.y, out.h_last, out.states
+        if end in edited:
+            for point in points[end]:
+                h = point(h)
+            y = torch.cat([y[:, :-1], read_out(h.unsqueeze(1), slice(end, end + 1)).to(y.dtype)], 1)
+            if found is not None and here[-1] == end - start:
+                found = torch.cat([found[:, :-1], h.unsqueeze(1)], 1)
+        ys.append(y)
+        if found is not None:
+            states.append(found)
+        start = end + 1
+
+    assert h is not None  # at least one segment was scanned
+    if wanted:
+        _give_states(hook_h, points, length, wanted, states[0] if len(states) == 1 else torch.cat(states, 1))
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1), h
+
+
+def linear_scan_through_hooks(
+    hook_h: StateHookPoint, A_bar: Tensor, Bx: Tensor, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h_t = A_bar_t h_{t-1} + Bx_t with the hooks on single states in line; all states and the last one."""
+    length = Bx.shape[1]
+    points = hook_h.points_at(length)
+    pieces, h, start = [], h0, 0
+    for end in [t for t in points if t < length - 1] + [length - 1]:
+        piece = ops.linear_scan(A_bar[:, start : end + 1], Bx[:, start : end + 1], h0=h)
+        h = piece[:, -1]
+        if end in points:
+            for point in points[end]:
+                h = point(h)
+            piece = torch.cat([piece[:, :-1], h.unsqueeze(1)], 1)
+        pieces.append(piece)
+        start = end + 1
+    assert h is not None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1), h
+
+
+def _columns_read(hook_h: StateHookPoint, points: dict[int, list], length: int) -> list[int]:
+    """Ascending columns whose states somebody reads without editing in line."""
+    columns = {t for t, at in points.items() if not any(point.edited for point in at)}
+    for reader in hook_h.readers:
+        index = reader.select.index(length)
+        columns.update(range(length) if isinstance(index, slice) else index)
+    return sorted(columns)
+
+
+def _give_states(
+    hook_h: StateHookPoint, points: dict[int, list], length: int, columns: list[int], states: Tensor
+) -> None:
+    """Hand the states of `columns` to the readers of hook_h and of its single positions."""
+    place = {t: i for i, t in enumerate(columns)}
+
+    def states_at(index: list[int] | slice) -> Tensor:
+        if isinstance(index, slice):
+            return states
+        return states[:, [place[t] for t in index]]
+
+    hook_h.read(length, states_at)
+    for t, at in points.items():
+        for point in at:
+            if not point.edited:
+                point(states[:, place[t]])
