@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from hooked_mamba.loading.tables import CheckpointError, LazyState
@@ -51,11 +52,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         return folder
     bundled = ", ".join(bundled_names()) or "none"
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
-        what = (
-            "is a file; expected its folder"
-            if folder.is_file()
-            else "is no folder that is there, nor a hub id"
-        )
+        what = "is a file; expected its folder" if folder.is_file() else "is no folder that is there, nor a hub id"
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
     return _download(name, revision, bundled)
 
@@ -84,26 +81,31 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
     return folder
 
 
-def open_weights(folder: Path) -> LazyState:
+def open_weights(folder: Path, consolidated: bool = False) -> LazyState:
     """The tensors of a checkpoint folder, memory-mapped; safetensors before archives, whole before sharded.
+
+    Parameters
+    ----------
+    folder
+        Where the files are.
+    consolidated
+        Whether `consolidated.safetensors` is meant, where it is there (Mistral's format).
 
     Raises
     ------
     CheckpointError
         No weights, or damaged ones.
     """
-    if (folder / "model.safetensors").exists():
-        return open_safetensors(folder / "model.safetensors")
-    if (folder / "model.safetensors.index.json").exists():
-        return open_sharded(folder / "model.safetensors.index.json", open_safetensors, ".safetensors")
-    if (folder / "consolidated.safetensors").exists():
-        return open_safetensors(folder / "consolidated.safetensors")
-    if (folder / "pytorch_model.bin").exists():
-        return open_bin(folder / "pytorch_model.bin")
-    if (folder / "pytorch_model.bin.index.json").exists():
-        return open_sharded(folder / "pytorch_model.bin.index.json", open_bin, ".bin")
+    kinds: list[tuple[str, Callable[[Path], LazyState]]] = [
+        ("model.safetensors", open_safetensors),
+        ("model.safetensors.index.json", lambda path: open_sharded(path, open_safetensors, ".safetensors")),
+        ("pytorch_model.bin", open_bin),
+        ("pytorch_model.bin.index.json", lambda path: open_sharded(path, open_bin, ".bin")),
+    ]
+    if consolidated:
+        kinds.insert(0, ("consolidated.safetensors", open_safetensors))
+    for name, open_kind in kinds:
+        if (folder / name).exists():
+            return open_kind(folder / name)
     present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise CheckpointError(
-        f"{folder} has no weights: expected model.safetensors, consolidated.safetensors or pytorch_model.bin "
-        f"(or an index of shards), found {present}"
-    )
+    raise CheckpointError(f"{folder} has no weights: expected {', '.join(name for name, _ in kinds)}; found {present}")

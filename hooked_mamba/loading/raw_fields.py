@@ -106,9 +106,7 @@ def read_ssm_cfg(
 ) -> dict[str, Any]:
     """The fields in `ssm_cfg`; `allowed` ones must have one of the values given, `unused` ones go unread."""
     ssm_cfg = dict(config.get("ssm_cfg") or {})
-    check_known(
-        ssm_cfg, {row.theirs for row in fields} | set(allowed) | unused | {"layer"}, f"ssm_cfg of {what}"
-    )
+    check_known(ssm_cfg, {row.theirs for row in fields} | set(allowed) | unused | {"layer"}, f"ssm_cfg of {what}")
     reject(ssm_cfg, allowed, f"ssm_cfg of {what}")
     return read_fields(ssm_cfg, fields, f"ssm_cfg of {what}")
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.config import Mamba2Config, MambaConfig, SSMConfig
 from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
 
-__all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder"]
+__all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder", "format_for"]
 
 CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2"}
 
@@ -64,8 +64,8 @@ def detect(config: Mapping[str, Any]) -> Format:
     if config.get("model_type") in MODEL_TYPES:
         return FORMATS[MODEL_TYPES[config["model_type"]]]
     raise CheckpointError(
-        "this config is of no known format: expected hidden_size and model_type (transformers), d_model and "
-        f"n_layer (mamba_ssm), or dim and n_groups (params.json); got {', '.join(sorted(config)) or 'no fields'}"
+        f"this config is of no known format: it has {', '.join(sorted(config)) or 'no fields'}; expected "
+        "hidden_size and model_type (transformers), d_model and n_layer (mamba_ssm), or dim and n_groups (params.json)"
     )
 
 
@@ -121,6 +121,24 @@ def check_family(found: str, expected: str | None, name: str) -> None:
         )
 
 
-def config_family(cfg: SSMConfig) -> str:
-    """The family of one of our configs."""
-    return "mamba2" if hasattr(cfg, "head_dim") else "mamba"
+def format_for(cfg: SSMConfig, kind: str) -> Format:
+    """The format in which a model of `cfg` is written.
+
+    Parameters
+    ----------
+    cfg
+        The model's config.
+    kind
+        "hf" (transformers) or "raw" (mamba_ssm).
+
+    Raises
+    ------
+    ValueError
+        Another kind.
+    """
+    if kind not in ("hf", "raw"):
+        raise ValueError(f"no checkpoint format {kind!r}; expected 'hf' or 'raw'")
+    if isinstance(cfg, Mamba2Config):
+        return FORMATS[f"{kind}_mamba2"]
+    falcon = kind == "hf" and isinstance(cfg, MambaConfig) and cfg.mixer_norms
+    return FORMATS["hf_falcon_mamba" if falcon else f"{kind}_mamba"]

@@ -63,9 +63,7 @@ def read_fields(config: Mapping[str, Any], fields: Sequence[Field], what: str) -
     """
     absent = [row.theirs for row in fields if row.default is REQUIRED and row.theirs not in config]
     if absent:
-        raise CheckpointError(
-            f"{what} lacks {', '.join(absent)}; it has {', '.join(sorted(config)) or 'nothing'}"
-        )
+        raise CheckpointError(f"{what} lacks {', '.join(absent)}; it has {', '.join(sorted(config)) or 'nothing'}")
     return {row.ours: config.get(row.theirs, row.default) for row in fields}
 
 
@@ -88,9 +86,7 @@ def reject(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], wh
     for key, choices in allowed.items():
         if key in config and config[key] not in choices:
             expected = " or ".join(repr(choice) for choice in choices)
-            raise CheckpointError(
-                f"{what} has {key}={config[key]!r}, which is not supported; expected {expected}"
-            )
+            raise CheckpointError(f"{what} has {key}={config[key]!r}, which is not supported; expected {expected}")
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -153,9 +149,7 @@ def _getter(state: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
     return lambda: state[name]
 
 
-def to_ours_weights(
-    state: Mapping[str, Tensor], weights: Mapping[str, str | None], n_layers: int
-) -> LazyState:
+def to_ours_weights(state: Mapping[str, Tensor], weights: Mapping[str, str | None], n_layers: int) -> LazyState:
     """Tensors of a checkpoint under our names.
 
     Parameters
@@ -181,17 +175,13 @@ def to_ours_weights(
         if ours is None:
             continue
         if ours in came_from:
-            raise CheckpointError(
-                f"both {came_from[ours]!r} and {theirs!r} hold {ours!r}; expected one of them"
-            )
+            raise CheckpointError(f"both {came_from[ours]!r} and {theirs!r} hold {ours!r}; expected one of them")
         came_from[ours] = theirs
         getters[ours] = _getter(state, theirs)
     return LazyState(getters)
 
 
-def from_ours_weights(
-    state: Mapping[str, Tensor], weights: Mapping[str, str | None], n_layers: int
-) -> LazyState:
+def from_ours_weights(state: Mapping[str, Tensor], weights: Mapping[str, str | None], n_layers: int) -> LazyState:
     """The inverse of :func:`to_ours_weights`; of two names for one weight the table's first is written.
 
     Raises

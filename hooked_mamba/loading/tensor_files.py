@@ -91,9 +91,7 @@ def _check_safetensors(path: Path) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + header_bytes + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} is not a safetensors file: its header does not read ({error})"
-            ) from error
+            raise CheckpointError(f"{path} is not a safetensors file: its header does not read ({error})") from error
     if expected != size:
         state = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path} is {state}: expected {expected:,} bytes, it has {size:,}")
@@ -164,9 +162,7 @@ def open_bin(path: Path) -> LazyState:
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{path} holds a {type(state).__name__}; expected tensors by name")
         strange = [
-            str(name)
-            for name, value in state.items()
-            if not isinstance(name, str) or not isinstance(value, Tensor)
+            str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)
         ]
         if strange:
             raise CheckpointError(f"{path} holds entries that are no tensors: {some(strange)}")
@@ -185,28 +181,16 @@ def open_sharded(index: Path, open_shard: Callable[[Path], LazyState], suffix: s
         the index says.
     """
     weight_map = read_json(index).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(v, str) for v in weight_map.values())
-    ):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no `weight_map` from tensor names to file names")
     files = sorted(set(weight_map.values()))
     for name in files:
-        plain = (
-            PurePosixPath(name).name == name
-            and PureWindowsPath(name).name == name
-            and name not in ("", ".", "..")
-        )
+        plain = PurePosixPath(name).name == name and PureWindowsPath(name).name == name and name not in ("", ".", "..")
         if not plain or not name.endswith(suffix):
-            raise CheckpointError(
-                f"{index} names the shard {name!r}; expected a {suffix} file in the same folder"
-            )
+            raise CheckpointError(f"{index} names the shard {name!r}; expected a {suffix} file in the same folder")
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{index} names {len(files)} shards, of which these are not there: {some(missing)}"
-        )
+        raise CheckpointError(f"{index} names {len(files)} shards, of which these are not there: {some(missing)}")
     tensors: dict[str, Callable[[], Tensor]] = {}
     for name in files:
         shard = open_shard(index.parent / name)

@@ -58,9 +58,7 @@ def load_into(
     """
     slots = _slots(module)
     expected = {name: slot for slot in slots for name in slot.names}
-    faults = [
-        f"unexpected: {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in expected
-    ]
+    faults = [f"unexpected: {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in expected]
     sources: dict[str, _Slot] = {}
     for slot in slots:
         present = [name for name in slot.names if name in state_dict]
@@ -69,9 +67,7 @@ def load_into(
             continue
         source = state_dict[present[0]]
         if source.shape != slot.parameter.shape:
-            faults.append(
-                f"shape: {present[0]} got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}"
-            )
+            faults.append(f"shape: {present[0]} got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}")
         elif not source.dtype.is_floating_point:
             faults.append(f"dtype: {present[0]} got {source.dtype}, expected floating point")
         else:
@@ -89,8 +85,7 @@ def load_into(
         del source, copy
     if faults:
         raise CheckpointError(
-            f"the checkpoint does not fit {type(module).__name__}, {len(faults)} faults:\n  "
-            + "\n  ".join(faults)
+            f"the checkpoint does not fit {type(module).__name__}, {len(faults)} faults:\n  " + "\n  ".join(faults)
         )
     for name, slot in sources.items():
         slot.assign(copies.pop(name))
