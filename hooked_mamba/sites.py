@@ -103,9 +103,9 @@ _BLOCK_PLACES: dict[Place, str] = {
 
 ALIASES: dict[str, str] = {
     "hook_ssm_out": "hook_out_proj",  # TransformerLens
+    "hook_ssm_dt": "hook_dt_pre",  # TransformerLens: dt_proj's output, before softplus
     "hook_ssm_input": "hook_x",  # MambaLens, this and the following
-    "hook_layer_input": "norm.hook_out",
-    "hook_normalized_input": "norm.hook_normalized",
+    "hook_normalized_input": "norm.hook_out",  # its norm includes the weight
     "hook_delta": "hook_dt",
     "hook_delta_1": "hook_dt_low",
     "hook_delta_2": "hook_dt_pre",
