@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -33,6 +34,7 @@ from hooked_mamba.ops.segments import run_in_segments
 
 BACKENDS: dict[str, dict[str, str]] = {
     "selective_scan": {
+        "numba": "hooked_mamba.ops.numba_scan",
         "torch": "hooked_mamba.ops.cpu",
         "naive": "hooked_mamba.ops.naive",
     },
@@ -56,8 +58,12 @@ def _load(module: str) -> ModuleType | str:
     """Import a backend's module; the reason as text if it cannot be imported."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        return f"it cannot be imported ({error})"
+    except ModuleNotFoundError as error:
+        return f"it needs the package {error.name!r}, which is not installed"
+    except Exception as error:  # What is installed may fail in its own ways, and must not take the others along.
+        reason = f"importing it failed ({type(error).__name__}: {error})"
+        warnings.warn(f"{module} is left out: {reason}", stacklevel=2)
+        return reason
 
 
 def _refusal(module: ModuleType | str, op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
@@ -100,9 +106,7 @@ def choose(
         known_elsewhere = any(name in other for other in BACKENDS.values())
         if source == ENVIRONMENT and known_elsewhere:
             return choose(op, x, N, asked, "auto")
-        raise ValueError(
-            f"{op}: {source} is {name!r}, expected one of {', '.join(map(repr, ('auto', *table)))}"
-        )
+        raise ValueError(f"{op}: {source} is {name!r}, expected one of {', '.join(map(repr, ('auto', *table)))}")
     module = _load(table[name])
     reason = _refusal(module, op, x, N, asked)
     if reason is not None:
@@ -190,9 +194,7 @@ def selective_scan(
         return module.selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions)
     if getattr(module, "TAKES_EDITS", False):
         return module.selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions, edits=edits)
-    return run_in_segments(
-        module.selective_scan, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits
-    )
+    return run_in_segments(module.selective_scan, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits)
 
 
 def ssd(
@@ -248,9 +250,7 @@ def ssd(
     """
     op = "ssd"
     sizes: dict[str, int] = {}
-    checks.expect(
-        op, sizes, x=(x, "b l H P"), dt=(dt, "b l H"), A=(A, "H"), B=(B, "b l G N"), C=(C, "b l G N")
-    )
+    checks.expect(op, sizes, x=(x, "b l H P"), dt=(dt, "b l H"), A=(A, "H"), B=(B, "b l G N"), C=(C, "b l G N"))
     checks.expect(op, sizes, D=(D, "H"), h0=(h0, "b H P N"))
     checks.expect_length(op, sizes["l"])
     H, G, l = sizes["H"], sizes["G"], sizes["l"]
@@ -269,9 +269,7 @@ def ssd(
         return module.ssd(x, dt, A, B, C, D, h0=h0, positions=positions, chunk=chunk)
     if getattr(module, "TAKES_EDITS", False):
         return module.ssd(x, dt, A, B, C, D, h0=h0, positions=positions, chunk=chunk, edits=edits)
-    return run_in_segments(
-        module.ssd, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits, chunk=chunk
-    )
+    return run_in_segments(module.ssd, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits, chunk=chunk)
 
 
 def default_chunk(length: int, chunk: int = 64) -> int:

@@ -1,0 +1,149 @@
+"""Sixteen float32 numbers as one numba value, so that a kernel's inner loop is vector code by construction.
+
+Loops over arrays are vectorised by LLVM only if it can prove that the arrays do not overlap, which it gives up on
+when there are many of them. Values of the type `f32x16` are LLVM vectors: one AVX-512 register, two of AVX2, four of
+SSE or NEON.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_INTS = ir.VectorType(ir.IntType(32), LANES)
+
+# 2^r on [-1/2, 1/2], minimax polynomial, highest power first; relative error about 1e-8 in exact arithmetic.
+_EXP2 = (
+    1.5403530393381609954e-4,
+    1.3333558146428443423e-3,
+    9.6181291076284771619e-3,
+    5.5504108664821579953e-2,
+    2.4022650695910071233e-1,
+    6.9314718055994530942e-1,
+    1.0,
+)
+
+
+class _F32x16(types.Type):
+    def __init__(self):
+        super().__init__(name="f32x16")
+
+
+f32x16 = _F32x16()
+
+
+@register_model(_F32x16)
+class _F32x16Model(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _FLOATS)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [ir.Constant(ir.FloatType(), value)] * LANES)
+
+
+def _int_constant(value: int) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(ir.IntType(32), value)] * LANES)
+
+
+def _llvm(builder, name, *args):
+    """Call LLVM's vector intrinsic of that name."""
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
+    return builder.call(function, args)
+
+
+def _pointer(context, builder, array_type, array, offset):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), _FLOATS.as_pointer())
+
+
+@intrinsic
+def load(typingctx, array, offset):
+    """The 16 numbers at array.ravel()[offset:], of a contiguous float32 array."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_pointer(context, builder, signature.args[0], *args), align=4)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, offset, value):
+    """Write 16 numbers to array.ravel()[offset:]."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _pointer(context, builder, signature.args[0], *args[:2]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+@intrinsic
+def splat(typingctx, number):
+    """One number in all lanes."""
+
+    def codegen(context, builder, signature, args):
+        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), _int_constant(0))
+
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def mul(typingctx, a, b):
+    """a b"""
+
+    def codegen(context, builder, signature, args):
+        return builder.fmul(*args)
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a b + c, rounded once where the processor can."""
+
+    def codegen(context, builder, signature, args):
+        return _llvm(builder, "fmuladd", *args)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def total(typingctx, a):
+    """Sum over the lanes, halves onto halves."""
+
+    def codegen(context, builder, signature, args):
+        value, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [(i + width) % LANES for i in range(LANES)])
+            value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def exp2(typingctx, a):
+    """2^a to about 1e-7; a is first held inside [-126, 127], and 2^0 is 1 exactly."""
+
+    def codegen(context, builder, signature, args):
+        low, high = _constant(-126.0), _constant(127.0)
+        a = args[0]
+        a = builder.select(builder.fcmp_ordered(">", a, low), a, low)
+        a = builder.select(builder.fcmp_ordered("<", a, high), a, high)
+        whole = _llvm(builder, "nearbyint", a)
+        rest = builder.fsub(a, whole)
+        value = _constant(_EXP2[0])
+        for coefficient in _EXP2[1:]:
+            value = _llvm(builder, "fmuladd", value, rest, _constant(coefficient))
+        # Times 2^whole: add to the exponent's bits.
+        exponent = builder.shl(builder.fptosi(whole, _INTS), _int_constant(23))
+        return builder.bitcast(builder.add(builder.bitcast(value, _INTS), exponent), _FLOATS)
+
+    return f32x16(f32x16), codegen

@@ -1,0 +1,170 @@
+"""The selective scan of Mamba-1 through numba: one pass, no tensor of shape b l E N, float32 on the CPU.
+
+The equations are those of `hooked_mamba.ops.cpu`; the kernels are in `hooked_mamba.ops.numba_kernels`. They are
+compiled at their first call and kept on disk. As many threads share the channels as torch would use.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.ops import numba_kernels as kernels
+from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.ops.numba_lanes import LANES
+from hooked_mamba.ops.precision import to_state_dtype
+from hooked_mamba.ops.step import selective_step
+
+WORTH_A_THREAD = 1 << 18
+"""State updates (b l E N) below which a further thread costs more than it saves."""
+
+
+def why_not(op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
+    """Refuses what is not on the CPU, and float64."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and x is on {x.device}"
+    if x.dtype == torch.float64:
+        return "it computes in float32 and x is float64"
+    return _broken()
+
+
+@cache
+def _broken() -> str | None:
+    """Try the forward kernel once: a version of numba that does not fit shows here, at compilation."""
+    x = torch.zeros(1, 2, LANES)
+    A, B, D = torch.zeros(LANES, 1), x[..., :1], x[0, 0]
+    try:
+        _SelectiveScan.apply(x, x, A, B, B, D, None, None, LANES)
+    except Exception as error:
+        reason = f"numba failed to compile it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        warnings.warn(f"the numba scan is left out: {reason}", stacklevel=2)
+        return reason
+    return None
+
+
+def selective_scan(
+    x: Float[Tensor, "b l E"],
+    dt: Float[Tensor, "b l E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "b l N"],
+    C: Float[Tensor, "b l N"],
+    D: Float[Tensor, " E"] | None,
+    *,
+    h0: Float[Tensor, "b E N"] | None,
+    positions: tuple[int, ...] | None,
+) -> ScanOut:
+    """The fused scan; see `hooked_mamba.ops.selective_scan`."""
+    if x.shape[1] == 1:
+        return selective_step(x, dt, A, B, C, D, h0, positions is not None)
+    dtype = x.dtype
+    x, dt, A, B, C, D, h0 = to_state_dtype(x, dt, A, B, C, D, h0)
+    E = x.shape[2]
+    missing = -E % LANES
+    if missing:
+        x, dt, D = (None if t is None else F.pad(t, (0, missing)) for t in (x, dt, D))
+        A = F.pad(A, (0, 0, 0, missing))
+    D = x.new_zeros(E + missing) if D is None else D
+    y, h_last, states = _SelectiveScan.apply(x, dt, A, B, C, D, h0, positions, E)
+    return ScanOut((y[..., :E] if missing else y).to(dtype), h_last, states)
+
+
+def _packed(t: Tensor, E: int) -> Tensor:
+    """[b] E N as [b] V N 16, a copy."""
+    missing = -t.shape[-2] % LANES
+    t = F.pad(t, (0, 0, 0, missing)) if missing else t
+    return t.unflatten(-2, (-1, LANES)).transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+
+
+def _unpacked(t: Tensor, E: int) -> Tensor:
+    """[b] V N 16 as [b] E N, without the padding of E."""
+    return t.transpose(-1, -2).flatten(-3, -2)[..., :E, :].contiguous()
+
+
+def _empty() -> Tensor:
+    return torch.empty(0, 0, 0, 0)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """x, dt, A, D have E padded to a multiple of 16; h0, h_last and states have the true E."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, h0, positions, E):
+        b, l, padded = x.shape
+        N = A.shape[1]
+        x, dt, B, C, D = (t.contiguous() for t in (x, dt, B, C, D))
+        A = _packed(A, padded)
+        V = A.shape[0]
+        h = x.new_zeros(b, V, N, LANES) if h0 is None else _packed(h0, E)
+        y = torch.empty_like(x)
+        ctx.full = any(ctx.needs_input_grad[1:6])
+        starts = x.new_empty(b, -(-l // kernels.T), V, N * LANES) if ctx.full else _empty()
+        states = _empty() if positions is None else x.new_empty(b, len(positions), E, N)
+        at = np.array(positions or (), np.int64)
+        _share(kernels.forward, b * V, b * l * padded * N, _arrays(x, dt, A, B, C, D, h, y, starts, states), at, ())
+        ctx.positions, ctx.E, ctx.N = at, E, N
+        ctx.save_for_backward(x if ctx.full else None, dt, A, B, C, D, starts)
+        ctx.set_materialize_grads(False)
+        return y, _unpacked(h, E), None if positions is None else states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh_last, dstates):
+        x, dt, A, B, C, D, starts = ctx.saved_tensors
+        b, l, padded = dt.shape
+        V, N = A.shape[:2]
+        dy = torch.zeros_like(dt) if dy is None else dy.contiguous()
+        g = dt.new_zeros(b, V, N, LANES) if dh_last is None else _packed(dh_last, ctx.E)
+        at = ctx.positions if dstates is not None else np.empty(0, np.int64)
+        dstates = _empty() if dstates is None else dstates.contiguous()
+        work = b * l * padded * N
+        dx = torch.empty_like(dt)
+        if not ctx.full:
+            _share(kernels.adjoint, b * V, work, _arrays(dt, A, B, C, D, dy, g, dstates), at, _arrays(dx))
+            return dx, None, None, None, None, None, _h0_grad(ctx, g), None, None
+        ddt = torch.empty_like(dt)
+        dA, dD = dt.new_zeros(b, V, N, LANES), dt.new_zeros(b, padded)
+        threads = _threads(b * V, work)
+        dB, dC = dt.new_zeros(threads, b, l, N), dt.new_zeros(threads, b, l, N)
+        inputs = _arrays(x, dt, A, B, C, D, starts, dy, g, dstates)
+        shares = [_arrays(dx, ddt, dA, dB[i], dC[i], dD) for i in range(threads)]
+        _share(kernels.backward, b * V, work, inputs, at, *shares)
+        dA = _unpacked(dA.sum(0), padded)
+        return dx, ddt, dA, dB.sum(0), dC.sum(0), dD.sum(0), _h0_grad(ctx, g), None, None
+
+
+def _h0_grad(ctx, g: Tensor) -> Tensor | None:
+    return _unpacked(g, ctx.E) if ctx.needs_input_grad[6] else None
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    return tuple(t.detach().numpy() for t in tensors)
+
+
+def _threads(units: int, work: int) -> int:
+    return max(1, min(torch.get_num_threads(), units, work // WORTH_A_THREAD))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked child has none of its parent's, so it makes its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="hooked-mamba-scan")
+
+
+def _share(kernel: Callable, units: int, work: int, before: tuple, at: np.ndarray, *after: tuple) -> None:
+    """Run kernel(*before, at, *after[i], lo, hi) over all units, thread i with its own `after`, or the only one."""
+    threads = _threads(units, work)
+    cuts = [units * i // threads for i in range(threads + 1)]
+    calls = [(*before, at, *after[i % len(after)], *cuts[i : i + 2]) for i in range(threads)]
+    others = [_pool(os.getpid(), threads - 1).submit(kernel, *call) for call in calls[1:]]
+    kernel(*calls[0])
+    for other in others:
+        other.result()
