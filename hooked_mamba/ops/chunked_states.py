@@ -77,9 +77,7 @@ class _AllStates(torch.autograd.Function):
         need_u, need_a, need_B, need_h0 = ctx.needs_input_grad
         b, l, H, P = u.shape
         G, N = B.shape[2:]
-        du, da, dB = (
-            torch.zeros_like(t) if needed else None for t, needed in ((u, need_u), (a, need_a), (B, need_B))
-        )
+        du, da, dB = (torch.zeros_like(t) if needed else None for t, needed in ((u, need_u), (a, need_a), (B, need_B)))
         g = u.new_zeros(b, H, P, N)
         grouped = g.view(b, G, -1, N)
         for t in reversed(range(l)):
