@@ -184,7 +184,8 @@ def markdown_table() -> str:
     lines = ["| site | Mamba-1 | Mamba-2 | what it is |", "|---|---|---|---|"]
     for row in SITES:
         prefix = "" if row.place == "top" else "ln_final." if row.place == "ln_final" else _prefix(row.place)
-        lazy = " *(only while something sits on it)*" if row.lazy else ""
+        families = "in Mamba-1 " if row.lazy == ("mamba",) else ""
+        lazy = f" *({families}only while something sits on it)*" if row.lazy else ""
         shapes = [shape.replace("Gn", "G") if shape else "–" for shape in (row.mamba, row.mamba2)]
         lines.append(f"| `{prefix}{row.name}` | {shapes[0]} | {shapes[1]} | {row.text}{lazy} |")
     return "\n".join(lines)

@@ -1,0 +1,33 @@
+# Every target is one line over pip, pytest and the packages' own commands: without make, type that line.
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all bench lint format
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+install: .venv/.installed ## make .venv with everything the other targets need
+
+demo: .venv/.installed ## look inside the bundled model; writes out/tour.html (offline)
+	$(RUN) demos.tour
+
+test: .venv/.installed ## the tests, without those that take minutes
+	$(RUN) pytest
+
+test-all: .venv/.installed ## the slow tests as well
+	$(RUN) pytest -m "not gpu and not peer"
+
+lint: .venv/.installed ## formatting and lint rules
+	$(RUN) ruff format --check . && $(RUN) ruff check .
+
+format: .venv/.installed ## rewrite the code as `make lint` wants it
+	$(RUN) ruff format . && $(RUN) ruff check --fix .
+
+# torch first and alone: a wheel without CUDA that pip already knows of is taken as it is.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
