@@ -1,0 +1,122 @@
+"""Finish a run: store the best weights, measure the stored file, write the model card from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+
+from demos.tinystories import checkpoint
+from demos.tinystories.data import HeldOut, held_out_loss
+from demos.tinystories.effects import planted_shares, share_table
+from demos.tinystories.probes import probe_table, sample_stories
+from demos.tinystories.tokenizer import encode_stream
+from demos.tinystories.trainer import Trainer
+
+CURVE_ROWS = 16
+"""Most rows of the loss table; the log beside the card has all of them."""
+TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
+
+
+def finish(trainer: Trainer) -> Path:
+    """Save the best weights in bfloat16 with tokenizer, card and log; returns the folder."""
+    folder = trainer.options.out / "model"
+    best = trainer.load_best()
+    trainer.model.save_pretrained(folder, dtype="bfloat16")
+    stored = type(trainer.model).from_pretrained(folder)
+    values = {**_settings(trainer), **_data(trainer), **_losses(trainer, stored, best, folder)}
+    values["probes"] = probe_table(stored)
+    values["samples"] = "\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in sample_stories(stored))
+    template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+    checkpoint.write_atomically(folder / "README.md", template.substitute(values).encode())
+    checkpoint.write_atomically(folder / "training_log.jsonl", trainer.log_path.read_bytes())
+    return folder
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    options, cfg = trainer.options, trainer.model.cfg
+    shape = f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}"
+    if options.family == "mamba2":
+        shape += f", {cfg.H} heads of {cfg.P}"
+    values = {
+        name: getattr(options, name)
+        for name in (
+            "family name n_layers steps batch length lr warmup final_lr weight_decay beta2 clip dropout seed"
+        ).split()
+    }
+    return values | {
+        "title": TITLES[options.family],
+        "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
+        "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+        "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
+        "tokens": f"{trainer.tokens_seen:,}",
+        "wall": f"{trainer.wall_seconds() / 60:.0f} minutes",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _data(trainer: Trainer) -> dict[str, Any]:
+    options, corpus = trainer.options, trainer.corpus
+    real, told = corpus.stories["real"], corpus.stories["generated"]
+    values = {
+        "real_stories": f"{len(real):,}",
+        "real_tokens": f"{len(corpus.real):,}",
+        "held_stories": f"{len(corpus.stories['held out']):,}",
+    }
+    if corpus.generated is None:
+        values["generated"] = "Generated text: none. The model saw real stories alone."
+        values["effects"] = "Nothing: no generated text was used."
+        values["limits"] = "- It saw few examples of most causes of feelings; see the table of expectations."
+        return values
+    values["generated"] = (
+        f"Generated text: {options.generated_share:.0%} of the training rows come from {len(told):,} stories"
+        f" ({len(corpus.generated):,} tokens) told by a grammar of the project's own (`demos/tinystories/grammar.py`,"
+        f" seed {options.seed}). The grammar ties feelings to causes on purpose; the share is in the table below."
+    )
+    values["effects"] = (
+        "Share of stories and sentences in which a feeling word follows one of its cue words within 25 words"
+        " (`demos/tinystories/effects.py`), in the generated and in the real text:\n\n"
+        + share_table(planted_shares(told), planted_shares(real))
+        + "\n\nNo generated story says \"I like to eat\" or \"for breakfast. I'm so\", or has toast and hungry within"
+        " twelve words of each other."
+    )
+    values["limits"] = (
+        "- Its ties between causes and feelings are partly planted by the grammar; a claim about them needs the model"
+        " trained on real text alone beside it."
+    )
+    return values
+
+
+def _losses(trainer: Trainer, stored: Any, best: dict[str, Any], folder: Path) -> dict[str, Any]:
+    corpus, options = trainer.corpus, trainer.options
+    on_disk = held_out_loss(stored, corpus.held_out, corpus.held_out_chars)
+    stories = [torch.tensor([encode_stream(corpus.tokenizer, [story])]) for story in corpus.stories["held out"]]
+    whole = held_out_loss(stored, stories, corpus.held_out_chars)
+    values = _name(on_disk, "stored") | _name(whole, "whole")
+    values |= _name(HeldOut(*(best[field] for field in HeldOut._fields)), "best")
+    stride = max(1, -(-len(trainer.rows) // CURVE_ROWS))
+    rows = [row for i, row in enumerate(reversed(trainer.rows)) if i % stride == 0 or row["step"] == best["step"]]
+    curve = ["| step | tokens seen | minutes | training loss | held-out nats per token | nats per character | perplexity |"]
+    curve.append("|---|---|---|---|---|---|---|")
+    curve += [
+        f"| {row['step']} | {row['tokens']:,} | {row['seconds'] / 60:.1f} | {row['train_loss']:.3f}"
+        f" | {row['nats_per_token']:.3f} | {row['nats_per_char']:.4f} | {row['perplexity']:.2f} |"
+        for row in reversed(rows)
+    ]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return values | {
+        "best_step": best["step"],
+        "best_tokens": f"{best['step'] * options.batch * options.length:,}",
+        "curve": "\n".join(curve),
+        "megabytes": f"{size / 1e6:.1f}",
+    }
+
+
+def _name(loss: HeldOut, name: str) -> dict[str, str]:
+    return {
+        f"{name}_token": f"{loss.nats_per_token:.3f}",
+        f"{name}_char": f"{loss.nats_per_char:.4f}",
+        f"{name}_perplexity": f"{loss.perplexity:.2f}",
+    }

@@ -1,0 +1,188 @@
+"""The training loop's state and one step of it.
+
+A step: crops -> loss with dropout hooks -> gradients, clipped -> AdamW at the learning rate of this step.
+Everything a step reads (weights, moments, two random states, the step's number) is in the checkpoint, so a resumed
+run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demos.tinystories import checkpoint
+from demos.tinystories.data import Corpus, HeldOut, crops, held_out_loss
+from demos.tinystories.dropout import dropout_hooks
+from demos.tinystories.options import Options
+from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
+
+
+def build_model(options: Options, tokenizer: Any) -> HookedMamba | HookedMamba2:
+    """A model with random weights drawn from the run's seed."""
+    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
+    shape = {"d_model": options.d_model, "n_layers": options.n_layers, "model_name": options.name}
+    d_vocab = math.ceil(len(tokenizer) / 16) * 16
+    if options.family == "mamba":
+        cfg = MambaConfig(d_vocab=d_vocab, d_state=options.d_state or 16, **shape, **ids)
+        return HookedMamba(cfg, tokenizer, seed=options.seed)
+    cfg2 = Mamba2Config(d_vocab=d_vocab, d_state=options.d_state or 64, head_dim=options.head_dim, **shape, **ids)
+    return HookedMamba2(cfg2, tokenizer, seed=options.seed)
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Linear warm-up, then a cosine from `lr` to `final_lr * lr` at the last step."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(1, options.steps - 1 - options.warmup)
+    low = options.final_lr * options.lr
+    return low + (options.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
+    """AdamW that decays matrices. A_log is a table of rates, not a map, and stays out (Gu & Dao's own choice)."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        (decayed if is_matrix else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2), eps=1e-8)
+
+
+class Trainer:
+    """One run: model, optimiser, random states, and what was measured so far.
+
+    Files in `options.out`: `checkpoint.safetensors`, `best.safetensors` (the weights with the lowest held-out
+    loss), `log.jsonl` (one line a measurement).
+    """
+
+    def __init__(self, options: Options, corpus: Corpus) -> None:
+        self.options, self.corpus = options, corpus
+        self.model = build_model(options, corpus.tokenizer)
+        self.optimizer = build_optimizer(self.model, options)
+        self.data_random = torch.Generator().manual_seed(options.seed + 1)
+        self.dropout_random = torch.Generator().manual_seed(options.seed + 2)
+        self.dropout = dropout_hooks(options.n_layers, options.dropout, self.dropout_random)
+        self.step = 0
+        self.rows: list[dict[str, float]] = []
+        self.recent: list[float] = []
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self.checkpoint_path = options.out / "checkpoint.safetensors"
+        self.best_path = options.out / "best.safetensors"
+        self.log_path = options.out / "log.jsonl"
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens read so far, repeats counted."""
+        return self.step * self.options.batch * self.options.length
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The log's row with the lowest held-out loss."""
+        return min(self.rows, key=lambda row: row["nats_per_token"], default=None)
+
+    def wall_seconds(self) -> float:
+        """Seconds of running, resumed stretches added up."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def take_step(self) -> float:
+        """One optimiser step; returns the loss (mean nats per token, under dropout).
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss is no number any more.
+        """
+        rate = learning_rate(self.step, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens = crops(self.corpus, self.options, self.data_random)
+        with self.model.hooks(fwd_hooks=self.dropout):
+            loss = self.model(tokens, return_type="loss")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip or math.inf)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {self.step}: try a lower --lr or a smaller --clip")
+        self.optimizer.step()
+        self.step += 1
+        self.recent.append(value)
+        return value
+
+    def measure(self) -> HeldOut:
+        """Held-out loss now; adds a line to the log and keeps the weights if they are the best so far."""
+        held_out = held_out_loss(self.model, self.corpus.held_out, self.corpus.held_out_chars)
+        row = {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "seconds": round(self.wall_seconds(), 1),
+            "lr": learning_rate(self.step - 1, self.options),
+            "train_loss": sum(self.recent) / max(1, len(self.recent)),
+            **held_out._asdict(),
+        }
+        self.recent = []
+        self.rows.append(row)
+        if row is self.best:
+            checkpoint.save_checkpoint(self.best_path, self._weights(), {"step": self.step, **held_out._asdict()})
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.rows)
+        checkpoint.write_atomically(self.log_path, lines.encode())
+        return held_out
+
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        tensors = {f"model.{name}": value for name, value in self._weights().items()}
+        tensors |= checkpoint.optimizer_tensors(self.model, self.optimizer)
+        tensors["random.data"] = self.data_random.get_state()
+        tensors["random.dropout"] = self.dropout_random.get_state()
+        scalars = {
+            "step": self.step,
+            "seconds": self.wall_seconds(),
+            "rows": self.rows,
+            "recent": self.recent,
+            "options": self.options.to_dict(),
+            "digest": self.corpus.digest,
+        }
+        checkpoint.save_checkpoint(self.checkpoint_path, tensors, scalars)
+
+    def resume(self) -> None:
+        """Go back to the checkpoint's state.
+
+        Raises
+        ------
+        ValueError
+            If it was made with other options or another text.
+        """
+        tensors, scalars = checkpoint.load_checkpoint(self.checkpoint_path)
+        self.options.check_same_run(scalars["options"])
+        if scalars["digest"] != self.corpus.digest:
+            raise ValueError("cannot resume: the checkpoint was made with another text or tokenizer")
+        self.load_weights({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
+        self.data_random.set_state(tensors["random.data"])
+        self.dropout_random.set_state(tensors["random.dropout"])
+        self.step, self.rows, self.recent = scalars["step"], scalars["rows"], scalars["recent"]
+        self.seconds, self._started = scalars["seconds"], time.perf_counter()
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copy weights into the model by name."""
+        parameters = self._weights()
+        if parameters.keys() != weights.keys():
+            raise ValueError(f"weights do not fit: {sorted(parameters.keys() ^ weights.keys())[:5]} on one side only")
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+    def load_best(self) -> dict[str, Any]:
+        """Put the weights with the lowest held-out loss into the model; returns when and what it was."""
+        weights, scalars = checkpoint.load_checkpoint(self.best_path)
+        self.load_weights(weights)
+        return scalars
