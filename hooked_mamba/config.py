@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound="SSMConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class SSMConfig:
     """State size N: numbers of memory per channel."""
     d_conv: int = 4
     """Taps K of the causal depthwise convolution."""
-    expand: float = 2
+    expand: int | float = 2
     """Inner width E as a multiple of d_model, unless `d_inner` is given."""
     d_inner: int | None = None
     """Inner width E. None: int(expand * d_model)."""
@@ -71,7 +73,7 @@ class SSMConfig:
             raise ValueError(f"expected 0 < dt_min <= dt_max, got dt_min={self.dt_min}, dt_max={self.dt_max}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """Build from a plain mapping; an unknown key is an error that names the nearest field."""
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:

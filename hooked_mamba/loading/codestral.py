@@ -50,9 +50,7 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     raw["ssm_cfg"] = {"layer": "Mamba2", "ngroups": raw.pop("ngroups")}
     names = {name: name.removeprefix(PREFIX) for name in state_dict}
     if len(set(names.values())) < len(names):
-        raise CheckpointError(
-            f"tensors appear both with and without the prefix {PREFIX!r}; expected one of the two"
-        )
+        raise CheckpointError(f"tensors appear both with and without the prefix {PREFIX!r}; expected one of the two")
     return raw_mamba2.to_ours(raw, LazyState.of(state_dict).renamed(names))
 
 
@@ -68,9 +66,7 @@ def from_ours(cfg: Mamba2Config, state_dict: Mapping[str, Tensor]) -> tuple[dict
     ssm_cfg = raw.pop("ssm_cfg")
     extra = set(ssm_cfg) - {"layer", "ngroups"}
     if extra:
-        raise CheckpointError(
-            f"params.json has no field for {', '.join(sorted(extra))}; save as 'raw' or 'hf' instead"
-        )
+        raise CheckpointError(f"params.json has no field for {', '.join(sorted(extra))}; save as 'raw' or 'hf' instead")
     raw["ngroups"] = cfg.n_groups
     config = {row.theirs: raw[row.ours] for row in FIELDS if row.default is REQUIRED or row.ours in raw}
     return config | {"model_type": "mamba"}, state.renamed({name: PREFIX + name for name in state})

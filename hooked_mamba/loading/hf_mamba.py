@@ -75,9 +75,7 @@ def from_ours(cfg: MambaConfig, state_dict: Mapping[str, Tensor]) -> tuple[dict[
         What this family of transformers cannot express: Falcon's norms, a broken multiple of d_model.
     """
     if cfg.mixer_norms:
-        raise CheckpointError(
-            "mixer_norms=True is a Falcon-Mamba; expected mixer_norms=False for this format"
-        )
+        raise CheckpointError("mixer_norms=True is a Falcon-Mamba; expected mixer_norms=False for this format")
     config = write_fields(cfg, FIELDS) | {
         "expand": integer_expand(cfg),
         "hidden_act": "silu",

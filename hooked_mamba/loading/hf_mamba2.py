@@ -67,7 +67,7 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     """
     refuse_unsupported(config, "this Mamba-2 config")
     values = read_fields(config, FIELDS, "this Mamba-2 config")
-    values["dt_limit"] = tuple(values["dt_limit"] or UNBOUNDED)
+    values["dt_limit"] = tuple(map(float, values["dt_limit"] or UNBOUNDED))
     values["eos_token_id"] = single_token(values["eos_token_id"])
     cfg = Mamba2Config(**values)
     heads = config.get("num_heads", 128)

@@ -69,13 +69,9 @@ def from_ours(cfg: MambaConfig, state_dict: Mapping[str, Tensor]) -> tuple[dict[
     if cfg.mixer_norms:
         raise CheckpointError("mamba_ssm has no norms inside Mamba-1; expected mixer_norms=False")
     if int(cfg.expand * cfg.d_model) != cfg.E:
-        raise CheckpointError(
-            f"mamba_ssm takes int(expand * d_model) as inner width; expected that, got {cfg.E}"
-        )
+        raise CheckpointError(f"mamba_ssm takes int(expand * d_model) as inner width; expected that, got {cfg.E}")
     ssm_cfg = non_default(cfg, SSM_FIELDS)
     if math.ceil(cfg.d_model / 16) == cfg.R:
         ssm_cfg.pop("dt_rank", None)
-    state = from_ours_weights(
-        repeat_tied(LazyState.of(state_dict), cfg.tie_embeddings), WEIGHTS, cfg.n_layers
-    )
+    state = from_ours_weights(repeat_tied(LazyState.of(state_dict), cfg.tie_embeddings), WEIGHTS, cfg.n_layers)
     return write_top(cfg, ssm_cfg), state

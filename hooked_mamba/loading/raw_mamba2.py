@@ -65,6 +65,8 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     values = read_top(config, what) | read_ssm_cfg(config, SSM_FIELDS, ALLOWED, UNUSED, what)
     ssm_cfg = config.get("ssm_cfg") or {}
     reject(ssm_cfg, {"layer": ("Mamba2",)}, f"ssm_cfg of {what}")
+    for name in ("dt_limit", "A_init_range"):
+        values[name] = tuple(map(float, values[name]))  # lists in JSON
     cfg = Mamba2Config(**values, norm_eps=NORM_EPS)
     reject(ssm_cfg, {"d_ssm": (None, cfg.E)}, f"ssm_cfg of {what}")
     state = to_ours_weights(state_dict, WEIGHTS, cfg.n_layers)
@@ -99,16 +101,10 @@ def from_ours(cfg: Mamba2Config, state_dict: Mapping[str, Tensor]) -> tuple[dict
         What mamba_ssm cannot express: another eps or another grouping of the gated norm, another inner width.
     """
     if cfg.norm_groups != cfg.n_groups:
-        raise CheckpointError(
-            f"mamba_ssm norms per group: expected norm_groups={cfg.n_groups}, got {cfg.norm_groups}"
-        )
+        raise CheckpointError(f"mamba_ssm norms per group: expected norm_groups={cfg.n_groups}, got {cfg.norm_groups}")
     if cfg.norm_eps != NORM_EPS:
-        raise CheckpointError(
-            f"mamba_ssm has norm_eps={NORM_EPS} built in; expected that, got {cfg.norm_eps}"
-        )
+        raise CheckpointError(f"mamba_ssm has norm_eps={NORM_EPS} built in; expected that, got {cfg.norm_eps}")
     if cfg.expand * cfg.d_model != cfg.E:
         raise CheckpointError(f"mamba_ssm takes expand * d_model as inner width; expected that, got {cfg.E}")
-    state = from_ours_weights(
-        repeat_tied(LazyState.of(state_dict), cfg.tie_embeddings), WEIGHTS, cfg.n_layers
-    )
+    state = from_ours_weights(repeat_tied(LazyState.of(state_dict), cfg.tie_embeddings), WEIGHTS, cfg.n_layers)
     return write_top(cfg, {"layer": "Mamba2"} | non_default(cfg, SSM_FIELDS)), state
