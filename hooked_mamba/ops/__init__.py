@@ -34,6 +34,7 @@ from hooked_mamba.ops.segments import run_in_segments
 
 BACKENDS: dict[str, dict[str, str]] = {
     "selective_scan": {
+        "triton": "hooked_mamba.ops.triton",
         "numba": "hooked_mamba.ops.numba_scan",
         "torch": "hooked_mamba.ops.cpu",
         "naive": "hooked_mamba.ops.naive",
@@ -43,6 +44,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "naive": "hooked_mamba.ops.naive",
     },
     "linear_scan": {
+        "triton": "hooked_mamba.ops.triton",
         "torch": "hooked_mamba.ops.linear",
         "naive": "hooked_mamba.ops.naive",
     },

@@ -1,0 +1,225 @@
+"""The selective scan of Mamba-1 on a GPU: which kernels run, with what, in forward and backward.
+
+Forward: one kernel, or three if the channels alone do not fill the device (see `mamba1_forward`).
+Backward: the adjoint alone if only x, h0 or additive edits need a gradient; else the adjoint entering each chunk, then
+all gradients. A backward costs no memory between forward and backward beyond one state per 64 positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.ops.interface import ScanOut, StateEdits
+from hooked_mamba.ops.triton.join_chunks import join_chunks
+from hooked_mamba.ops.triton.launch import Blocks, Events, cut, multiprocessors, on_device, row_major
+from hooked_mamba.ops.triton.mamba1_adjoint import mamba1_adjoint
+from hooked_mamba.ops.triton.mamba1_backward import mamba1_backward
+from hooked_mamba.ops.triton.mamba1_forward import mamba1_forward
+
+CHUNK = 64
+"""Positions between the states kept for the backward."""
+T_WALK, T_BACKWARD = 8, 4
+"""Positions unrolled by the kernels that walk once, and by the backward, which keeps that many states in registers."""
+LANE_STATES_BACKWARD = 512
+"""Numbers of the state per program (one warp) in the backward."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a call that is not a tensor."""
+
+    events: Events
+    dense: bool
+    """States at every position."""
+
+    def blocks(self, x: Tensor, T: int) -> Blocks:
+        """Cut the sequence; with events all kernels must cut alike, so that chunks begin at the same positions."""
+        if self.events.edits or self.events.saves:
+            T = T_BACKWARD
+        return cut(x.shape[1], T, CHUNK // T, self.events, x.device)
+
+
+def selective_scan(
+    x: Float[Tensor, "b l E"],
+    dt: Float[Tensor, "b l E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "b l N"],
+    C: Float[Tensor, "b l N"],
+    D: Float[Tensor, " E"] | None,
+    *,
+    h0: Float[Tensor, "b E N"] | None,
+    positions: tuple[int, ...] | None,
+    edits: StateEdits | None = None,
+) -> ScanOut:
+    """The scan of Mamba-1; see `hooked_mamba.ops.selective_scan`."""
+    b, l, E = x.shape
+    N = A.shape[1]
+    A, B, C, D, h0 = (None if t is None else t.float() for t in (A, B, C, D, h0))
+    padding = triton.next_power_of_2(N) - N
+    scale = add = None
+    if edits is not None:
+        full = (b, len(edits.at), E, N)
+        scale, add = (None if t is None else t.float().expand(full) for t in edits[1:])
+    if padding:  # states that nothing enters (B = 0) and nothing reads (C = 0)
+        A, B, C, h0, scale, add = (None if t is None else F.pad(t, (0, padding)) for t in (A, B, C, h0, scale, add))
+    dense = positions is not None and len(positions) == l
+    plan = Plan(Events(() if edits is None else tuple(edits.at), () if dense else positions or ()), dense)
+    y, h_last, states = _SelectiveScan.apply(x, dt, A, B, C, D, h0, scale, add, plan)
+    if padding:
+        h_last = h_last[..., :N]
+        states = None if states is None else states[..., :N]
+    return ScanOut(y, h_last, states)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """A, B, C, D, h0, scale and add are float32, N is a power of two."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, h0, scale, add, plan):
+        x, dt = row_major(x), row_major(dt)
+        A, B, C, D, h0, scale, add = (None if t is None else t.contiguous() for t in (A, B, C, D, h0, scale, add))
+        needs = ctx.needs_input_grad
+        y, h_last, states, starts = _forward(x, dt, A, B, C, D, h0, scale, add, plan, keep_starts=_needs_states(needs))
+        ctx.save_for_backward(x, dt, A, B, C, D, scale, add, starts)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return y, h_last, states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh_last, dstates):
+        x, dt, A, B, C, D, scale, add, starts = ctx.saved_tensors
+        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy.contiguous()
+        dh_last, dstates = (None if g is None else g.contiguous() for g in (dh_last, dstates))
+        needs = ctx.needs_input_grad
+        if _needs_states(needs):
+            grads = _backward(x, dt, A, B, C, D, scale, add, starts, dy, dh_last, dstates, ctx.plan)
+        else:
+            dx, dh0, dadd = _adjoint(x, dt, A, B, C, D, scale, dy, dh_last, dstates, ctx.plan, needs[8])
+            grads = (dx, None, None, None, None, None, dh0, None, dadd)
+        return (*(g if needed else None for g, needed in zip(grads, needs, strict=False)), None)
+
+
+def _needs_states(needs: tuple[bool, ...]) -> bool:
+    """Does a gradient depend on the states: that to dt, A, B, C, D or the scale of an edit?"""
+    return any(needs[1:6]) or needs[7]
+
+
+def _channels(columns_to_fill: int, E: int, N: int, device: torch.device) -> tuple[int, bool]:
+    """Channels per program of a walk, and whether chunks must be shared out to fill the device.
+
+    A program is one warp with 4 or 8 numbers of the state per lane; a device wants about 12 warps per multiprocessor
+    of a walk along the whole sequence, and below 4 it is better to walk twice, chunk by chunk.
+    """
+    warps = 4 * multiprocessors(device)
+    few, many = max(1, min(64, 128 // N)), max(1, min(64, 256 // N))
+    if columns_to_fill * triton.cdiv(E, many) >= 3 * warps:
+        return many, False
+    if columns_to_fill * triton.cdiv(E, few) >= warps:
+        return few, False
+    return many, True
+
+
+def _forward(x, dt, A, B, C, D, h0, scale, add, plan, keep_starts):
+    b, l, E = x.shape
+    N = A.shape[1]
+    blocks = plan.blocks(x, T_WALK)
+    BE, split = _channels(b, E, N, x.device)
+    split = split and blocks.chunks > 1
+    n_edits, n_saves = len(plan.events.edits), l if plan.dense else len(plan.events.saves)
+    y = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
+    h_last = A.new_empty(b, E, N)
+    states = A.new_empty(b, n_saves, E, N) if n_saves else None
+    sizes = (l, blocks.count, blocks.chunks, blocks.per_chunk, n_edits, n_saves)
+    shape = {"E": E, "N": N, "x_row": x.stride(1), "dt_row": dt.stride(1), "BE": BE}
+    options = shape | {"T": blocks.T, "EVEN": blocks.even, "SPLIT": split, "num_warps": 1}
+    grid = (triton.cdiv(E, BE) * b * (blocks.chunks if split else 1),)
+    entering, kept = h0, None
+    with on_device(x):
+        if split:
+            part, decay = A.new_empty(b, blocks.chunks, E, N), A.new_empty(b, blocks.chunks, E, N)
+            mamba1_forward[grid](
+                x, dt, A, B, C, D, None, scale, add, blocks.table, None, None, part, decay, None, *sizes,
+                READ_OUT=False, DENSE=False, **options,
+            )  # fmt: skip
+            entering, _ = join_chunks(decay, part, h0)
+        elif keep_starts:
+            kept = A.new_empty(b, blocks.chunks, E, N)
+        mamba1_forward[grid](
+            x, dt, A, B, C, D, entering, scale, add, blocks.table, y, kept, h_last, None, states, *sizes,
+            READ_OUT=True, DENSE=plan.dense, **options,
+        )  # fmt: skip
+    return y, h_last, states, (entering if split else kept) if keep_starts else None
+
+
+def _incoming(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, blocks, BE):
+    """Gradient to the state at the end of each chunk."""
+    b, l, E = x.shape
+    N = A.shape[1]
+    part, decay = A.new_empty(b, blocks.chunks, E, N), A.new_empty(b, blocks.chunks, E, N)
+    mamba1_adjoint[(triton.cdiv(E, BE) * b * blocks.chunks,)](
+        dy, dt, A, B, C, D, None, dstates, scale, blocks.table, None, None, part, decay,
+        l, blocks.count, blocks.chunks, blocks.per_chunk, len(plan.events.edits), len(plan.events.saves),
+        E=E, N=N, dt_row=dt.stride(1), BE=BE, T=blocks.T, EVEN=blocks.even, SPLIT=True, WRITE_DX=False,
+        DENSE=plan.dense and dstates is not None, num_warps=1,
+    )  # fmt: skip
+    return join_chunks(decay, part, dh_last, reverse=True)
+
+
+def _adjoint(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, need_add):
+    """Gradients to x, h0 and the additive edits, with all else constant."""
+    b, l, E = x.shape
+    N = A.shape[1]
+    blocks = plan.blocks(x, T_WALK)
+    BE, split = _channels(b, E, N, x.device)
+    split = split and blocks.chunks > 1
+    dx = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
+    dadd = A.new_empty(b, len(plan.events.edits), E, N) if need_add else None
+    with on_device(x):
+        incoming, dh0 = dh_last, A.new_empty(b, E, N)
+        if split:
+            incoming, _ = _incoming(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, blocks, BE)
+        mamba1_adjoint[(triton.cdiv(E, BE) * b * (blocks.chunks if split else 1),)](
+            dy, dt, A, B, C, D, incoming, dstates, scale, blocks.table, dx, dadd, dh0, None,
+            l, blocks.count, blocks.chunks, blocks.per_chunk, len(plan.events.edits), len(plan.events.saves),
+            E=E, N=N, dt_row=dt.stride(1), BE=BE, T=blocks.T, EVEN=blocks.even, SPLIT=split, WRITE_DX=True,
+            DENSE=plan.dense and dstates is not None, num_warps=1,
+        )  # fmt: skip
+    return dx, dh0, dadd
+
+
+def _backward(x, dt, A, B, C, D, scale, add, starts, dy, dh_last, dstates, plan):
+    """All gradients."""
+    b, l, E = x.shape
+    N = A.shape[1]
+    blocks = plan.blocks(x, T_BACKWARD)
+    BE = max(1, min(64, LANE_STATES_BACKWARD // N))
+    columns = triton.cdiv(E, BE)
+    dx = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
+    ddt = torch.empty((b, l, E), dtype=dt.dtype, device=x.device)
+    dA, dD = A.new_empty(b, blocks.chunks, E, N), A.new_empty(b, blocks.chunks, E)
+    dB, dC = A.new_empty(columns, b, l, N), A.new_empty(columns, b, l, N)
+    dh0 = A.new_empty(b, E, N)
+    dscale, dadd = (None if t is None else torch.empty_like(t) for t in (scale, add))
+    with on_device(x):
+        incoming = dh_last
+        if blocks.chunks > 1:
+            walk = plan.blocks(x, T_WALK)
+            walk_BE = max(1, min(64, 256 // N))
+            incoming, _ = _incoming(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, walk, walk_BE)
+        mamba1_backward[(columns * b * blocks.chunks,)](
+            x, dt, A, B, C, D, starts, scale, add, blocks.table, dy, incoming, dstates,
+            A.new_empty(b, blocks.count, E, N),
+            dx, ddt, dA, dB, dC, dD, dh0, dscale, dadd,
+            l, blocks.count, blocks.chunks, blocks.per_chunk, len(plan.events.edits), len(plan.events.saves), b * l,
+            E=E, N=N, x_row=x.stride(1), dt_row=dt.stride(1), BE=BE, T=blocks.T, EVEN=blocks.even,
+            DENSE=plan.dense and dstates is not None, num_warps=1,
+        )  # fmt: skip
+    dD = None if D is None else dD.sum((0, 1))
+    return dx, ddt, dA.sum((0, 1)), dB.sum(0), dC.sum(0), dD, dh0, dscale, dadd
