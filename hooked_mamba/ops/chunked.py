@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hooked_mamba.ops.chunked_states import states_at_positions
 from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.ops.memory import fresh
 from hooked_mamba.ops.precision import to_state_dtype
 from hooked_mamba.ops.step import ssd_step
 
@@ -124,7 +125,7 @@ class _ChunkedScan(torch.autograd.Function):
         h = x.new_zeros(b, H, P, N) if h0 is None else h0.clone(memory_format=torch.contiguous_format)
         y = torch.empty((b, l, H, P), dtype=x.dtype, device=x.device)
         keep = want_starts or any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        starts = x.new_empty(b, count, H, P, N) if keep else None
+        starts = fresh(x, b, count, H, P, N) if keep else None
         upper = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu_(1)
         grouped = h.view(b, G, -1, N)
         for i in range(count):

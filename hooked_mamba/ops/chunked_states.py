@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.ops.memory import fresh
+
 
 def states_at_positions(
     x: Float[Tensor, "b l H P"],
@@ -59,7 +61,7 @@ class _AllStates(torch.autograd.Function):
     def forward(ctx, u, a, B, h0):
         b, l, H, P = u.shape
         G, N = B.shape[2:]
-        states = u.new_empty(b, l, H, P, N)
+        states = fresh(u, b, l, H, P, N)
         before = h0
         for u_t, a_t, B_t, h_t in zip(*_steps(u, a, B, states), strict=True):
             grouped = h_t.view(b, G, H // G, P, N)

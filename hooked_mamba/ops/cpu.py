@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.ops.memory import fresh
 from hooked_mamba.ops.precision import to_state_dtype
 from hooked_mamba.ops.step import selective_step
 
@@ -85,8 +86,8 @@ def _forward(x, dt, A, B, C, D, h0, positions, keep_starts):
     T = _tile(b, l, E, N, x.element_size())
     h = x.new_zeros(b, E, N) if h0 is None else h0.clone(memory_format=torch.contiguous_format)
     y = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
-    starts = x.new_empty(-(-l // T), b, E, N) if keep_starts else None
-    states = None if positions is None else x.new_empty(b, len(positions), E, N)
+    starts = fresh(x, -(-l // T), b, E, N) if keep_starts else None
+    states = None if positions is None else fresh(x, b, len(positions), E, N)
     all_states = positions is not None and len(positions) == l
     A_bar = x.new_empty(T, b, E, N)
     Bx = None if all_states else x.new_empty(T, b, E, N)

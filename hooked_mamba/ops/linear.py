@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.ops.memory import fresh
+
 
 def why_not(op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
     """Nothing is refused."""
@@ -24,7 +26,7 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, h0: Tensor | None) -> Tensor:
-        h = torch.empty_like(b, memory_format=torch.contiguous_format)
+        h = fresh(b, *b.shape)
         a_t, b_t, h_t = a.unbind(1), b.unbind(1), h.unbind(1)
         if h0 is None:
             h_t[0].copy_(b_t[0])
@@ -39,7 +41,7 @@ class _LinearScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         a, h, h0 = ctx.saved_tensors
-        g = dh.clone(memory_format=torch.contiguous_format)
+        g = fresh(dh, *dh.shape).copy_(dh)
         a_t, g_t, h_t = a.unbind(1), g.unbind(1), h.unbind(1)
         for t in range(len(g_t) - 2, -1, -1):
             g_t[t].addcmul_(a_t[t + 1], g_t[t + 1])

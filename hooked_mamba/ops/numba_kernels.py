@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from hooked_mamba.ops import numba_lanes
-from hooked_mamba.ops.numba_lanes import LANES, exp2, fma, load, mul, splat, store, total
+from hooked_mamba.ops.numba_lanes import LANES, exp2, fma, load, mul, splat, store, total, transpose
 
 T = 16
 """Positions per tile; the backward keeps one state per tile."""
@@ -56,6 +56,33 @@ def _kernel(function: Callable) -> Callable:
         numba.config.CACHE_DIR = before
 
 
+@numba.njit
+@no_type_check
+def _unpack(packed, k, out, at, N, lanes):
+    """Copy the packed N x 16 at k to lanes x N at `at`."""
+    whole = N - N % LANES if lanes == LANES else 0
+    for n in range(0, whole, LANES):
+        transpose(packed, k + n * LANES, LANES, out, at + n, N)
+    for e in range(lanes):
+        for n in range(whole, N):
+            out[at + e * N + n] = packed[k + n * LANES + e]
+
+
+@numba.njit
+@no_type_check
+def _add_packed(values, at, N, lanes, packed, k, scratch):
+    """Add lanes x N values at `at` to the packed N x 16 at k."""
+    whole = N - N % LANES if lanes == LANES else 0
+    for n in range(0, whole, LANES):
+        transpose(values, at + n, N, scratch, n * LANES, LANES)
+    for e in range(lanes):
+        for n in range(whole, N):
+            scratch[n * LANES + e] = values[at + e * N + n]
+    for n in range(N):
+        for e in range(lanes):
+            packed[k + n * LANES + e] += scratch[n * LANES + e]
+
+
 @_kernel
 @no_type_check
 def forward(x, dt, A, B, C, D, h, y, starts, states, positions, lo, hi):
@@ -65,6 +92,8 @@ def forward(x, dt, A, B, C, D, h, y, starts, states, positions, lo, hi):
     row = N * LANES
     tiles = (l + T - 1) // T
     keep = starts.size > 0
+    saved, width = states.shape[1], states.shape[2]
+    flat, flat_h = states.reshape(-1), h.reshape(-1)
     for i in range(b):
         first, last = max(lo - i * V, 0), min(hi - i * V, V)
         if first >= last:
@@ -90,9 +119,8 @@ def forward(x, dt, A, B, C, D, h, y, starts, states, positions, lo, hi):
                         out = fma(splat(C[i, t, n]), h_n, out)
                     store(y, at, out)
                     if s < len(positions) and positions[s] == t:
-                        for e in range(min(LANES, states.shape[2] - v * LANES)):
-                            for n in range(N):
-                                states[i, s, v * LANES + e, n] = h[i, v, n, e]
+                        lanes = min(LANES, width - v * LANES)
+                        _unpack(flat_h, state, flat, ((i * saved + s) * width + v * LANES) * N, N, lanes)
                         s += 1
             while column < len(positions) and positions[column] < stop:
                 column += 1
@@ -105,6 +133,8 @@ def adjoint(dt, A, B, C, D, dy, g, dstates, positions, dx, lo, hi):
     b, l, E = dt.shape
     V, N = A.shape[0], A.shape[1]
     row = N * LANES
+    saved, width = dstates.shape[1], dstates.shape[2]
+    flat, flat_g, scratch = dstates.reshape(-1), g.reshape(-1), np.empty(row, np.float32)
     for i in range(b):
         first, last = max(lo - i * V, 0), min(hi - i * V, V)
         if first >= last:
@@ -117,9 +147,8 @@ def adjoint(dt, A, B, C, D, dy, g, dstates, positions, dx, lo, hi):
                 s = column
                 for t in range(stop - 1, tile * T - 1, -1):
                     if s >= 0 and positions[s] == t:
-                        for e in range(min(LANES, dstates.shape[2] - v * LANES)):
-                            for n in range(N):
-                                g[i, v, n, e] += dstates[i, s, v * LANES + e, n]
+                        lanes, source = min(LANES, width - v * LANES), (i * saved + s) * width + v * LANES
+                        _add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
                         s -= 1
                     at = (i * l + t) * E + v * LANES
                     dy_t, dt_t = load(dy, at), load(dt, at)
@@ -142,6 +171,8 @@ def backward(x, dt, A, B, C, D, starts, dy, g, dstates, positions, dx, ddt, dA, 
     V, N = A.shape[0], A.shape[1]
     row = N * LANES
     tiles = (l + T - 1) // T
+    saved, width = dstates.shape[1], dstates.shape[2]
+    flat, flat_g, scratch = dstates.reshape(-1), g.reshape(-1), np.empty(row, np.float32)
     zero = splat(np.float32(0))
     hs = np.empty((T + 1) * row, np.float32)
     A_bars = np.empty(T * row, np.float32)
@@ -174,9 +205,8 @@ def backward(x, dt, A, B, C, D, starts, dy, g, dstates, positions, dx, ddt, dA, 
                 dD_v = load(dD, i * E + v * LANES)
                 for t in range(length - 1, -1, -1):
                     if s >= 0 and positions[s] == t0 + t:
-                        for e in range(min(LANES, dstates.shape[2] - v * LANES)):
-                            for n in range(N):
-                                g[i, v, n, e] += dstates[i, s, v * LANES + e, n]
+                        lanes, source = min(LANES, width - v * LANES), (i * saved + s) * width + v * LANES
+                        _add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
                         s -= 1
                     at = (i * l + t0 + t) * E + v * LANES
                     x_t, dt_t, dy_t = load(x, at), load(dt, at), load(dy, at)

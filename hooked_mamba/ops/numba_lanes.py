@@ -121,11 +121,40 @@ def total(typingctx, a):
         value, width = args[0], LANES
         while width > 1:
             width //= 2
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [(i + width) % LANES for i in range(LANES)])
+            lanes = ir.Constant(_INTS, [(i + width) % LANES for i in range(LANES)])
             value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return types.float32(f32x16), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, start, stride, target, target_start, target_stride):
+    """Copy a block of 16 rows of 16 numbers, `stride` apart, transposed to rows `target_stride` apart."""
+
+    def codegen(context, builder, signature, args):
+        def row(which, i):
+            array, first, step = args[which : which + 3]
+            offset = builder.add(first, builder.mul(step, ir.Constant(step.type, i)))
+            return _pointer(context, builder, signature.args[which], array, offset)
+
+        rows = [builder.load(row(0, i), align=4) for i in range(LANES)]
+        # Exchange the off-diagonal quarters of ever smaller squares.
+        half = LANES // 2
+        while half:
+            for i in (i for i in range(LANES) if not i & half):
+                upper = [j + LANES - half if j & half else j for j in range(LANES)]
+                lower = [j + LANES if j & half else j + half for j in range(LANES)]
+                pair = rows[i], rows[i + half]
+                rows[i], rows[i + half] = (
+                    builder.shuffle_vector(*pair, ir.Constant(_INTS, lanes)) for lanes in (upper, lower)
+                )
+            half //= 2
+        for i, value in enumerate(rows):
+            builder.store(value, row(3, i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
 
 
 @intrinsic

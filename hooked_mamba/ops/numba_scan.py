@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooked_mamba.ops import numba_kernels as kernels
 from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.ops.memory import fresh
 from hooked_mamba.ops.numba_lanes import LANES
 from hooked_mamba.ops.precision import to_state_dtype
 from hooked_mamba.ops.step import selective_step
@@ -106,8 +107,8 @@ class _SelectiveScan(torch.autograd.Function):
         h = x.new_zeros(b, V, N, LANES) if h0 is None else _packed(h0, E)
         y = torch.empty_like(x)
         ctx.full = any(ctx.needs_input_grad[1:6])
-        starts = x.new_empty(b, -(-l // kernels.T), V, N * LANES) if ctx.full else _empty()
-        states = _empty() if positions is None else x.new_empty(b, len(positions), E, N)
+        starts = fresh(x, b, -(-l // kernels.T), V, N * LANES) if ctx.full else _empty()
+        states = _empty() if positions is None else fresh(x, b, len(positions), E, N)
         at = np.array(positions or (), np.int64)
         _share(kernels.forward, b * V, b * l * padded * N, _arrays(x, dt, A, B, C, D, h, y, starts, states), at, ())
         ctx.positions, ctx.E, ctx.N = at, E, N
