@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,9 @@ from hooked_mamba.text import PaddingSide, TextMethods, lm_cross_entropy_loss
 from hooked_mamba.weights import Mamba1Weights, Mamba2Weights, SharedWeights
 
 ReturnType = Literal["logits", "loss", "both"] | None
+
+Model = TypeVar("Model", bound="HookedSSM")
+"""The class that a constructor was called on. (A runtime checker of annotations cannot read `Self`.)"""
 
 
 class Output(NamedTuple):
@@ -62,20 +65,20 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
     # Making and keeping --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> Self:
+    def from_config(cls: type[Model], cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> Model:
         """A model with random weights."""
         return cls(cfg, tokenizer, seed=seed)
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name_or_path: str | Path,
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         tokenizer: Any = None,
-    ) -> Self:
+    ) -> Model:
         """Load trained weights.
 
         Parameters
@@ -100,7 +103,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         return model.eval()
 
     @classmethod
-    def from_hf(cls, hf_model: nn.Module, tokenizer: Any = None) -> Self:
+    def from_hf(cls: type[Model], hf_model: nn.Module, tokenizer: Any = None) -> Model:
         """A copy of a transformers model (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM)."""
         cfg, state_dict = loading.from_hf_model(hf_model, family=cls.family)
         model = cls._empty(cfg)
@@ -111,7 +114,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         return model.eval()
 
     @classmethod
-    def _empty(cls, cfg: SSMConfig) -> Self:
+    def _empty(cls: type[Model], cfg: SSMConfig) -> Model:
         """A model whose weights take no memory yet."""
         model = cls.__new__(cls)
         with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from hooked_mamba.hook_points import HookPoint
 from hooked_mamba.state import LayerState, ModelState, Padding
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """What a block asks of its mixer: a new family is one module with these."""
 
