@@ -280,10 +280,10 @@ def default_chunk(length: int, chunk: int = 64) -> int:
 
 
 def linear_scan(
-    a: Float[Tensor, "*any"],
+    a: Float[Tensor, "..."],
     b: Float[Tensor, "b l *rest"],
     *,
-    h0: Float[Tensor, "*any"] | None = None,
+    h0: Float[Tensor, "..."] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "b l *rest"]:
     """The first-order recurrence h_t = a_t h_{t-1} + b_t over axis 1.

@@ -63,7 +63,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def linear_scan(
-    a: Float[Tensor, "*any"], b: Float[Tensor, "b l *rest"], *, h0: Float[Tensor, "*any"] | None
+    a: Float[Tensor, "..."], b: Float[Tensor, "b l *rest"], *, h0: Float[Tensor, "..."] | None
 ) -> Float[Tensor, "b l *rest"]:
     """Scan over axis 1; see `hooked_mamba.ops.linear_scan`."""
     dtype = b.dtype

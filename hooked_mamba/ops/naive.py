@@ -101,7 +101,7 @@ def ssd(
 
 
 def linear_scan(
-    a: Float[Tensor, "*any"], b: Float[Tensor, "b l *rest"], *, h0: Float[Tensor, "*any"] | None
+    a: Float[Tensor, "..."], b: Float[Tensor, "b l *rest"], *, h0: Float[Tensor, "..."] | None
 ) -> Float[Tensor, "b l *rest"]:
     """First-order recurrence h_t = a_t h_{t-1} + b_t over axis 1."""
     a = a.expand_as(b)
