@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.names import get_act_name, unalias, unknown_name
+from hooked_mamba.ssm_decomposition import SSMDecomposition
 
 if TYPE_CHECKING:
     from hooked_mamba.hooked_root import HookedRoot
@@ -17,8 +18,8 @@ Key = str | tuple[str, int] | tuple[str, int, str]
 """A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
 
 
-class ActivationCache:
-    """Cached activations by name.
+class ActivationCache(SSMDecomposition):
+    """Cached activations by name, and what they can be taken apart into.
 
     `cache["blocks.0.mixer.hook_dt"]`, `cache["dt", 0]`, `cache["resid_pre", 1]`, `cache["h.4", 2]`,
     `cache["embed"]`, `cache["scale"]` (the final norm's).

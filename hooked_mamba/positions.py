@@ -27,6 +27,11 @@ class PositionSelect:
         """Whether no choice was made."""
         return self.spec is None or self.spec == slice(None)
 
+    @property
+    def keeps_axis(self) -> bool:
+        """False where one int was asked for, which drops the position axis."""
+        return not isinstance(self.spec, int)
+
     def index(self, length: int) -> list[int] | slice:
         """The positions as an index of axis 1: a list of non-negative ints, or `slice(None)` for all of them."""
         if self.everything:

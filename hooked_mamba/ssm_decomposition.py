@@ -1,0 +1,424 @@
+"""What a cache can take apart of the mixers: channels, heads, source positions, states and hidden attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba import ops
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.config import Mamba2Config
+from hooked_mamba.decomposition import Labelled, ResidualDecomposition
+from hooked_mamba.memory import available_bytes
+from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.scan_view import ScanView, hidden_attention, mean_hidden_attention
+from hooked_mamba.token_sources import TokenPath
+
+Source = Literal["scan", "token"]
+"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
+convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
+
+
+class SSMDecomposition(ResidualDecomposition):
+    """The part of :class:`ActivationCache` about what happens inside mixers.
+
+    Everything here is computed from x, dt, B, C, z and the norms' scales as they were cached: edits that hooks made
+    to A_bar, B_bar, Bx or h in that run are not seen.
+    """
+
+    # Channels and heads --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stack_channel_results(
+        self,
+        layer: int = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: PosSlice = None,
+        apply_ln: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Labelled:
+        """What every channel of every mixer before `layer` adds to the residual stream.
+
+        Parameters
+        ----------
+        layer
+            Mixers strictly before it; -1: all.
+        return_labels
+            Also return "L0C0", "L0C1", ...; in Mamba-2 channel e is (head h, place p) with e = h P + p.
+        incl_remainder
+            Add a last component, "remainder": the rest of the stream (embedding and out_proj's biases).
+        pos_slice
+            Positions; an int drops the axis.
+        apply_ln
+            As in :meth:`decompose_resid`.
+        project_output_onto
+            A direction d, or several d k: give the products with them, which need d times less memory.
+        """
+        upto = self.layer_index(layer)
+        labels = [f"L{i}C{e}" for i in range(upto) for e in range(self.model.cfg.E)]
+        return self._unit_results(
+            1, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
+        )
+
+    @torch.no_grad()
+    def stack_head_results(
+        self,
+        layer: int = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: PosSlice = None,
+        apply_ln: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Labelled:
+        """What every head of every Mamba-2 mixer before `layer` adds; arguments as :meth:`stack_channel_results`.
+
+        Labels are "L0H0", "L0H1", ... Mamba-1 has no heads: its units are channels.
+        """
+        cfg = self.model.cfg
+        if not isinstance(cfg, Mamba2Config):
+            raise ValueError("Mamba-1 has no heads, every channel has its own step size: use stack_channel_results")
+        upto = self.layer_index(layer)
+        labels = [f"L{i}H{h}" for i in range(upto) for h in range(cfg.H)]
+        return self._unit_results(
+            cfg.P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
+        )
+
+    @torch.no_grad()
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_channels: bool = True,
+        apply_ln: bool = False,
+        pos_slice: PosSlice = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Labelled:
+        """The residual stream entering `layer` in its smallest parts: channels, embedding, biases.
+
+        Parameters
+        ----------
+        layer
+            None, -1 or n_layers: after the last block.
+        mlp_input
+            For TransformerLens' sake; True is an error.
+        expand_channels
+            True: one component a channel. False: one a head in Mamba-2, one a mixer in Mamba-1.
+        apply_ln, pos_slice, return_labels, project_output_onto
+            As in :meth:`stack_channel_results`. The last two components are "embed" and "bias".
+        """
+        if mlp_input:
+            raise ValueError("mlp_input: these blocks have no MLP")
+        upto = self.layer_index(layer)
+        if expand_channels or isinstance(self.model.cfg, Mamba2Config):
+            stack_units = self.stack_channel_results if expand_channels else self.stack_head_results
+            units, labels = stack_units(
+                upto, True, pos_slice=pos_slice, apply_ln=apply_ln, project_output_onto=project_output_onto
+            )
+        else:
+            ys = [self.at(self["out_proj", i], pos_slice) - self.model.b_out[i] for i in range(upto)]
+            labels = [f"{i}_mixer_out" for i in range(upto)]
+            units = self._project(ys, upto, apply_ln, pos_slice, project_output_onto)
+        embed = self.resid_entering(0, pos_slice)
+        bias = self.model.b_out[:upto].sum(0).to(embed.dtype).expand_as(embed)
+        rest = self._project([embed, bias], upto, apply_ln, pos_slice, project_output_onto)
+        stack, labels = torch.cat([units, rest.to(units.dtype)]), [*labels, "embed", "bias"]
+        return (stack, labels) if return_labels else stack
+
+    # Source positions ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stack_source_results(
+        self,
+        layer: int,
+        source: Source = "scan",
+        pos_slice: PosSlice = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Labelled:
+        """One mixer's output taken apart by the position that it came from.
+
+        dt, B, C, gates and norm scales are as they were; only values are followed. The components sum to the mixer's
+        output at every target.
+
+        Parameters
+        ----------
+        layer
+            Which mixer.
+        source
+            "scan": the terms alpha[t,s] u_s. "token": what token s sends through all taps of the convolution.
+        pos_slice
+            Target positions; an int drops the axis. All of them take l^2 d numbers.
+        return_labels
+            Also return "S0", "S1", ... (or "T0", ... for tokens) and "bias".
+        incl_remainder
+            Add "remainder", what came from before this call: 0 to rounding without an initial state.
+        project_output_onto
+            A direction d, or several d k.
+
+        Returns
+        -------
+        Tensor
+            source (and bias), batch, position, d.
+        """
+        mixer = self.model.blocks[layer].mixer
+        view, path = self.scan_view(layer), self.token_path(layer) if source == "token" else None
+        if source not in ("scan", "token"):
+            raise ValueError(f"source must be 'scan' or 'token', got {source!r}")
+        select = PositionSelect(pos_slice)
+        queries = _positions(select, view.length)
+        W = at_least_fp32(mixer.out_proj.weight.t())
+        if project_output_onto is not None:
+            W = W @ project_output_onto.reshape(W.shape[1], -1).to(W.dtype)
+        gain = self.output_gain(layer)[:, queries]
+        P, b, l = view.u.shape[3], view.u.shape[0], view.length
+        n = (l + 1) * b * len(queries) * W.shape[1]
+        self._check_fits(n, view.dt.dtype, "stack_source_results", "choose targets with pos_slice")
+        out = view.dt.new_zeros(l, b, len(queries), W.shape[1])
+        bias = view.dt.new_zeros(b, len(queries), W.shape[1])
+        step = max(1, 2**22 // (b * len(queries) * l * P))  # lanes at once, so that temporaries stay small
+        for first in range(0, view.n_lanes, step):
+            lanes = slice(first, first + step)
+            channels = slice(first * P, (first + step) * P)
+            alpha = rearrange(hidden_attention(view.lanes(lanes), queries), "b h q s -> b q s h 1")
+            if path is None:
+                values = alpha * view.u[:, None, :, lanes]
+            else:
+                values, constant = path.split_tokens(alpha, channels, P)
+                bias += (rearrange(constant, "b q h p -> b q (h p)") * gain[..., channels]) @ W[channels]
+            values = rearrange(values, "b q s h p -> b q s (h p)") * gain[:, :, None, channels]
+            out += rearrange(values @ W[channels], "b q s d -> s b q d")
+        b_out = 0 if mixer.out_proj.bias is None else at_least_fp32(mixer.out_proj.bias)
+        if project_output_onto is not None and mixer.out_proj.bias is not None:
+            b_out = b_out @ project_output_onto.reshape(mixer.out_proj.weight.shape[0], -1).to(W.dtype)
+        stack = torch.cat([out, (bias + b_out)[None]])
+        labels = [f"{'S' if source == 'scan' else 'T'}{s}" for s in range(l)] + ["bias"]
+        if incl_remainder:
+            whole = self._with_batch(self["out_proj", layer])[:, queries].to(stack.dtype)
+            if project_output_onto is not None:
+                whole = whole @ project_output_onto.reshape(whole.shape[-1], -1).to(whole.dtype)
+            stack, labels = torch.cat([stack, (whole - stack.sum(0))[None]]), [*labels, "remainder"]
+        if project_output_onto is not None and project_output_onto.ndim == 1:
+            stack = stack[..., 0]
+        stack = stack if select.keeps_axis else stack[:, :, 0]
+        stack = stack if self.has_batch_dim else stack[:, 0]
+        return (stack, labels) if return_labels else stack
+
+    # States and attention ------------------------------------------------------------------------------------
+
+    def compute_ssm_state(
+        self, layer: int | None = None, time_step: int | Sequence[int] | None = None
+    ) -> Float[Tensor, "..."]:
+        """The states of a mixer after each position, batch position E N (Mamba-2: batch position H P N).
+
+        Computed in linear time by the scan itself, and differentiable in A with finite gradients.
+
+        Parameters
+        ----------
+        layer
+            None: all layers, stacked in front.
+        time_step
+            One position (its axis is dropped) or several; None: all.
+        """
+        if layer is None:
+            return torch.stack([self.compute_ssm_state(i, time_step) for i in range(self.model.cfg.n_layers)])
+        x, dt, B, C = (self._with_batch(self[name, layer]) for name in ("x", "dt", "B", "C"))
+        A = self.model.blocks[layer].mixer.A
+        select = PositionSelect(time_step)  # type: ignore[arg-type]
+        queries = _positions(select, x.shape[1])
+        at = sorted(set(queries))
+        scan = ops.ssd if isinstance(self.model.cfg, Mamba2Config) else ops.selective_scan
+        states = scan(x, dt, A, B, C, states_at=at).states
+        assert states is not None  # they were asked for
+        if queries != at:
+            states = states[:, [at.index(t) for t in queries]]
+        states = states if select.keeps_axis else states[:, 0]
+        return states if self.has_batch_dim else states[0]
+
+    def compute_ssm_effective_attention(
+        self, layer: int | None = None, include_dt_scaling: bool = False, per_state_coord: bool = False
+    ) -> Float[Tensor, "..."]:
+        """The scan as a matrix, batch, channel (Mamba-2: head), target, source; without the D skip.
+
+        With `include_dt_scaling` it multiplies x to give y_scan; without, the factor dt of the source is left out.
+        It has l^2 numbers a channel: :meth:`hidden_attention` gives chosen rows, channels or means.
+
+        Parameters
+        ----------
+        layer
+            None: all layers, stacked in front.
+        per_state_coord
+            Mamba-1 only: one matrix for every state, batch channel state target source; they sum to the whole.
+        """
+        if layer is None:
+            every = range(self.model.cfg.n_layers)
+            return torch.stack([self.compute_ssm_effective_attention(i, include_dt_scaling) for i in every])
+        view = self.scan_view(layer)
+        states = view.B.shape[-1] if per_state_coord else 1
+        n = view.dt.shape[0] * view.n_lanes * view.length**2 * states
+        self._check_fits(n, view.dt.dtype, "compute_ssm_effective_attention", "use hidden_attention(layer, channels=)")
+        if per_state_coord:
+            if isinstance(self.model.cfg, Mamba2Config):
+                raise ValueError("per_state_coord: in Mamba-2 all states of a head share one decay")
+            alphas = [
+                hidden_attention(view.state(n), include_dt=include_dt_scaling, include_skip=False)
+                for n in range(view.B.shape[-1])
+            ]
+            alpha = torch.stack(alphas, 2)
+        else:
+            alpha = hidden_attention(view, include_dt=include_dt_scaling, include_skip=False)
+        return alpha if self.has_batch_dim else alpha[0]
+
+    @torch.no_grad()
+    def hidden_attention(
+        self,
+        layer: int,
+        channels: int | Sequence[int] | None = None,
+        queries: PosSlice = None,
+        average: bool = False,
+        include_skip: bool = True,
+    ) -> Float[Tensor, "..."]:
+        """Rows of the hidden attention: how much u_s enters y_t, exactly, D on the diagonal.
+
+        Parameters
+        ----------
+        layer
+            Which mixer.
+        channels
+            Channels (Mamba-2: heads); an int drops the axis. None: all.
+        queries
+            Target positions, as a `pos_slice`; an int drops the axis. None: all.
+        average
+            The mean over the channels, in linear memory: no matrix per channel is formed.
+        include_skip
+            Whether D stands on the diagonal.
+
+        Returns
+        -------
+        Tensor
+            batch, channel (unless averaged), target, source.
+        """
+        view = self.scan_view(layer)
+        if channels is not None:
+            view = view.lanes([channels] if isinstance(channels, int) else channels)
+        select = PositionSelect(queries)
+        at = _positions(select, view.length)
+        if average:
+            alpha = mean_hidden_attention(view, at, include_skip=include_skip)
+        else:
+            n = view.dt.shape[0] * view.n_lanes * len(at) * view.length
+            self._check_fits(n, view.dt.dtype, "hidden_attention", "choose channels or queries, or average=True")
+            alpha = hidden_attention(view, at, include_skip=include_skip)
+            if isinstance(channels, int):
+                alpha = alpha[:, 0]
+        alpha = alpha if select.keeps_axis else alpha[..., 0, :]
+        return alpha if self.has_batch_dim else alpha[0]
+
+    def scan_view(self, layer: int) -> ScanView:
+        """What the scan of one layer read, in one layout for both families."""
+        mixer = self.model.blocks[layer].mixer
+        u, dt, B, C = (self._with_batch(self[name, layer]) for name in ("x", "dt", "B", "C"))
+        A, D = mixer.A, at_least_fp32(mixer.D)
+        if isinstance(self.model.cfg, Mamba2Config):
+            return ScanView(u, dt, A.unsqueeze(-1), B, C, D)
+        return ScanView(u.unsqueeze(-1), dt, A, B.unsqueeze(2), C.unsqueeze(2), D)
+
+    def token_path(self, layer: int) -> TokenPath:
+        """How tokens reach the scan of one layer through the convolution."""
+        p, conv, u = (self._with_batch(self[name, layer]) for name in ("x_pre", "conv", "x"))
+        return TokenPath.of(self.model.blocks[layer].mixer, p, conv, u)
+
+    def output_gain(self, layer: int) -> Float[Tensor, "b l E"]:
+        """What the scan's output is multiplied with before out_proj: the gate, and in Mamba-2 w / scale."""
+        gain = at_least_fp32(self._with_batch(self["gate", layer]))
+        if isinstance(self.model.cfg, Mamba2Config):
+            scale = self._with_batch(self["scale", layer, "mixer.norm"])
+            weight = self.model.blocks[layer].mixer.norm.weight
+            grouped = rearrange(gain * weight, "b l (g w) -> b l g w", g=scale.shape[2]) / scale
+            gain = rearrange(grouped, "b l g w -> b l (g w)")
+        return gain
+
+    def mixer_vectors(self, layer: int, pos_slice: PosSlice = None) -> Float[Tensor, "... E"]:
+        """What out_proj of one layer reads."""
+        is_mamba2 = isinstance(self.model.cfg, Mamba2Config)
+        return self.at(self["out", layer, "mixer.norm"] if is_mamba2 else self["y_gated", layer], pos_slice)
+
+    # Helpers -------------------------------------------------------------------------------------------------
+
+    def _with_batch(self, value: Tensor) -> Tensor:
+        return value if self.has_batch_dim else value[None]
+
+    def _unit_results(
+        self,
+        width: int,
+        labels: list[str],
+        upto: int,
+        incl_remainder: bool,
+        pos_slice: PosSlice,
+        apply_ln: bool,
+        onto: Tensor | None,
+        return_labels: bool,
+    ) -> Labelled:
+        """Every `width` channels' y times their rows of out_proj, mixer by mixer into one stack."""
+        final = self.resid_entering(upto, pos_slice)
+        d = final.shape[-1]
+        outputs = d if onto is None else onto.reshape(d, -1).shape[-1]
+        count = len(labels) + incl_remainder
+        n = count * final[..., 0].numel() * outputs
+        self._check_fits(n, final.dtype, "the stack", "choose positions with pos_slice, or use project_output_onto")
+        stack = final.new_zeros(count, *final.shape[:-1], outputs)
+        shown, scale = self._reading(upto, apply_ln, pos_slice, onto)
+        units = self.model.cfg.E // width
+        for i in range(upto):
+            y = self.mixer_vectors(i, pos_slice).to(final.dtype).unflatten(-1, (units, width))
+            w = self.model.blocks[i].mixer.out_proj.weight.t().to(final.dtype)
+            w = shown(w).unflatten(0, (units, width))
+            stack[i * units : (i + 1) * units] = torch.einsum("...uc,ucd->u...d", y, w) / scale
+        if incl_remainder:
+            stack[-1] = shown(final) / scale - stack[:-1].sum(0)
+            labels = [*labels, "remainder"]
+        stack = stack[..., 0] if onto is not None and onto.ndim == 1 else stack
+        return (stack, labels) if return_labels else stack
+
+    def _project(
+        self, parts: list[Tensor], upto: int, apply_ln: bool, pos_slice: PosSlice, onto: Tensor | None
+    ) -> Tensor:
+        shown, scale = self._reading(upto, apply_ln, pos_slice, onto)
+        if not parts:
+            empty = self.resid_entering(0, pos_slice)
+            return shown(empty)[None][:0]
+        stack = shown(self._stack(parts)) / scale
+        return stack[..., 0] if onto is not None and onto.ndim == 1 else stack
+
+    def _reading(self, upto: int, apply_ln: bool, pos_slice: PosSlice, onto: Tensor | None):
+        """(vectors -> norm's weight and projection applied, the norm's scale)."""
+        norm = self.model.ln_final if upto == self.model.cfg.n_layers else self.model.blocks[upto].norm
+        scale: Tensor | int = 1
+        if apply_ln:
+            scale = self.at(self["scale"] if upto == self.model.cfg.n_layers else self["scale", upto], pos_slice)
+
+        def shown(v: Tensor) -> Tensor:
+            v = v * norm.weight.to(v.dtype) if apply_ln else v
+            return v if onto is None else v @ onto.reshape(v.shape[-1], -1).to(v.dtype)
+
+        return shown, scale
+
+    def _check_fits(self, numbers: int, dtype: torch.dtype, what: str, advice: str) -> None:
+        needed = numbers * torch.finfo(dtype).bits // 8
+        free = available_bytes(self.model.device)
+        if free is not None and needed > free:
+            raise MemoryError(
+                f"{what} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {advice}"
+            )
+
+
+def _positions(select: PositionSelect, length: int) -> list[int]:
+    index = select.index(length)
+    return list(range(length)) if isinstance(index, slice) else index
