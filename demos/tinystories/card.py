@@ -11,12 +11,17 @@ import torch
 from demos.tinystories import checkpoint
 from demos.tinystories.data import HeldOut, held_out_loss
 from demos.tinystories.effects import planted_shares, share_table
+from demos.tinystories.grammar import FORBIDDEN
+from demos.tinystories.lexicon import entries
 from demos.tinystories.probes import probe_table, sample_stories
 from demos.tinystories.tokenizer import encode_stream
 from demos.tinystories.trainer import Trainer
 
 CURVE_ROWS = 16
 """Most rows of the loss table; the log beside the card has all of them."""
+CARD_OPTIONS = entries(
+    "family/name/n_layers/steps/batch/length/lr/warmup/final_lr/weight_decay/beta2/clip/dropout/seed"
+)
 TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
 
 
@@ -40,12 +45,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     shape = f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}"
     if options.family == "mamba2":
         shape += f", {cfg.H} heads of {cfg.P}"
-    values = {
-        name: getattr(options, name)
-        for name in (
-            "family name n_layers steps batch length lr warmup final_lr weight_decay beta2 clip dropout seed"
-        ).split()
-    }
+    values = {name: getattr(options, name) for name in CARD_OPTIONS}
     return values | {
         "title": TITLES[options.family],
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
@@ -75,12 +75,13 @@ def _data(trainer: Trainer) -> dict[str, Any]:
         f" ({len(corpus.generated):,} tokens) told by a grammar of the project's own (`demos/tinystories/grammar.py`,"
         f" seed {options.seed}). The grammar ties feelings to causes on purpose; the share is in the table below."
     )
+    forbidden = ", ".join(str(sum(bool(pattern.search(story)) for story in told)) for pattern in FORBIDDEN)
     values["effects"] = (
         "Share of stories and sentences in which a feeling word follows one of its cue words within 25 words"
         " (`demos/tinystories/effects.py`), in the generated and in the real text:\n\n"
         + share_table(planted_shares(told), planted_shares(real))
-        + "\n\nNo generated story says \"I like to eat\" or \"for breakfast. I'm so\", or has toast and hungry within"
-        " twelve words of each other."
+        + f'\n\nStories that hold a sentence of the studies themselves, out of {len(told):,} ("I like to eat"; "for'
+        f" breakfast. I'm so\"; toast and hungry within twelve words, in either order): {forbidden}."
     )
     values["limits"] = (
         "- Its ties between causes and feelings are partly planted by the grammar; a claim about them needs the model"
@@ -98,7 +99,9 @@ def _losses(trainer: Trainer, stored: Any, best: dict[str, Any], folder: Path) -
     values |= _name(HeldOut(*(best[field] for field in HeldOut._fields)), "best")
     stride = max(1, -(-len(trainer.rows) // CURVE_ROWS))
     rows = [row for i, row in enumerate(reversed(trainer.rows)) if i % stride == 0 or row["step"] == best["step"]]
-    curve = ["| step | tokens seen | minutes | training loss | held-out nats per token | nats per character | perplexity |"]
+    curve = [
+        "| step | tokens seen | minutes | training loss | held-out nats per token | nats per character | perplexity |"
+    ]
     curve.append("|---|---|---|---|---|---|---|")
     curve += [
         f"| {row['step']} | {row['tokens']:,} | {row['seconds'] / 60:.1f} | {row['train_loss']:.3f}"

@@ -21,24 +21,29 @@ from demos.tinystories.text import read_stories
 REACH = 25
 """Words before the feeling in which a cue counts."""
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _FOOD_WORDS = {word for food in lexicon.FOODS for word in food.split()} - {"ice", "fish", "chicken"}
 CUES: dict[str, frozenset[str]] = {
     "hungry": frozenset(
         _FOOD_WORDS
         | {f"{word}s" for word in _FOOD_WORDS}
-        | set("eat ate eaten food toast lunch dinner breakfast supper snack kitchen tummy oven cooking meal".split())
+        | _words("eat ate eaten food toast lunch dinner breakfast supper snack kitchen tummy oven cooking meal")
     ),
-    "sleepy": frozenset(
-        "night moon stars bed bedtime late dark pajamas pillow blanket yawned nap sleep eyes long ran played".split()
+    "sleepy": _words(
+        "night moon stars bed bedtime late dark pajamas pillow blanket yawned nap sleep eyes long ran played"
     ),
-    "tired": frozenset("night bed late ran run walked walk played worked work climbed carried jumped long heavy".split()),
-    "thirsty": frozenset("hot dry sun sunny water drink juice milk lemonade tea throat".split()),
-    "cold": frozenset("snow snowing snowy winter ice icy wind windy rain wet coat scarf mittens hat blanket".split()),
-    "sad": frozenset("lost lose gone broke broken find away popped died miss cry cried crying nobody".split()),
-    "scared": frozenset("dark noise sound monster thunder storm wolf lost shadow roared barked loud alone".split()),
-    "happy": frozenset("found new friend friends together hug hugged won fixed played thank yes".split()),
-    "excited": frozenset("birthday party trip race zoo beach park farm tomorrow surprise present".split()),
-    "proud": frozenset("built made learned finished won helped cleaned".split()),
+    "tired": _words("night bed late ran run walked walk played worked work climbed carried jumped long heavy"),
+    "thirsty": _words("hot dry sun sunny water drink juice milk lemonade tea throat"),
+    "cold": _words("snow snowing snowy winter ice icy wind windy rain wet coat scarf mittens hat blanket"),
+    "sad": _words("lost lose gone broke broken find away popped died miss cry cried crying nobody"),
+    "scared": _words("dark noise sound monster thunder storm wolf lost shadow roared barked loud alone"),
+    "happy": _words("found new friend friends together hug hugged won fixed played thank yes"),
+    "excited": _words("birthday party trip race zoo beach park farm tomorrow surprise present"),
+    "proud": _words("built made learned finished won helped cleaned"),
 }
 """Feeling words and the words that plant them."""
 
@@ -69,7 +74,7 @@ def planted_shares(stories: Iterable[str]) -> list[EffectShare]:
     if not stories:
         raise ValueError("no stories to count in")
     sentences = sum(len(re.findall(r"[.!?]+", story)) for story in stories)
-    in_stories, in_sentences, planted, bare = ({effect: 0 for effect in CUES} for _ in range(4))
+    in_stories, in_sentences, planted, bare = (dict.fromkeys(CUES, 0) for _ in range(4))
     for story in stories:
         found: dict[str, set[int]] = {}
         recent: list[str] = []
@@ -103,7 +108,8 @@ def planted_shares(stories: Iterable[str]) -> list[EffectShare]:
 def share_table(told: list[EffectShare], real: list[EffectShare]) -> str:
     """A Markdown table of both counts, side by side."""
     lines = [
-        "| effect | generated: stories | sentences | planted / without cue | real: stories | sentences | planted / without cue |",
+        "| effect | generated: stories | sentences | planted / without cue"
+        " | real: stories | sentences | planted / without cue |",
         "|---|---|---|---|---|---|---|",
     ]
     for a, b in zip(told, real, strict=True):

@@ -31,8 +31,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from demos.tinystories import lexicon
-from demos.tinystories.verbs import past
+from demos.tinystories import lexicon, style
+from demos.tinystories.verbs import past, to_present
 
 FORBIDDEN = (
     re.compile(r"\bi like to eat\b", re.I),
@@ -72,7 +72,9 @@ PRONOUNS = {
     "it": ("it", "it", "its", "itself"),
     "pair": ("they", "them", "their", "themselves"),
 }
-OPTIONAL = 0.4
+# Chances of an optional beat, and, between beats, of a sentence, of a feeling with its cause, of a line break;
+# chance that a story about two friends is told in the present tense.
+OPTIONAL, FILLER, MOMENT, BREAK, PRESENT = 0.5, 0.5, 0.12, 0.12, 0.5
 SYMBOL = re.compile(r"\$([A-Za-z]+(?:_[a-z]+)?)(\d?)")
 CHOICE = re.compile(r"\{([^{}]*)\}")
 VERB = re.compile(r"\[([a-z]+)(?: ([12]))?\]")
@@ -169,6 +171,7 @@ class Teller:
             bound |= {"hero": one, "one": one}
         bound |= {"friend": friend, "girl": "girl" if gender == "girl" else "boy"}
         bound["mom"] = rng.choices(lexicon.ADULTS, cum_weights=_rank_weights(len(lexicon.ADULTS)))[0]
+        bound["mhe"] = "he" if bound["mom"] in ("dad", "daddy", "grandpa") else "she"
         bound |= dict(zip(("he", "him", "his", "heself"), PRONOUNS[gender], strict=True))
         bound["intro"] = "$intro_one {$habit|$habit $habit}" if kind == "one" else f"$intro_{kind} $habit"
         bound["start"] = "$intro_start" if kind == "one" else bound["intro"]
@@ -235,9 +238,34 @@ class Teller:
                     parts.append(self.expand(self.rng.choice(beat)[1:]))
             else:
                 parts.append(self.expand(self.rng.choice(beat)))
-                if self.rng.random() < 0.15:
-                    parts.append("\n")
-        return tidy(" ".join(parts))
+                if beat is not self.plot.beats[-1]:
+                    parts += self._between()
+        return self._flow(tidy(" ".join(parts)))
+
+    def _between(self) -> list[str]:
+        """Now and then a sentence, a small cause and feeling, or a line break between two beats."""
+        between = []
+        if self.rng.random() < FILLER:
+            between.append(self.expand("$filler"))
+        if self.rng.random() < MOMENT:
+            between.append(self.expand("$moment"))
+        if self.rng.random() < BREAK:
+            between.append("\n")
+        return between
+
+    def _flow(self, text: str) -> str:
+        """Vary speech, join sentences, name the hero, break lines."""
+        hero, rng = self.bound["hero"], self.rng
+        text = style.vary_speech(rng, text, self.bound["one"], self.bound["friend"])
+        text = style.name_hero(
+            rng, text, hero, self.bound["he"], self.bound.get("kind", "" if self.plural else self.bound["girl"])
+        )
+        text = style.join_sentences(rng, text, hero)
+        if self.plural and "Once" not in text[:4] and rng.random() < PRESENT:
+            text = to_present(text, hero)
+        return tidy(
+            style.break_lines(rng, text, rng.choice((0.1, 0.3, 0.9)) if self.plural else rng.choice((0.05, 0.2)))
+        )
 
 
 def tidy(text: str) -> str:
@@ -246,6 +274,10 @@ def tidy(text: str) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" ?\n[ \n]*", "\n", text).strip()
     text = re.sub(r" ([.,!?])", r"\1", text)
+    text = re.sub(r'([.!?]")\.', r"\1", text)
+    text = re.sub(r"\bin the (beach|zoo|farm|lake|school|market|playground|sea|store)\b", r"at the \1", text)
+    text = re.sub(r"\bin the (hill|mountain)\b", r"on the \1", text)
+    text = re.sub(r"\b([a-z]{3,})(,| and) \1\b(?! and)", r"\1", text)
     text = re.sub(r"\b([Aa]) (?=[aeio]|un(?!i)|umb|ug)", r"\1n ", text)
     text = re.sub(r"\b([Aa])n (?=one\b)", r"\1 ", text)
     return re.sub(r"(^|[.!?] |\n)([a-z])", lambda m: m[1] + m[2].upper(), text)

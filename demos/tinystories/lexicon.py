@@ -53,7 +53,7 @@ SPOTS = entries(
 )
 TOYS = entries(
     """ball/doll/car/teddy bear/truck/toy car/kite/red ball/book/boat/train/balloon/toy/toy boat/toy truck/puzzle/
-    blue ball/drum/robot/bike/toy train/yo-yo/toy plane/rocket/top/whistle/puppet/wagon/flute/toy dinosaur/stuffed bunny/
+    blue ball/drum/robot/bike/toy train/toy plane/rocket/top/whistle/puppet/wagon/flute/toy dinosaur/stuffed bunny/
     marble/scooter/trumpet/jump rope/toy horse"""
 )
 THINGS = entries(
@@ -91,7 +91,7 @@ FLAWS = entries(
     clumsy/forgetful"""
 )
 WEATHERS = entries("sunny/rainy/windy/hot/cold/snowy/cloudy/warm/nice/beautiful/bright")
-ADULTS = entries("mom/dad/grandma/grandpa/mommy/daddy/mother/father/aunt/uncle/teacher/mum")
+ADULTS = entries("mom/dad/grandma/mommy/daddy/grandpa/mum/mother")
 CLOTHES = entries("coat/hat/scarf/jacket/sweater/boots/dress/shirt/mittens/shoes/gloves/cape/socks")
 NATURE = entries(
     """trees/flowers/birds/clouds/leaves/ducks/butterflies/stars/rocks/bees/bugs/animals/fish/sticks/shells/rabbits/

@@ -11,41 +11,49 @@ from typing import Any
 FAMILIES = ("mamba", "mamba2")
 
 
-def _option(default: Any = dataclasses.MISSING, help: str = "", low: float | None = None, high: float | None = None):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    return {"help": help, "low": low, "high": high}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """One training run. Two runs with equal options give equal weights, bit for bit, on one machine."""
 
-    text: Path = _option(help="training text: stories parted by lines <|endoftext|>")
-    valid: Path = _option(help="held-out text, the same format")
-    out: Path = _option(help="folder for checkpoints, log and the finished model")
-    family: str = _option(help="mamba or mamba2")
-    name: str = _option("tinystories", "name of the model, for its card")
-    tokenizer: Path | None = _option(None, "folder of a trained tokenizer; default: train one on the mix")
-    d_vocab: int = _option(3072, "entries of a tokenizer trained here", 257)
-    generated_share: float = _option(0.0, "share of training rows that come from the grammar", 0, 1)
-    generated_stories: int = _option(6000, "stories of the grammar to draw those rows from", 1)
-    d_model: int = _option(192, "width of the residual stream", 1)
-    n_layers: int = _option(4, "blocks", 1)
-    d_state: int | None = _option(None, "state size; default: 16 for mamba, 64 for mamba2", 1)
-    head_dim: int = _option(64, "channels of a head (mamba2)", 1)
-    steps: int = _option(1400, "optimiser steps", 1)
-    batch: int = _option(16, "rows a step", 1)
-    length: int = _option(256, "tokens a row", 2)
-    lr: float = _option(3e-3, "highest learning rate", 0)
-    warmup: int = _option(60, "steps of linear warm-up", 0)
-    final_lr: float = _option(0.02, "last learning rate as a share of the highest (cosine in between)", 0, 1)
-    weight_decay: float = _option(0.1, "AdamW's decay, on matrices only", 0)
-    beta2: float = _option(0.98, "AdamW's second beta; the first is 0.9", 0, 1)
-    clip: float = _option(1.0, "largest gradient norm", 0)
-    dropout: float = _option(0.1, "dropout on the embedding and on every mixer's output", 0, 0.95)
-    eval_every: int = _option(100, "steps between held-out measurements", 1)
-    checkpoint_every: int = _option(100, "steps between checkpoints", 1)
-    seed: int = _option(0, "seed of weights, crops, dropout and stories", 0)
-    threads: int = _option(0, "CPU threads; 0 leaves the choice to torch", 0)
+    text: Path = field(metadata=_about("training text: stories parted by lines <|endoftext|>"))
+    valid: Path = field(metadata=_about("held-out text, the same format"))
+    out: Path = field(metadata=_about("folder for checkpoints, log and the finished model"))
+    family: str = field(metadata=_about("mamba or mamba2"))
+    name: str = field(default="tinystories", metadata=_about("name of the model, for its card"))
+    tokenizer: Path | None = field(
+        default=None, metadata=_about("folder of a trained tokenizer; default: train one on the mix")
+    )
+    d_vocab: int = field(default=3072, metadata=_about("entries of a tokenizer trained here", 257))
+    generated_share: float = field(
+        default=0.0, metadata=_about("share of training rows that come from the grammar", 0, 1)
+    )
+    generated_stories: int = field(default=6000, metadata=_about("stories of the grammar to draw those rows from", 1))
+    d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
+    n_layers: int = field(default=4, metadata=_about("blocks", 1))
+    d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, 64 for mamba2", 1))
+    head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2)", 1))
+    steps: int = field(default=1400, metadata=_about("optimiser steps", 1))
+    batch: int = field(default=16, metadata=_about("rows a step", 1))
+    length: int = field(default=256, metadata=_about("tokens a row", 2))
+    lr: float = field(default=3e-3, metadata=_about("highest learning rate", 0))
+    warmup: int = field(default=60, metadata=_about("steps of linear warm-up", 0))
+    final_lr: float = field(
+        default=0.02, metadata=_about("last learning rate as a share of the highest (cosine in between)", 0, 1)
+    )
+    weight_decay: float = field(default=0.1, metadata=_about("AdamW's decay, on matrices only", 0))
+    beta2: float = field(default=0.98, metadata=_about("AdamW's second beta; the first is 0.9", 0, 1))
+    clip: float = field(default=1.0, metadata=_about("largest gradient norm", 0))
+    dropout: float = field(
+        default=0.1, metadata=_about("dropout on the embedding and on every mixer's output", 0, 0.95)
+    )
+    eval_every: int = field(default=100, metadata=_about("steps between held-out measurements", 1))
+    checkpoint_every: int = field(default=100, metadata=_about("steps between checkpoints", 1))
+    seed: int = field(default=0, metadata=_about("seed of weights, crops, dropout and stories", 0))
+    threads: int = field(default=0, metadata=_about("CPU threads; 0 leaves the choice to torch", 0))
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

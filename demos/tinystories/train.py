@@ -87,7 +87,9 @@ def run_steps(trainer: Trainer, console: Console, stop: Callable[[], bool]) -> b
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  held-out {task.fields[held_out]:.3f}  {task.fields[speed]:,.0f} tok/s"),
+        TextColumn(
+            "loss {task.fields[loss]:.3f}  held-out {task.fields[held_out]:.3f}  {task.fields[speed]:,.0f} tok/s"
+        ),
         TimeRemainingColumn(),
     )
     first, start = trainer.step, trainer.wall_seconds()
