@@ -149,7 +149,7 @@ class ResidualDecomposition:
         pos_slice: PosSlice = None,
         batch_slice: Any = None,
         has_batch_dim: bool | None = None,
-    ) -> Float[Tensor, "component *batch_and_pos_out"]:
+    ) -> Float[Tensor, "component ..."]:
         """What each component adds to the logit of a token, or to a difference of two tokens' logits.
 
         The final norm's scale is taken as it was, so over a full decomposition the attributions sum to the logit.

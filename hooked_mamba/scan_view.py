@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba import ops
+
 
 @dataclass(frozen=True)
 class ScanView:
@@ -213,3 +215,11 @@ def _of_lanes(v: Tensor, view: ScanView) -> Tensor:
     G = v.shape[2]
     v = v.to(view.dt.dtype)
     return v if G in (1, view.n_lanes) else v.repeat_interleave(view.n_lanes // G, 2)
+
+
+def run_scan(view: ScanView) -> Float[Tensor, "b l H P"]:
+    """y_t = C h_t + D u_t over the view's own input, from an empty state, in linear time."""
+    if view.A.shape[1] == 1:
+        return ops.ssd(view.u, view.dt, view.A[:, 0], view.B, view.C, view.D).y
+    u, B, C = view.u[..., 0], view.B[:, :, 0], view.C[:, :, 0]
+    return ops.selective_scan(u, view.dt, view.A, B, C, view.D).y.unsqueeze(-1)

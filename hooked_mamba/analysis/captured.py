@@ -1,0 +1,87 @@
+"""Reading sites while a forward pass is under way, for tools that edit a later site with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.hook_points import Reader
+from hooked_mamba.hooked_root import HookedRoot
+from hooked_mamba.positions import PositionSelect
+
+Positions = int | Iterable[int] | Tensor | None
+"""Columns: one, several, a mask b l of bools (its own columns for each row), or None for all."""
+
+
+@contextmanager
+def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCache]:
+    """A cache that fills during each forward pass inside the `with`, attached to the pass's graph.
+
+    Values are final: what all hooks made of them, without a copy.
+    """
+    cache = ActivationCache({}, model)
+
+    def keeper(name: str):
+        def keep(value: Tensor) -> None:
+            cache.cache_dict[name] = value
+
+        return keep
+
+    readers = [(model.hook_point(name), Reader(keeper(name), PositionSelect())) for name in names]
+    try:
+        for point, reader in readers:
+            point.readers.append(reader)
+        yield cache
+    finally:
+        for point, reader in readers:
+            point.readers.remove(reader)
+
+
+def position_mask(positions: Positions, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
+    """Columns as a mask.
+
+    Raises
+    ------
+    IndexError
+        A column that does not exist.
+    ValueError
+        A mask of another shape.
+    """
+    if positions is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if (
+            positions.shape[-1] != length
+            or positions.ndim not in (1, 2)
+            or positions.numel()
+            not in (
+                length,
+                batch * length,
+            )
+        ):
+            raise ValueError(f"a position mask must be [{batch}, {length}] or [{length}], got {list(positions.shape)}")
+        return positions.to(device).expand(batch, length)
+    if isinstance(positions, Tensor):
+        positions = positions.reshape(-1).tolist()
+    columns = [positions] if isinstance(positions, int) else [int(t) for t in positions]
+    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    for t in columns:
+        if not -length <= t < length:
+            raise IndexError(f"position {t} is out of range for {length} positions")
+        mask[:, t] = True
+    return mask
+
+
+def layer_list(model: HookedRoot, layers: int | Iterable[int] | None) -> list[int]:
+    """Layers as ascending non-negative ints; None: all."""
+    n = model.cfg.n_layers  # type: ignore[union-attr]
+    chosen = range(n) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    for i in chosen:
+        if not -n <= i < n:
+            raise IndexError(f"layer {i} is out of range for a model of {n} layers")
+    return sorted({i % n for i in chosen})

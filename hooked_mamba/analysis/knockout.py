@@ -1,0 +1,162 @@
+"""Knockout: cut the flow from chosen positions to chosen positions, in chosen layers, and nothing else.
+
+By the value path: y_t loses sum_{s in S} alpha[t,s] u_s for the targets t, while dt, B, C and gates stay as this
+forward pass makes them. One more scan, over the cut input alone, gives that sum in linear time (the scan is linear
+in u). What is cut:
+
+    source="token"   what the tokens S send through all taps of the convolution (TokenPath)
+    source="scan"    the scan's own terms alpha[t,s] u_s, which already mix the tokens s-K+1..s
+
+Sharma, Atkinson & Bau 2024 (arXiv:2404.03646) and "Mamba Knockout" (arXiv:2505.24244) cut scan terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.analysis.captured import Positions, captured, layer_list, position_mask
+from hooked_mamba.scan_view import run_scan
+from hooked_mamba.ssm_decomposition import Source
+
+
+@contextmanager
+def knockout(
+    model: Any,
+    sources: Positions,
+    targets: Positions = None,
+    layers: int | Iterable[int] | None = None,
+    source: Source = "token",
+    cut: Literal["read", "write"] = "read",
+) -> Iterator[Any]:
+    """Cut the flow from sources to targets in every forward pass inside the `with`.
+
+    Parameters
+    ----------
+    model
+        A HookedMamba or HookedMamba2; other hooks work as always.
+    sources, targets
+        Positions (columns of the call): an int, several, a mask b l with each row's own, or None for all.
+    layers
+        None: all.
+    source
+        "token" or "scan", see above.
+    cut
+        "read": the targets do not see the sources' values; states stay as they are. "write": the values are never
+        written into the state, so that no position sees them and the returned state lacks them; then `targets` must
+        be None. The skip D u is a read: "write" leaves it.
+
+    Raises
+    ------
+    ValueError
+        Unknown `source` or `cut`, or targets together with cut="write".
+    """
+    if source not in ("token", "scan"):
+        raise ValueError(f"source must be 'token' or 'scan', got {source!r}")
+    if cut not in ("read", "write"):
+        raise ValueError(f"cut must be 'read' or 'write', got {cut!r}")
+    if cut == "write" and targets is not None:
+        raise ValueError("cut='write' takes the value from all later positions: leave targets out, or use cut='read'")
+    chosen = layer_list(model, layers)
+    read = ["x", "dt", "B", "C"] + (["x_pre", "conv"] if source == "token" else [])
+    names = [f"blocks.{i}.mixer.hook_{site}" for i in chosen for site in read]
+
+    def lose_reads(y: Tensor, hook: Any) -> Tensor:
+        i = hook.layer()
+        lost = run_scan(cache.scan_view(i).with_input(cut_input(cache, i, sources, source))).reshape(y.shape)
+        seen = position_mask(targets, *y.shape[:2], y.device).reshape(*y.shape[:2], *(1,) * (y.ndim - 2))
+        return torch.where(seen, y - lost.to(y.dtype), y)
+
+    def lose_writes(Bx: Tensor, hook: Any) -> Tensor:
+        view = cache.scan_view(hook.layer())
+        if source == "scan":
+            gone = position_mask(sources, *Bx.shape[:2], Bx.device)
+            return Bx.masked_fill(gone.reshape(*Bx.shape[:2], *(1,) * (Bx.ndim - 2)), 0)
+        lost = view.dt.unsqueeze(-1) * cut_input(cache, hook.layer(), sources, source)
+        B = view.B.repeat_interleave(view.n_lanes // view.B.shape[2], 2)
+        return Bx - torch.einsum("blhp,blhn->blhpn", lost, B.to(lost.dtype)).reshape(Bx.shape)
+
+    site, edit = ("hook_y", lose_reads) if cut == "read" else ("hook_Bx", lose_writes)
+    with captured(model, names) as cache, model.hooks([(f"blocks.{i}.mixer.{site}", edit) for i in chosen]):
+        yield model
+
+
+def cut_input(cache: ActivationCache, layer: int, sources: Positions, source: Source) -> Float[Tensor, "b l H P"]:
+    """The part of the scan's input that comes from the sources."""
+    view = cache.scan_view(layer)
+    mask = position_mask(sources, *view.dt.shape[:2], view.dt.device)
+    if source == "scan":
+        return view.u * mask[..., None, None]
+    return cache.token_path(layer).input_of(mask).reshape(view.u.shape).to(view.u.dtype)
+
+
+@torch.no_grad()
+def knockout_sweep(
+    model: Any,
+    tokens: Tensor | str | Sequence[str],
+    metric: Callable[[Tensor], Tensor],
+    targets: Positions = -1,
+    source: Source = "token",
+    window: int = 1,
+    positions: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Float[Tensor, "window source"]:
+    """The metric after cutting one source position from the targets, in each window of layers.
+
+    Parameters
+    ----------
+    metric
+        From logits b l V to one number.
+    targets
+        Positions that lose sight of the source; default: the last.
+    window
+        Layers that are cut together; row i cuts layers i to i + window - 1.
+    positions
+        Source positions; None: all.
+    batch_size
+        Rows of one forward pass: several sources run side by side.
+
+    Returns
+    -------
+    Tensor
+        n_layers - window + 1 rows, one column a source.
+    """
+    n_layers = model.cfg.n_layers
+    if not 1 <= window <= n_layers:
+        raise ValueError(f"window must be from 1 to {n_layers} layers, got {window}")
+    tokens, found = model.input_to_tokens(tokens)
+    attention_mask = found if attention_mask is None else attention_mask
+    b, length = tokens.shape
+    columns = list(range(length)) if positions is None else [t % length for t in positions]
+    at_once = max(1, batch_size // b)
+    starts = range(n_layers - window + 1)
+    result = torch.zeros(len(starts), len(columns))
+    _, before = model.run_with_cache(
+        tokens, attention_mask=attention_mask, names_filter="blocks.*.hook_resid_pre", return_type=None
+    )
+    with tqdm(total=result.numel(), disable=not progress, desc="knockout") as bar:
+        for row, start in enumerate(starts):
+            for first in range(0, len(columns), at_once):
+                now = columns[first : first + at_once]
+                mask = torch.zeros(len(now), 1, length, dtype=torch.bool, device=tokens.device)
+                for i, s in enumerate(now):
+                    mask[i, 0, s] = True
+                mask = mask.expand(-1, b, -1).reshape(-1, length)
+                padding = None if attention_mask is None else attention_mask.repeat(len(now), 1)
+                with knockout(model, mask, targets, range(start, start + window), source):
+                    logits = model(
+                        before["resid_pre", start].repeat(len(now), 1, 1), start_at_layer=start, attention_mask=padding
+                    )
+                for i, one in enumerate(logits.split(b)):
+                    result[row, first + i] = metric(one)
+                bar.update(len(now))
+    return result

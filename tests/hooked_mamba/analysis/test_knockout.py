@@ -1,0 +1,194 @@
+"""Knockout against a dense recomputation in numpy; ablation against hooks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_mamba.analysis.ablation import ablate
+from hooked_mamba.analysis.knockout import knockout, knockout_sweep
+from tests.hooked_mamba.analysis.models import every_family, model_for, run
+from tests.hooked_mamba.reference import forward
+from tests.hooked_mamba.tiny import arrays, relative, tokens_for
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+class DenseCut:
+    """Edits of the reference pass that subtract chosen terms, pair by pair, from dense matrices."""
+
+    def __init__(self, model, layer, sources, targets, source):
+        self.model, self.layer = model, layer
+        self.sources, self.targets, self.source = sources, targets, source
+        self.seen = {}
+
+    def edits(self):
+        at = f"blocks.{self.layer}.mixer.hook_"
+        watched = ("x_pre", "conv", "x", "C", "A_bar", "B_bar")
+        return {at + name: self.keep(name) for name in watched} | {at + "y": self.cut}
+
+    def keep(self, name):
+        def edit(value):
+            self.seen[name] = value
+            return value
+
+        return edit
+
+    def alpha(self, b, t, s, e):
+        """One entry, by its definition."""
+        cfg = self.model.cfg
+        A_bar, B_bar, C = (self.seen[name] for name in ("A_bar", "B_bar", "C"))
+        if C.ndim == 3:
+            product = np.prod(A_bar[b, s + 1 : t + 1, e], axis=0)
+            value = (C[b, t] * product * B_bar[b, s, e]).sum()
+            return value + (self.model.blocks[self.layer].mixer.D[e].item() if t == s else 0)
+        h = e // cfg.P
+        product = np.prod(A_bar[b, s + 1 : t + 1, h])
+        value = (C[b, t, h // (cfg.H // cfg.G)] * product * B_bar[b, s, h]).sum()
+        return value + (self.model.blocks[self.layer].mixer.D[h].item() if t == s else 0)
+
+    def term(self, b, t, s, e):
+        """What target t gets from source s."""
+        if self.source == "scan":
+            x = self.seen["x"]
+            return self.alpha(b, t, s, e) * x.reshape(*x.shape[:2], -1)[b, s, e]
+        taps = self.model.blocks[self.layer].mixer.conv1d.weight[:, 0].numpy()
+        K, total = taps.shape[1], 0.0
+        for k in range(K):
+            if s + k <= t:
+                factor = sigmoid(self.seen["conv"][b, s + k, e]) * taps[e, K - 1 - k]
+                total += self.alpha(b, t, s + k, e) * factor * self.seen["x_pre"][b, s, e]
+        return total
+
+    def cut(self, y):
+        flat = y.reshape(*y.shape[:2], -1)
+        for b in range(flat.shape[0]):
+            for t in self.targets:
+                for s in self.sources:
+                    if s <= t:
+                        for e in range(flat.shape[2]):
+                            flat[b, t, e] -= self.term(b, t, s, e)
+        return flat.reshape(y.shape)
+
+
+@every_family
+@pytest.mark.parametrize("source", ["token", "scan"])
+def test_knockout_equals_the_dense_recomputation(family, source):
+    model = model_for(family)
+    tokens = tokens_for(model, rows=2)
+    sources, targets = [1, 3], [3, 4, 6]
+    edits = {}
+    for layer in range(2):
+        edits |= DenseCut(model, layer, sources, targets, source).edits()
+    weights = arrays(model.state_dict())
+    expected = forward(model.cfg, weights, tokens.numpy(), edits).logits
+    with knockout(model, sources, targets, source=source):
+        got = model(tokens)
+    assert relative(got, expected) < 1e-12
+    plain = model(tokens)
+    assert relative(plain, forward(model.cfg, weights, tokens.numpy()).logits) < 1e-12
+    assert relative(got, plain.numpy()) > 1e-3  # it does something
+    assert relative(got[:, :3], plain[:, :3]) < 1e-13  # and nothing before its first target
+
+
+@every_family
+@pytest.mark.parametrize("source", ["token", "scan"])
+def test_a_write_that_never_happens_is_read_by_nobody(family, source):
+    """With the skip put back, cut='write' is cut='read' for all targets in a one-layer model."""
+    model = model_for(family, n_layers=1)
+    tokens = tokens_for(model, rows=2)
+    with knockout(model, 2, source=source):
+        _, read = model.run_with_cache(tokens, names_filter="blocks.0.mixer.hook_y")
+    with knockout(model, 2, source=source, cut="write"):
+        _, write = model.run_with_cache(
+            tokens, names_filter=["blocks.0.mixer.hook_y_scan", "blocks.0.mixer.hook_Bx", "blocks.0.mixer.hook_skip"]
+        )
+        _, state = model(tokens, return_state=True)
+    _, whole = model.run_with_cache(tokens)
+    mixer = model.blocks[0].mixer
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[:, 2] = True
+    view = whole.scan_view(0)
+    cut = view.u * mask[..., None, None] if source == "scan" else whole.token_path(0).input_of(mask)
+    skip = (mixer.D[:, None] * cut.reshape(view.u.shape)).reshape(read["y", 0].shape)
+    assert relative(write["y_scan", 0] + write["skip", 0] - skip, read["y", 0]) < 1e-12
+    if source == "scan":
+        assert not write["Bx", 0][:, 2].any()
+    _, plain = model(tokens, return_state=True)
+    assert relative(state[0].ssm, plain[0].ssm) > 1e-3
+
+
+@every_family
+def test_rows_can_have_their_own_sources(family):
+    model = model_for(family)
+    tokens = tokens_for(model, rows=2)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, 1] = mask[1, 4] = True
+    with knockout(model, mask, -1, 1):
+        together = model(tokens)
+    for row, s in ((0, 1), (1, 4)):
+        with knockout(model, [s], -1, 1):
+            assert relative(together[row : row + 1], model(tokens[row : row + 1])) < 1e-12
+
+
+@every_family
+def test_a_sweep_is_its_single_runs(family):
+    model = model_for(family, n_layers=3)
+    tokens = tokens_for(model, rows=2)
+    sweep = knockout_sweep(
+        model, tokens, lambda logits: logits[:, -1, 3].mean(), window=2, batch_size=5, progress=False
+    )
+    assert sweep.shape == (2, 7)
+    for start in range(2):
+        for s in (0, 5):
+            with knockout(model, s, -1, [start, start + 1]):
+                assert sweep[start, s] == pytest.approx(model(tokens)[:, -1, 3].mean().item(), rel=1e-5)
+
+
+def test_knockout_leaves_no_hook_and_reports_wrong_arguments():
+    model = model_for("mamba")
+    tokens = tokens_for(model)
+    with pytest.raises(IndexError, match="position 9"), knockout(model, 9):
+        model(tokens)
+    assert not any(point.wanted for point in model.hook_points())
+    with pytest.raises(ValueError, match="leave targets out"), knockout(model, 1, 2, cut="write"):
+        pass
+    with pytest.raises(IndexError, match="layer 5"), knockout(model, 1, layers=5):
+        pass
+
+
+@every_family
+def test_ablations(family):
+    model, tokens, plain, cache = run(family)
+    name = "blocks.1.mixer.hook_out_proj"
+    site = cache[name]
+    with ablate(model, name):
+        assert relative(model(tokens), model(cache["resid_pre", 1], start_at_layer=2)) < 1e-12
+    with ablate(model, name, "mean", cache, positions=[2, -1], units=[0, 3]):
+        _, after = model.run_with_cache(tokens, names_filter=name)
+    expected = site.clone()
+    for t in (2, 6):
+        for e in (0, 3):
+            expected[:, t, e] = site[..., e].mean()
+    assert relative(after[name], expected) < 1e-13
+    with ablate(model, "blocks.*.mixer.hook_x", "mean", cache, mean_over="batch"):
+        _, after = model.run_with_cache(tokens)
+    assert relative(after["x", 1], cache["x", 1].mean(0, keepdim=True).expand_as(cache["x", 1])) < 1e-13
+    with ablate(model, ["blocks.0.mixer.hook_x", "blocks.1.mixer.hook_dt"], "resample", cache, seed=1):
+        _, after = model.run_with_cache(tokens)
+    drawn = [[torch.equal(a, b) for b in cache["x", 0]].index(True) for a in after["x", 0]]
+    assert drawn != [0, 1, 2]
+    assert torch.equal(after["dt", 1], cache["dt", 1][drawn])
+    with ablate(model, "blocks.0.mixer.hook_h.3"):
+        _, state = model.run_with_cache(tokens, names_filter="blocks.0.mixer.hook_h.3")
+    assert not state["h.3", 0].any()
+    assert torch.equal(model(tokens), plain)
+
+
+def test_ablation_reports_what_it_needs():
+    model = model_for("mamba")
+    with pytest.raises(ValueError, match="needs reference"), ablate(model, "hook_embed", "mean"):
+        pass
