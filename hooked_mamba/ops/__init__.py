@@ -40,6 +40,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "naive": "hooked_mamba.ops.naive",
     },
     "ssd": {
+        "triton": "hooked_mamba.ops.triton",
         "torch": "hooked_mamba.ops.chunked",
         "naive": "hooked_mamba.ops.naive",
     },

@@ -17,6 +17,7 @@ from torch import Tensor
 TAKES_EDITS = True
 
 _OPS = {
+    "ssd": "hooked_mamba.ops.triton.ssd",
     "selective_scan": "hooked_mamba.ops.triton.mamba1",
     "linear_scan": "hooked_mamba.ops.triton.linear",
 }

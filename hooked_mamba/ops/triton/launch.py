@@ -60,15 +60,20 @@ class Blocks:
 
 
 @lru_cache(maxsize=64)
-def cut(length: int, T: int, per_chunk: int, events: Events, device: torch.device) -> Blocks:
-    """Cut a sequence into blocks that begin at multiples of T and at every event, and these into chunks."""
+def cut(length: int, T: int, per_chunk: int, events: Events, device: torch.device, events_last: bool = False) -> Blocks:
+    """Cut a sequence into blocks that begin at multiples of T and at every event, and these into chunks.
+
+    With `events_last` a block ends with an event rather than begins with it.
+    """
     if not events.edits and not events.saves:
         return Blocks(T, None, triton.cdiv(length, T), per_chunk, length % T == 0)
     edits, saves = (np.asarray(e, dtype=np.int64) for e in (events.edits, events.saves))
-    begins = np.unique(np.concatenate([np.arange(0, length, T), edits, saves]))
+    shift = 1 if events_last else 0
+    begins = np.unique(np.concatenate([np.arange(0, length, T), edits + shift, saves + shift]))
+    begins = begins[begins < length]
     table = np.full((len(begins), 4), -1, dtype=np.int32)
     table[:, 0] = begins
     table[:, 1] = np.diff(begins, append=length)
     for column, positions in ((2, edits), (3, saves)):
-        table[np.searchsorted(begins, positions), column] = np.arange(len(positions))
+        table[np.searchsorted(begins, positions, side="right") - 1, column] = np.arange(len(positions))
     return Blocks(T, torch.from_numpy(table).to(device), len(begins), per_chunk, False)
