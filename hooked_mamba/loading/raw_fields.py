@@ -57,7 +57,7 @@ BOOKKEEPING = {
 }
 
 # A plain language model of Mamba blocks and nothing else.
-ALLOWED = {
+ALLOWED: dict[str, tuple[Any, ...]] = {
     "rms_norm": (True,),
     "d_intermediate": (0, None),
     "attn_layer_idx": ([], None),

@@ -121,13 +121,18 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
     yield from tensor.reshape(-1).split(ELEMENTS_AT_ONCE)
 
 
+def _finite(tensor: Tensor) -> bool:
+    """One pass without a mask: NaN spreads to the extremes, an infinity is one of them."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
 def _not_finite(name: str, source: Tensor, copy: Tensor) -> str | None:
     """A line for the error when the copy holds NaN or an infinity, saying whether the conversion made it."""
     if copy.device.type == "meta":
         return f"no data: {name} is on the meta device"
-    bad = sum(int((~block.isfinite()).sum()) for block in _blocks(copy))
-    if not bad:
+    if _finite(copy):
         return None
-    if copy.dtype != source.dtype and all(bool(block.isfinite().all()) for block in _blocks(source)):
+    bad = sum(int((~block.isfinite()).sum()) for block in _blocks(copy))
+    if copy.dtype != source.dtype and _finite(source):
         return f"overflow: {name} has {bad} values too large for {copy.dtype}"
     return f"not finite: {name} has {bad} NaN or infinite values of {copy.numel()}"

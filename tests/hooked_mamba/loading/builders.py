@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every format, made without the code under test."""
 
+import inspect
 import math
 import random
 from typing import Any
@@ -7,8 +8,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 HF_KINDS = ("mamba", "falcon_mamba", "mamba2")
+
+PER_GROUP = "group_size" in inspect.signature(MambaRMSNormGated.__init__).parameters
+"""Whether this release of transformers takes the gated norm per group, as the checkpoints mean it."""
 
 
 def random_hf_model(kind: str, seed: int) -> Any:
@@ -38,7 +43,7 @@ def random_hf_model(kind: str, seed: int) -> Any:
             **common,
             head_dim=head_dim,
             num_heads=heads,
-            n_groups=draw.choice([g for g in (1, 2, 4) if heads % g == 0]),
+            n_groups=draw.choice([g for g in ((1, 2, 4) if PER_GROUP else (1,)) if heads % g == 0]),
             time_step_limit=draw.choice(limits),
             chunk_size=draw.choice([16, 256]),
         )
@@ -48,6 +53,11 @@ def random_hf_model(kind: str, seed: int) -> Any:
         config = transformers.FalconMambaConfig(**common, mixer_rms_eps=draw.choice([1e-6, 1e-3]))
         return _perturbed(transformers.FalconMambaForCausalLM(config))
     return _perturbed(transformers.MambaForCausalLM(transformers.MambaConfig(**common)))
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype in a transformers config, whose field was renamed with release 5."""
+    return config.dtype if hasattr(config, "dtype") else config.torch_dtype
 
 
 def _perturbed(model: Any) -> Any:

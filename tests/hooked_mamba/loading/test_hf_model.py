@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from hooked_mamba.loading import CheckpointError, from_hf_model, to_hf_model, weight_shapes
-from tests.hooked_mamba.loading.builders import HF_KINDS, assert_same, random_hf_model
+from hooked_mamba.loading import CheckpointError, from_hf_model, save_checkpoint, to_hf_model, weight_shapes
+from tests.hooked_mamba.loading.builders import HF_KINDS, PER_GROUP, assert_same, random_hf_model, stored_dtype
 
 CASES = [(kind, seed) for kind in HF_KINDS for seed in range(8)]
 UNSHAPING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -53,7 +53,7 @@ def test_dtypes_stay_as_they_are():
     mixed = {n: t if n.endswith("A_log") else t.bfloat16() for n, t in state.items()}
     back = to_hf_model(cfg, mixed)
     assert back.backbone.layers[0].mixer.A_log.dtype == torch.float32
-    assert back.lm_head.weight.dtype == torch.bfloat16 == back.config.dtype
+    assert back.lm_head.weight.dtype == torch.bfloat16 == stored_dtype(back.config)
 
 
 def test_fields_arrive_where_they_belong():
@@ -64,7 +64,7 @@ def test_fields_arrive_where_they_belong():
     )  # fmt: skip
     cfg, _ = from_hf_model(transformers.Mamba2ForCausalLM(config))
     assert (cfg.d_model, cfg.n_layers, cfg.d_vocab, cfg.d_state, cfg.d_conv) == (24, 1, 9, 5, 3)
-    assert (cfg.E, cfg.H, cfg.P, cfg.G, cfg.norm_groups) == (72, 12, 6, 3, 3)
+    assert (cfg.E, cfg.H, cfg.P, cfg.G, cfg.norm_groups) == (72, 12, 6, 3, 3 if PER_GROUP else 1)
     assert (cfg.dt_limit, cfg.eps, cfg.norm_eps, cfg.chunk_size) == ((0.1, 0.5), 1e-4, 1e-4, 32)
     assert (cfg.conv_bias, cfg.use_bias, cfg.residual_in_fp32, cfg.tie_embeddings) == (False, True, False, False)
     assert cfg.eos_token_id == 7
@@ -97,17 +97,21 @@ def test_a_bare_backbone(tied):
         assert set(weight_shapes(cfg)) - set(state) == {"unembed.weight"}
 
 
-def test_a_gated_norm_over_the_full_width_is_noticed():
+def test_a_gated_norm_over_the_full_width_is_noticed(tmp_path):
     """As in releases before 5: the object is taken at its word, and not written as something else."""
     config = transformers.Mamba2Config(
         hidden_size=16, num_hidden_layers=1, vocab_size=9, head_dim=8, num_heads=4, n_groups=2, state_size=4
     )
     model = transformers.Mamba2ForCausalLM(config)
-    del model.backbone.layers[0].mixer.norm.group_size
+    if PER_GROUP:
+        del model.backbone.layers[0].mixer.norm.group_size
     cfg, state = from_hf_model(model)
     assert cfg.norm_groups == 1
-    with pytest.raises(CheckpointError, match=r"2 groups.*expected norm_groups=2, got 1"):
-        to_hf_model(cfg, state)
+    with pytest.raises(CheckpointError, match="norms per group: expected norm_groups=2, got 1"):
+        save_checkpoint(tmp_path / "model", cfg, state)
+    other = dataclasses.replace(cfg, norm_groups=1 if PER_GROUP else 2)  # what this release does not compute
+    with pytest.raises(CheckpointError, match=r"in [12] groups for n_groups=2; expected norm_groups="):
+        to_hf_model(other, state)
 
 
 def test_unsupported_models_are_refused():
