@@ -24,17 +24,17 @@ class HookedRoot(nn.Module):
     def setup(self) -> None:
         """Name every hook point by its place in the module tree."""
         self.context_level = 0
-        for name, module in self.named_modules():
-            if isinstance(module, HookPoint):
-                module.name = name
+        points = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
+        for name, point in points.items():
+            point.name = name
+        self._hook_points = {name: points[name] for name in self.ordered_names(list(points))}
 
     # Finding -------------------------------------------------------------------------------------------------
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """Every hook point by name, in computing order. Single states (`...hook_h.4`) exist when asked for."""
-        points = {name: m for name, m in self.named_modules() if isinstance(m, HookPoint)}
-        return {name: points[name] for name in self.ordered_names(list(points))}
+        return self._hook_points
 
     def ordered_names(self, names: list[str]) -> list[str]:
         """Names in the order in which a forward pass reaches them; a subclass that knows better says so."""
