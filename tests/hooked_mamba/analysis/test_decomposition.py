@@ -43,7 +43,7 @@ def test_channels_embedding_and_biases_sum_to_the_stream(family, dtype, padded, 
 
 @every_family
 def test_logit_attributions_sum_to_the_logits(family):
-    model, tokens, logits, cache = run(family)
+    _model, tokens, logits, cache = run(family)
     answer, other = torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9])
     rows = torch.arange(3)
     for stack in (
@@ -118,7 +118,7 @@ def test_sources_sum_with_and_without_biases(family, conv_bias):
 @every_family
 def test_a_token_source_is_what_the_frozen_mixer_loses(family):
     """Against the definition: token s removed from the convolution's input, everything else frozen by hooks."""
-    model, tokens, _, cache = run(family)
+    model, _tokens, _, cache = run(family)
     s = 2
     E = model.cfg.E
     resid = cache["resid_pre", 0]

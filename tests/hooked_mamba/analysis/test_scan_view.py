@@ -31,7 +31,7 @@ def dense(cache, layer):
 @every_family
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_are_the_dense_matrix_and_give_y(family, padded):
-    model, _, _, cache = run(family, padded=padded)
+    _model, _, _, cache = run(family, padded=padded)
     for layer in range(2):
         alpha = cache.hidden_attention(layer)
         assert relative(alpha, dense(cache, layer)) < 1e-12
@@ -51,7 +51,7 @@ def test_rows_are_the_dense_matrix_and_give_y(family, padded):
 
 @every_family
 def test_effective_attention_as_transformerlens_defines_it(family):
-    model, _, _, cache = run(family)
+    _model, _, _, cache = run(family)
     M = cache.compute_ssm_effective_attention(1, include_dt_scaling=True)
     view = cache.scan_view(1)
     y_scan = torch.einsum("bhts,bshp->bthp", M, view.u).reshape(cache["y_scan", 1].shape)

@@ -1,0 +1,305 @@
+"""Activation patching: what each activation of a clean run restores in a corrupted one.
+
+TransformerLens' names and arguments; a sweep runs its patches side by side (see `patch_runs`). Axis names of an index:
+
+    layer, pos       block, position
+    channel, head    the axis behind the positions: channels in Mamba-1 (and wherever a site is b l E), heads
+    state            the N states (of sites that have them last)
+
+The site "h" with an index of positions means the state right after that position, which travels on (`hook_h.{t}`);
+its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
+from hooked_mamba.config import Mamba2Config
+from hooked_mamba.names import get_act_name
+
+PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
+"""(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
+
+STATE_SITE = "h"
+
+
+def generic_activation_patch(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
+    clean_cache: ActivationCache,
+    patching_metric: Metric,
+    patch_setter: PatchSetter,
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: Any = None,
+    return_index_df: bool = False,
+    *,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+    return_figure: bool = False,
+) -> Any:
+    """Patch one activation after the other and measure.
+
+    Parameters
+    ----------
+    model, corrupted_tokens
+        The model and the prompts to patch into, text or tokens.
+    clean_cache
+        Cache of the clean run, of the same shape.
+    patching_metric
+        From logits b l V to one number (or one a row, which gives the result a last axis of rows).
+    patch_setter
+        How to patch; the index is in the order of the axis names, the layer first.
+    activation_name
+        Short name of the site, such as "resid_pre".
+    index_axis_names
+        Axes to go over completely, "layer" first.
+    index_df
+        Instead of whole axes: the indices themselves, a DataFrame or a list of tuples.
+    return_index_df
+        Also return the list of indices.
+    attention_mask
+        For padded prompts.
+    batch_size
+        Rows of one forward pass.
+    progress
+        Whether to show a bar.
+    return_figure
+        Also return a plotly heat map (of the first two axes; further ones are averaged).
+
+    Returns
+    -------
+    Tensor
+        One axis an index axis; with `index_df` one element an index. In a tuple with what else was asked for.
+    """
+    tokens, found = model.input_to_tokens(corrupted_tokens)
+    attention_mask = found if attention_mask is None else attention_mask
+    indices, shape = index_list(model, tokens.shape[1], activation_name, index_axis_names, index_df)
+    clean = CleanValues(model, clean_cache, activation_name, tokens.shape, index_axis_names)
+
+    def patch_at(index: tuple[int, ...]) -> Patch:
+        return Patch(clean.site(index), lambda value: patch_setter(value, index, clean.value(index).to(value)))
+
+    values = run_patches(
+        model,
+        tokens,
+        [patch_at(index) for index in indices],
+        patching_metric,
+        attention_mask,
+        batch_size,
+        progress,
+        f"patching {activation_name}",
+    )
+    result = values if shape is None else values.reshape(*shape, *values.shape[1:])
+    extras: list[Any] = [indices] if return_index_df else []
+    if return_figure:
+        from hooked_mamba.analysis.plots import patching_figure
+
+        extras.append(patching_figure(result, index_axis_names or ("index",), activation_name, model, tokens))
+    return (result, *extras) if extras else result
+
+
+def index_list(
+    model: Any, length: int, name: str, axes: Sequence[str] | None, index_df: Any
+) -> tuple[list[tuple[int, ...]], tuple[int, ...] | None]:
+    """The indices, and the shape of the result where they are whole axes."""
+    if index_df is not None:
+        rows = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
+        indices = [tuple(int(i) for i in row) for row in rows]
+        return indices, None
+    if not axes:
+        raise ValueError("give index_axis_names, such as ('layer', 'pos'), or the indices themselves as index_df")
+    cfg = model.cfg
+    sizes = {"layer": cfg.n_layers, "pos": length, "state": cfg.d_state, "channel": cfg.E}
+    if isinstance(cfg, Mamba2Config):
+        sizes |= {"head": cfg.H, "head_index": cfg.H}
+    for axis in axes:
+        if axis not in sizes:
+            raise ValueError(f"no index axis is named {axis!r} in this model; there are {', '.join(sizes)}")
+    if axes[0] != "layer":
+        raise ValueError(f"the first index axis must be 'layer', got {axes[0]!r}")
+    shape = tuple(sizes[axis] for axis in axes)
+    return list(itertools.product(*map(range, shape))), shape
+
+
+class CleanValues:
+    """Where a patch goes and what the clean run had there."""
+
+    def __init__(
+        self, model: Any, cache: ActivationCache, name: str, shape: Sequence[int], axes: Sequence[str] | None
+    ) -> None:
+        self.model, self.cache, self.name, self.shape = model, cache, name, tuple(shape)
+        self.axes = tuple(axes) if axes else ("layer", "pos")
+        self.by_state = name == STATE_SITE and "pos" in self.axes
+        self._states: tuple[int, Tensor] | None = None
+
+    def site(self, index: Sequence[int]) -> str:
+        """Full name of the patched site."""
+        if self.by_state:
+            return get_act_name(f"h.{index[self.axes.index('pos')]}", index[0])
+        return get_act_name(self.name, index[0])
+
+    def value(self, index: Sequence[int]) -> Tensor:
+        """The clean activation there, with its batch axis."""
+        if self.by_state:
+            return self.states(index[0])[:, index[self.axes.index("pos")]]
+        value = self.cache[get_act_name(self.name, index[0])]
+        value = value if self.cache.has_batch_dim else value[None]
+        if tuple(value.shape[:2]) != self.shape:
+            raise ValueError(
+                f"the clean run is {list(value.shape[:2])} (batch, position) and the corrupted one {list(self.shape)};"
+                " patching needs prompts of the same length"
+            )
+        return value
+
+    def states(self, layer: int) -> Tensor:
+        """All clean states of a layer; the last layer's are kept, sweeps go layer by layer."""
+        if self._states is None or self._states[0] != layer:
+            with torch.no_grad():
+                states = self.cache.compute_ssm_state(layer)
+            self._states = layer, states if self.cache.has_batch_dim else states[None]
+        if tuple(self._states[1].shape[:2]) != self.shape:
+            raise ValueError(
+                f"the clean run is {list(self._states[1].shape[:2])} (batch, position) and the corrupted one"
+                f" {list(self.shape)}; patching needs prompts of the same length"
+            )
+        return self._states[1]
+
+
+# How to patch ------------------------------------------------------------------------------------------------
+
+
+def layer_pos_patch_setter(corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor) -> Tensor:
+    """index = (layer, pos): everything at one position."""
+    _, pos = index
+    corrupted_activation[:, pos] = clean_activation[:, pos]
+    return corrupted_activation
+
+
+def layer_head_vector_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, head or channel): that unit at all positions."""
+    _, unit = index
+    corrupted_activation[:, :, unit] = clean_activation[:, :, unit]
+    return corrupted_activation
+
+
+def layer_pos_head_vector_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, pos, head or channel): that unit at one position."""
+    _, pos, unit = index
+    corrupted_activation[:, pos, unit] = clean_activation[:, pos, unit]
+    return corrupted_activation
+
+
+def layer_pos_state_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, pos), of the site "h": the whole state after one position."""
+    return clean_activation
+
+
+def layer_pos_state_dim_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, pos, state), of the site "h": one of the N states of all channels after one position."""
+    corrupted_activation[..., index[2]] = clean_activation[..., index[2]]
+    return corrupted_activation
+
+
+def layer_pos_state_unit_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, pos, head or channel), of the site "h": one unit's whole state after one position."""
+    corrupted_activation[:, index[2]] = clean_activation[:, index[2]]
+    return corrupted_activation
+
+
+# Ready-made sweeps -------------------------------------------------------------------------------------------
+
+
+def _sweep(name: str, axes: tuple[str, ...], setter: PatchSetter, text: str) -> partial:
+    sweep = partial(generic_activation_patch, patch_setter=setter, activation_name=name, index_axis_names=axes)
+    sweep.__doc__ = f"""{text}: {" x ".join(axes)}.
+
+    Called as sweep(model, corrupted_tokens, clean_cache, patching_metric); see :func:`generic_activation_patch`.
+    """
+    return sweep
+
+
+def _by_pos(name: str, text: str) -> partial:
+    return _sweep(name, ("layer", "pos"), layer_pos_patch_setter, text)
+
+
+get_act_patch_resid_pre = _by_pos("resid_pre", "The residual stream entering each block")
+get_act_patch_resid_post = _by_pos("resid_post", "The residual stream leaving each block")
+get_act_patch_in_proj = _by_pos("in_proj", "The whole input projection")
+get_act_patch_x_pre = _by_pos("x_pre", "The convolution's input")
+get_act_patch_z = _by_pos("z", "The gate branch before SiLU")
+get_act_patch_conv = _by_pos("conv", "The convolution's output")
+get_act_patch_x = _by_pos("x", "The scan's input")
+get_act_patch_x_proj = _by_pos("x_proj", "Low-rank dt, B and C together (Mamba-1)")
+get_act_patch_dt = _by_pos("dt", "The step size")
+get_act_patch_B = _by_pos("B", "The input selection")
+get_act_patch_C = _by_pos("C", "The output selection")
+get_act_patch_y_scan = _by_pos("y_scan", "What is read from the state")
+get_act_patch_skip = _by_pos("skip", "The D skip")
+get_act_patch_y = _by_pos("y", "The scan's output with the skip")
+get_act_patch_gate = _by_pos("gate", "The gate")
+get_act_patch_y_gated = _by_pos("y_gated", "The gated output")
+get_act_patch_out_proj = _by_pos("out_proj", "The mixer's output into the residual stream")
+
+get_act_patch_channel_all_pos = _sweep(
+    "y_gated", ("layer", "channel"), layer_head_vector_patch_setter, "Each channel's gated output at all positions"
+)
+get_act_patch_head_out_all_pos = _sweep(
+    "y", ("layer", "head"), layer_head_vector_patch_setter, "Each Mamba-2 head's output at all positions"
+)
+get_act_patch_head_out_by_pos = _sweep(
+    "y", ("layer", "pos", "head"), layer_pos_head_vector_patch_setter, "Each Mamba-2 head's output by position"
+)
+get_act_patch_state = _sweep(
+    STATE_SITE, ("layer", "pos"), layer_pos_state_patch_setter, "The state after each position, which travels on"
+)
+get_act_patch_state_dim = _sweep(
+    STATE_SITE, ("layer", "pos", "state"), layer_pos_state_dim_patch_setter, "One of the N states after each position"
+)
+
+SMALL_SITES = ("resid_pre", "x_pre", "z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")
+"""The sites of :func:`get_act_patch_site_every`, which both families have."""
+
+
+def get_act_patch_site_every(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
+    clean_cache: ActivationCache,
+    metric: Metric,
+    sites: Sequence[str] = SMALL_SITES,
+    **options: Any,
+) -> Tensor:
+    """Layer x position sweeps of several sites, stacked in front: site layer pos."""
+    sweeps = [_by_pos(site, site) for site in sites]
+    return torch.stack([sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps])
+
+
+def get_act_patch_block_every(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
+    clean_cache: ActivationCache,
+    metric: Metric,
+    **options: Any,
+) -> Tensor:
+    """Residual stream and mixer output by position, 2 layer pos (TransformerLens has a third for MLPs)."""
+    return get_act_patch_site_every(model, corrupted_tokens, clean_cache, metric, ("resid_pre", "out_proj"), **options)

@@ -1,0 +1,36 @@
+"""Activation patching under TransformerLens' names: `from hooked_mamba import patching`."""
+
+from hooked_mamba.analysis.attribution_patching import attribution_patch as attribution_patch
+from hooked_mamba.analysis.patching import SMALL_SITES as SMALL_SITES
+from hooked_mamba.analysis.patching import generic_activation_patch as generic_activation_patch
+from hooked_mamba.analysis.patching import get_act_patch_B as get_act_patch_B
+from hooked_mamba.analysis.patching import get_act_patch_block_every as get_act_patch_block_every
+from hooked_mamba.analysis.patching import get_act_patch_C as get_act_patch_C
+from hooked_mamba.analysis.patching import get_act_patch_channel_all_pos as get_act_patch_channel_all_pos
+from hooked_mamba.analysis.patching import get_act_patch_conv as get_act_patch_conv
+from hooked_mamba.analysis.patching import get_act_patch_dt as get_act_patch_dt
+from hooked_mamba.analysis.patching import get_act_patch_gate as get_act_patch_gate
+from hooked_mamba.analysis.patching import get_act_patch_head_out_all_pos as get_act_patch_head_out_all_pos
+from hooked_mamba.analysis.patching import get_act_patch_head_out_by_pos as get_act_patch_head_out_by_pos
+from hooked_mamba.analysis.patching import get_act_patch_in_proj as get_act_patch_in_proj
+from hooked_mamba.analysis.patching import get_act_patch_out_proj as get_act_patch_out_proj
+from hooked_mamba.analysis.patching import get_act_patch_resid_post as get_act_patch_resid_post
+from hooked_mamba.analysis.patching import get_act_patch_resid_pre as get_act_patch_resid_pre
+from hooked_mamba.analysis.patching import get_act_patch_site_every as get_act_patch_site_every
+from hooked_mamba.analysis.patching import get_act_patch_skip as get_act_patch_skip
+from hooked_mamba.analysis.patching import get_act_patch_state as get_act_patch_state
+from hooked_mamba.analysis.patching import get_act_patch_state_dim as get_act_patch_state_dim
+from hooked_mamba.analysis.patching import get_act_patch_x as get_act_patch_x
+from hooked_mamba.analysis.patching import get_act_patch_x_pre as get_act_patch_x_pre
+from hooked_mamba.analysis.patching import get_act_patch_x_proj as get_act_patch_x_proj
+from hooked_mamba.analysis.patching import get_act_patch_y as get_act_patch_y
+from hooked_mamba.analysis.patching import get_act_patch_y_gated as get_act_patch_y_gated
+from hooked_mamba.analysis.patching import get_act_patch_y_scan as get_act_patch_y_scan
+from hooked_mamba.analysis.patching import get_act_patch_z as get_act_patch_z
+from hooked_mamba.analysis.patching import layer_head_vector_patch_setter as layer_head_vector_patch_setter
+from hooked_mamba.analysis.patching import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
+from hooked_mamba.analysis.patching import layer_pos_patch_setter as layer_pos_patch_setter
+from hooked_mamba.analysis.patching import layer_pos_state_dim_patch_setter as layer_pos_state_dim_patch_setter
+from hooked_mamba.analysis.patching import layer_pos_state_patch_setter as layer_pos_state_patch_setter
+from hooked_mamba.analysis.patching import layer_pos_state_unit_patch_setter as layer_pos_state_unit_patch_setter
+from hooked_mamba.analysis.path_patching import path_patch as path_patch
