@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.benchmarks --help`. Times are reported, never asserted."""

@@ -1,0 +1,67 @@
+"""`python -m tests.benchmarks`: run benchmarks, print what they found, and with --write keep it in the docs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.benchmarks import cache, model, scan, states
+from tests.benchmarks.machine import described
+from tests.benchmarks.report import Section, show, write_section
+from tests.benchmarks.sizes import FULL, QUICK, Sizes
+
+BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
+    "scan": scan.run,
+    "memory": scan.run_memory,
+    "states": states.run,
+    "ssd": scan.run_ssd,
+    "model": model.run,
+    "cache": cache.run,
+    "hooks": cache.run_hooks,
+    "generation": model.run_generation,
+}
+
+PAGE = Path("docs/benchmarks.md")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; the bounds are not stated")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and of the scans (default: 1)")
+    parser.add_argument("--write", action="store_true", help=f"put the results into {PAGE}")
+    asked = parser.parse_args(argv)
+    unknown = [name for name in asked.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if asked.write and asked.quick:
+        parser.error("--write keeps figures at full size only: leave out --quick")
+    torch.set_num_threads(asked.threads)
+    transformers.logging.set_verbosity_error()  # it says for each function that no kernel of the hub is used
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    command = " ".join(["python -m tests.benchmarks", *(argv if argv is not None else sys.argv[1:])])
+    head = described(command, load)
+    print(head)
+    kept = True
+    for name in asked.names or BENCHMARKS:
+        started = time.perf_counter()
+        section = BENCHMARKS[name](QUICK if asked.quick else FULL)
+        show(section)
+        print(f"({name}: {time.perf_counter() - started:.0f} s)", flush=True)
+        kept &= all(bound.kept for bound in section.bounds)
+        if asked.write:
+            write_section(PAGE, name, f"{section.markdown()}\n\n{head}")
+    if not kept:
+        print("\nA bound is not kept: see NOT KEPT above.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The sizes at which benchmarks run: as the claims are made, quickly, and just to see that nothing is broken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Shape = tuple[int, int]
+"""Batch and positions."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and patience of one run."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    """Of the scans' forward."""
+    grad_shape: Shape
+    """Of what runs backward, and of whole models."""
+    long_shape: Shape
+    """Of memory and of states by position."""
+    E: int
+    N: int
+    heads: tuple[int, int, int]
+    """Mamba-2's H, P, N."""
+    d_model: int
+    n_layers: int
+    d_vocab: int
+    new_tokens: int
+    seconds: float
+    """Patience for one comparison, beyond the least number of rounds."""
+    rounds: tuple[int, int]
+    """Least and most rounds of a comparison."""
+    claims: bool = False
+    """Whether the project's bounds are stated for these sizes."""
+    fresh_process: bool = True
+    """Whether memory and first calls are measured in processes of their own."""
+    compiled: bool = True
+    """Whether backends that compile at their first call take part."""
+
+
+FULL = Sizes(
+    name="full",
+    shapes=((1, 64), (1, 256), (1, 1024), (8, 256)),
+    grad_shape=(1, 256),
+    long_shape=(1, 1024),
+    E=1536,
+    N=16,
+    heads=(24, 64, 128),
+    d_model=768,
+    n_layers=24,
+    d_vocab=50280,
+    new_tokens=32,
+    seconds=20,
+    rounds=(5, 15),
+    claims=True,
+)
+
+QUICK = Sizes(
+    name="quick",
+    shapes=((1, 64), (1, 256)),
+    grad_shape=(1, 128),
+    long_shape=(1, 256),
+    E=512,
+    N=16,
+    heads=(8, 64, 64),
+    d_model=256,
+    n_layers=4,
+    d_vocab=4096,
+    new_tokens=8,
+    seconds=1,
+    rounds=(3, 5),
+)
+
+SMOKE = Sizes(
+    name="smoke",
+    shapes=((1, 5), (2, 9)),
+    grad_shape=(1, 9),
+    long_shape=(1, 17),
+    E=32,
+    N=4,
+    heads=(2, 8, 8),
+    d_model=16,
+    n_layers=2,
+    d_vocab=40,
+    new_tokens=2,
+    seconds=0,
+    rounds=(1, 1),
+    fresh_process=False,
+    compiled=False,
+)
+
+BY_NAME = {sizes.name: sizes for sizes in (FULL, QUICK, SMOKE)}
