@@ -23,7 +23,7 @@ from torch import Tensor
 from hooked_mamba.ops.chunked_states import states_at_positions
 from hooked_mamba.ops.interface import ScanOut
 from hooked_mamba.ops.memory import fresh
-from hooked_mamba.ops.precision import to_state_dtype
+from hooked_mamba.ops.precision import to_state_dtype, wide_dtype
 from hooked_mamba.ops.step import ssd_step
 
 
@@ -67,8 +67,6 @@ class _Chunk(NamedTuple):
     """b G t N"""
     u: Tensor
     """dt x, b t H P"""
-    cum: Tensor
-    """b H t"""
     M: Tensor
     """b H t s"""
     decay: Tensor
@@ -92,14 +90,15 @@ def _prepare(x, dt, A, B, C, start, chunk, upper) -> _Chunk:
     dt = _padded(dt, start, chunk)
     B, C = _padded(B, start, chunk).transpose(1, 2), _padded(C, start, chunk).transpose(1, 2)
     u = _padded(x, start, chunk) * dt.unsqueeze(-1)
-    cum = (dt * A).cumsum(1).transpose(1, 2).contiguous()
-    decay = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).masked_fill_(upper, -torch.inf).exp_()
+    # Differences of long sums: in float32 a small exponent behind a sum of -100 would be off by 1e-5.
+    cum = (dt.to(wide_dtype(x)) * A).cumsum(1).transpose(1, 2).contiguous()
+    decay = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).to(x.dtype).masked_fill_(upper, -torch.inf).exp_()
     CB = C @ B.transpose(-1, -2)
     M = (decay.view(b, G, H // G, chunk, chunk) * CB.unsqueeze(2)).view(b, H, chunk, chunk)
-    into = cum.exp().transpose(1, 2).unsqueeze(-1)
+    into = cum.to(x.dtype).exp().transpose(1, 2).unsqueeze(-1)
     # The last row of `decay`, where exp(0) = 1 stands at s = t exactly.
     tail = decay[:, :, -1].transpose(1, 2).unsqueeze(-1)
-    return _Chunk(dt, B, C, u, cum, M, decay, into, tail)
+    return _Chunk(dt, B, C, u, M, decay, into, tail)
 
 
 def _by_group(t: Tensor, G: int) -> Tensor:
@@ -191,12 +190,12 @@ def _backward(saved, chunk, dy, dh_last, dstarts, needs):
             piece = dCB @ k.B + _by_group(dout_in, G) @ h_in
             dC[:, here] = piece.transpose(1, 2)[:, :n]
         if need_decay:
-            # Gradient to the exponents dt_t A: a pair (t, s) counts for every position in s+1..t. Pairs t = s
-            # have exponent 0 and are left out, rather than left to cancel.
-            pairs = (dM * k.M).tril_(-1)
+            # Gradient to the exponents dt_r A: a pair (t, s) counts for every r in s+1..t. The sums are made as
+            # products with ones: as differences of running sums they would lose digits to cancellation.
+            pairs = dM.mul_(k.M) @ upper.to(dM.dtype)
+            dexp = pairs.tril_().sum(-2).transpose(1, 2)
             from_h_in = (dout_in * _by_head(k.C @ h_in.transpose(-1, -2), H)).sum(-1)
-            until = pairs.sum(-1).transpose(1, 2) - pairs.sum(-2).transpose(1, 2) + from_h_in
-            dexp = until.flip(1).cumsum(1).flip(1)
+            dexp = dexp + from_h_in.flip(1).cumsum(1).flip(1)
             through = (k.u * du_tail).sum(-1)
             dexp += (k.into[:, -1].squeeze(-1) * (g * starts[:, i]).sum((-2, -1))).unsqueeze(1)
             dexp += through.cumsum(1) - through

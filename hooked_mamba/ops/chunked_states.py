@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.ops.memory import fresh
+from hooked_mamba.ops.precision import wide_dtype
 
 
 def states_at_positions(
@@ -47,11 +48,11 @@ def _few_states(x, dt, A, B, starts, positions, chunk):
     # Steps after the position are taken as 0: their exponents then add nothing and their inputs are gone.
     until = torch.arange(chunk, device=x.device) <= (at % chunk).unsqueeze(-1)
     dt = dt * until.unsqueeze(-1)
-    cum = (dt * A).cumsum(2)
-    weighted = x * (dt * torch.exp(cum[:, :, -1:] - cum)).unsqueeze(-1)
+    cum = (dt.to(wide_dtype(x)) * A).cumsum(2)
+    weighted = x * (dt * (cum[:, :, -1:] - cum).to(x.dtype).exp()).unsqueeze(-1)
     inputs = weighted.view(b, S, chunk, G, H // G * P).permute(0, 1, 3, 4, 2) @ B.transpose(2, 3)
     h_in = starts.index_select(1, index)
-    return torch.exp(cum[:, :, -1])[..., None, None] * h_in + inputs.view(b, S, H, P, N)
+    return cum[:, :, -1].to(x.dtype).exp()[..., None, None] * h_in + inputs.view(b, S, H, P, N)
 
 
 class _AllStates(torch.autograd.Function):

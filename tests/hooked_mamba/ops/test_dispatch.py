@@ -1,0 +1,185 @@
+"""Which backend runs, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+import types
+from inspect import unwrap as unchecked
+
+import pytest
+import torch
+
+from hooked_mamba import ops
+from hooked_mamba.ops import StateEdits, checks, selective_scan, ssd
+from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
+
+X = torch.zeros(1, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def _name(module) -> str:
+    return module.__name__.removeprefix("hooked_mamba.ops.")
+
+
+def test_the_fastest_that_can():
+    assert _name(ops.choose("selective_scan", X)) == "numba_scan"
+    assert _name(ops.choose("selective_scan", X.half())) == "numba_scan"
+    assert _name(ops.choose("selective_scan", X.double())) == "cpu"
+    assert _name(ops.choose("ssd", X)) == "chunked"
+    assert _name(ops.choose("linear_scan", X)) == "linear"
+
+
+def test_a_named_backend():
+    assert _name(ops.choose("selective_scan", X, backend="torch")) == "cpu"
+    assert _name(ops.choose("ssd", X, backend="naive")) == "naive"
+    assert _name(ops.choose("ssd", X, backend="auto")) == "chunked"
+
+
+def test_the_environment_names_a_backend_and_an_argument_outranks_it(monkeypatch):
+    monkeypatch.setenv(ops.ENVIRONMENT, "naive")
+    assert _name(ops.choose("selective_scan", X)) == "naive"
+    assert _name(ops.choose("selective_scan", X, backend="torch")) == "cpu"
+    assert _name(ops.choose("selective_scan", X, backend="auto")) == "numba_scan"
+
+
+def test_the_environment_binds_only_ops_that_have_the_backend(monkeypatch):
+    monkeypatch.setenv(ops.ENVIRONMENT, "numba")
+    assert _name(ops.choose("selective_scan", X)) == "numba_scan"
+    assert _name(ops.choose("ssd", X)) == "chunked"
+
+
+def test_an_unknown_name_lists_the_valid_ones(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend is 'numbra', expected one of 'auto', .*'numba'.*'naive'"):
+        selective_scan(**_float32(), backend="numbra")
+    with pytest.raises(ValueError, match="backend is 'numba', expected one of"):
+        ops.choose("ssd", X, backend="numba")
+    monkeypatch.setenv(ops.ENVIRONMENT, "numbra")
+    with pytest.raises(ValueError, match=r"HOOKED_MAMBA_SCAN is 'numbra'"):
+        selective_scan(**_float32())
+
+
+def test_a_named_backend_that_cannot_says_why_and_who_can():
+    with pytest.raises(RuntimeError, match=r"float64; able here: 'auto', 'torch', 'naive'"):
+        selective_scan(**selective_inputs(1, 2, 3, 4), backend="numba")
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hooked_mamba.ops.numba_scan", None)
+    ops._load.cache_clear()
+    try:
+        assert _name(ops.choose("selective_scan", X)) == "cpu"
+        with pytest.raises(RuntimeError, match="not installed"):
+            ops.choose("selective_scan", X, backend="numba")
+    finally:
+        ops._load.cache_clear()
+
+
+def test_a_backend_that_breaks_at_import_warns_once(monkeypatch):
+    def broken(name):
+        raise AttributeError("no attribute 'njit'")
+
+    ops._load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.importlib, "import_module", broken)
+        with pytest.warns(UserWarning, match=r"numba_scan is left out: .*njit"):
+            reason = ops._load("hooked_mamba.ops.numba_scan")
+        assert ops._load("hooked_mamba.ops.numba_scan") is reason
+    ops._load.cache_clear()
+
+
+def test_a_new_backend_is_a_module_and_a_name(monkeypatch):
+    seen = {}
+
+    def scan(x, dt, A, B, C, D, *, h0, positions):
+        seen.update(positions=positions, h0=h0, frozen=not dt.requires_grad)
+        return ops.ScanOut(x, x.new_zeros(1, 3, 4), None)
+
+    def why_not(op, x, N, asked):
+        seen.update(op=op, N=N, asked=asked)
+
+    module = types.ModuleType("a_new_backend")
+    module.selective_scan, module.why_not = scan, why_not
+    monkeypatch.setitem(sys.modules, "a_new_backend", module)
+    table = {"new": "a_new_backend", **ops.BACKENDS["selective_scan"]}
+    monkeypatch.setitem(ops.BACKENDS, "selective_scan", table)
+    inputs = {k: v.requires_grad_() for k, v in _float32().items()}
+    selective_scan(**inputs, states_at="all", frozen=True)
+    assert seen["op"] == "selective_scan"
+    assert seen["N"] == 4
+    assert seen["asked"] == {"h0", "states", "grad"}
+    assert seen["positions"] == (0, 1)
+    assert seen["frozen"]
+
+
+def _float32():
+    return {k: v.float() for k, v in selective_inputs(1, 2, 3, 4).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dt": torch.zeros(1, 2, 4)}, ValueError, r"dt has shape \(1, 2, 4\), expected \(b=1, l=2, E=3\)"),
+        ({"A": torch.zeros(4, 4)}, ValueError, r"A has shape \(4, 4\), expected \(E=3, N"),
+        ({"B": torch.zeros(1, 2, 5)}, ValueError, "B has shape"),
+        ({"C": torch.zeros(1, 3, 4)}, ValueError, "C has shape"),
+        ({"D": torch.zeros(4)}, ValueError, "D has shape"),
+        ({"h0": torch.zeros(1, 4, 3)}, ValueError, r"h0 has shape \(1, 4, 3\), expected \(b=1, E=3, N=4\)"),
+        ({"states_at": [0, 2]}, ValueError, r"states_at\[1\] is 2, expected a position in \[0, 2\)"),
+        ({"states_at": [-1]}, ValueError, r"states_at\[0\] is -1"),
+        ({"states_at": [1, 0]}, ValueError, "strictly ascending, got 1 before 0"),
+        ({"states_at": [1, 1]}, ValueError, "strictly ascending"),
+        ({"states_at": "last"}, ValueError, "states_at is 'last', expected positions, 'all' or None"),
+        ({"edits": StateEdits([2], torch.ones(()))}, ValueError, r"edits.at\[0\] is 2"),
+        ({"edits": StateEdits([0], torch.ones(2, 1, 3, 4))}, ValueError, r"edits.scale has shape \(2, 1, 3, 4\)"),
+        ({"edits": StateEdits([0], None, torch.ones(5))}, ValueError, r"does not broadcast to \(1, 1, 3, 4\)"),
+    ],
+)
+def test_wrong_arguments_of_selective_scan(change, error, message):
+    with pytest.raises(error, match=message):
+        unchecked(selective_scan)(**(_float32() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.zeros(3)}, r"A has shape \(3,\), expected \(H=4\)"),
+        ({"dt": torch.zeros(1, 2, 4, 1)}, "dt has shape"),
+        ({"h0": torch.zeros(1, 4, 5, 3)}, r"h0 has shape \(1, 4, 5, 3\), expected \(b=1, H=4, P=3, N=5\)"),
+        ({"B": torch.zeros(1, 2, 3, 5), "C": torch.zeros(1, 2, 3, 5)}, "4 heads do not divide into 3 groups"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"states_at": [5]}, "states_at"),
+    ],
+)
+def test_wrong_arguments_of_ssd(change, message):
+    with pytest.raises(ValueError, match=message):
+        unchecked(ssd)(**(ssd_inputs(1, 2, 4, 3, 2, 5) | change))
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        selective_scan(**selective_inputs(1, 0, 3, 4))
+    with pytest.raises(ValueError, match="empty"):
+        ssd(**ssd_inputs(1, 0, 4, 3, 2, 5))
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got a tensor of torch.int64"):
+        unchecked(selective_scan)(**(_float32() | {"x": torch.zeros(1, 2, 3, dtype=torch.long)}))
+    with pytest.raises(TypeError, match="states_at must hold integers"):
+        unchecked(checks.ascending)("selective_scan", "states_at", [0.5], 2)
+
+
+def test_no_positions_are_no_states():
+    assert selective_scan(**_float32(), states_at=[]).states is None
+    assert selective_scan(**_float32(), states_at=torch.tensor([0, 1]).tolist()).states.shape == (1, 2, 3, 4)
+
+
+def test_edits_that_change_nothing():
+    plain = selective_scan(**_float32())
+    for edits in (StateEdits([]), StateEdits([1])):
+        assert torch.equal(selective_scan(**_float32(), edits=edits).y, plain.y)
