@@ -37,6 +37,7 @@ def heat_map(
     columns: list[str],
     hover: list[list[str]],
     legend: str,
+    rows: list[str] | None = None,
     diverging: bool = False,
     text: list[list[str]] | None = None,
 ) -> go.Figure:
@@ -46,8 +47,8 @@ def heat_map(
     ----------
     values
         layer x column.
-    columns
-        Labels of the columns.
+    columns, rows
+        Labels; rows are layers unless said otherwise.
     hover, text
         What is shown over and in each cell.
     legend
@@ -55,7 +56,7 @@ def heat_map(
     diverging
         Whether 0 is the middle of the colours.
     """
-    n_layers, light = values.shape[0], THEMES["light"]
+    n_rows, light = values.shape[0], THEMES["light"]
     bound = max(float(values.abs().max()), 1e-6)
     figure = go.Figure(
         go.Heatmap(
@@ -70,8 +71,8 @@ def heat_map(
         )
     )
     figure.update_layout(
-        height=150 + n_layers * max(14, min(44, 440 // n_layers)),
-        margin={"l": 10, "r": 10, "t": 64, "b": 10},
+        height=110 + n_rows * max(14, min(44, 440 // n_rows)),
+        margin={"l": 10, "r": 10, "t": 8, "b": 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": light["ink"]},
@@ -89,6 +90,7 @@ def heat_map(
                 "yanchor": "bottom",
                 "len": 0.5,
                 "thickness": 8,
+                "ypad": 0,
                 "outlinewidth": 0,
                 "nticks": 5,
             },
@@ -97,8 +99,8 @@ def heat_map(
     places = list(range(len(columns)))
     figure.update_xaxes(tickvals=places, ticktext=columns, showgrid=False, zeroline=False, fixedrange=True)
     figure.update_yaxes(
-        tickvals=list(range(n_layers)),
-        ticktext=[f"layer {i}" for i in range(n_layers)],
+        tickvals=list(range(n_rows)),
+        ticktext=rows or [f"layer {i}" for i in range(n_rows)],
         autorange="reversed",
         showgrid=False,
         zeroline=False,
@@ -124,15 +126,16 @@ def wiped(tour: Tour) -> go.Figure:
     """What wiping the state of one layer after one token does to the prediction."""
     answer, before = visible(tour.predictions[0].token), tour.predictions[0].probability
     change, after = tour.wiped.log_probability, tour.wiped.probability
+    rows = [*(f"layer {i}" for i in range(len(change) - 1)), "all layers"]
     hover = [
         [
-            f"layer {i}, state wiped after <b>{token}</b><br>P({answer}) {before:.1%} → {float(after[i, t]):.1%}"
+            f"{row}, state wiped after <b>{token}</b><br>P({answer}) {before:.1%} → {float(after[i, t]):.1%}"
             f"<br>{float(change[i, t]):+.3f} nats"
             for t, token in enumerate(labels(tour))
         ]
-        for i in range(len(change))
+        for i, row in enumerate(rows)
     ]
-    return heat_map(change, labels(tour), hover, f"change of log P({answer}), nats", diverging=True)
+    return heat_map(change, labels(tour), hover, f"change of log P({answer}), nats", rows, diverging=True)
 
 
 def silenced(tour: Tour) -> go.Figure:

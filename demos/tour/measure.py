@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_mamba import HookedMamba, HookedMamba2, HookPoint, Mamba2Config, loading
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.names import split_state_point
 from hooked_mamba.sites import site_of
 
 Model = HookedMamba | HookedMamba2
@@ -75,7 +76,7 @@ class Tour:
     state_norm: Float[Tensor, "layer l"]
     dt: Float[Tensor, "layer l"]
     wiped: Effects
-    """Column t: the layer's state set to zero right after position t."""
+    """Column t: the layer's state set to zero right after position t; a last row has all layers' states wiped."""
     channels: Int[Tensor, "layer k"]
     """The strongest channels of each layer, by direct effect."""
     direct: Float[Tensor, "layer k"]
@@ -107,12 +108,13 @@ def take_tour(model: Model, prompt: str, channels: int = CHANNELS) -> Tour:
     5. Continue the prompt, also with the state wiped that mattered most.
     """
     tokens = model.to_tokens(prompt)
-    n_layers, length = model.cfg.n_layers, tokens.shape[1]
+    n_layers = model.cfg.n_layers
     logits, cache = model.run_with_cache(tokens, names_filter=names_to_read(model))
     before = logits[0, -1, : model.d_vocab_real]
     answer = int(before.argmax())
 
-    wiped = [wipe_states(model, tokens, layer) for layer in range(n_layers)]
+    wiped = [wipe_states(model, tokens, [layer]) for layer in range(n_layers)]
+    wiped.append(wipe_states(model, tokens, range(n_layers)))
     direct = direct_effects(model, cache, answer)
     strongest = direct.abs().topk(min(channels, direct.shape[1])).indices
     silenced = [silence_each(model, tokens, layer, strongest[layer]) for layer in range(n_layers)]
@@ -123,14 +125,15 @@ def take_tour(model: Model, prompt: str, channels: int = CHANNELS) -> Tour:
     worst = wiped_effects.log_probability.argmin(1).tolist()
     words = model.to_str_tokens(tokens)
     count = f"the {strongest.shape[1]} strongest channels"
+    owners = [*(f"layer {i}'s state" for i in range(n_layers)), "every layer's state"]
     wipings = [
-        outcome(model, f"wipe layer {layer}'s state after {words[t]!r} ({t})", wiped[layer][t], answer)
-        for layer, t in enumerate(worst)
+        outcome(model, f"wipe {owner} after {words[t]!r} ({t})", after[t], answer)
+        for owner, t, after in zip(owners, worst, wiped, strict=True)
     ]
     silencings = [
         outcome(model, f"silence {count} of layer {layer}", after, answer) for layer, after in enumerate(together)
     ]
-    layer = int(wiped_effects.log_probability.amin(1).argmin())
+    layer = int(wiped_effects.log_probability[:-1].amin(1).argmin())
     return Tour(
         model_name=model.cfg.model_name,
         summary=summarize(model),
@@ -147,14 +150,15 @@ def take_tour(model: Model, prompt: str, channels: int = CHANNELS) -> Tour:
         silenced=effects(silenced, before, answer),
         outcomes=[
             outcome(model, "nothing changed", before, answer),
-            *strongest_outcomes(wipings),
+            *strongest_outcomes(wipings[:-1]),
+            wipings[-1],
             *strongest_outcomes(silencings),
             outcome(model, f"silence {count} of every layer", everywhere, answer),
         ],
-        continuation=continue_prompt(model, tokens, length),
+        continuation=continue_prompt(model, tokens),
         wiped_layer=layer,
         wiped_position=worst[layer],
-        wiped_continuation=continue_prompt(model, tokens, length, f"blocks.{layer}.mixer.hook_h.{worst[layer]}"),
+        wiped_continuation=continue_prompt(model, tokens, f"blocks.{layer}.mixer.hook_h.{worst[layer]}"),
     )
 
 
@@ -169,7 +173,10 @@ def names_to_read(model: Model) -> list[str]:
 
 def site_values(cache: ActivationCache) -> list[SiteValue]:
     """The sites around and inside the first block, with their shapes."""
-    shown = [name for name in cache if name.startswith("blocks.0.") or not name.startswith("blocks.")]
+    names = list(cache)
+    shown = [name for name in names if name.startswith("blocks.0.") or not name.startswith("blocks.")]
+    single = {name: state[0] for name in names if (state := split_state_point(name))}  # to stand beside its site
+    shown.sort(key=lambda name: (names.index(single.get(name, name)), name in single))
     return [SiteValue(name, tuple(cache[name].shape), site_of(name).text) for name in shown]
 
 
@@ -191,8 +198,8 @@ def summarize(model: Model) -> str:
 # Editing -----------------------------------------------------------------------------------------------------------
 
 
-def wipe_states(model: Model, tokens: Int[Tensor, "1 l"], layer: int) -> Float[Tensor, "l v"]:
-    """Final logits when the layer's state is zeroed right after position t, for every t: row t of one batch."""
+def wipe_states(model: Model, tokens: Int[Tensor, "1 l"], layers: Iterable[int]) -> Float[Tensor, "l v"]:
+    """Final logits when these layers' states are zeroed right after position t, for every t: row t of one batch."""
     length = tokens.shape[1]
 
     def wipe_row(t: int) -> Callable[[Tensor, HookPoint], Tensor]:
@@ -202,7 +209,7 @@ def wipe_states(model: Model, tokens: Int[Tensor, "1 l"], layer: int) -> Float[T
 
         return wipe
 
-    hooks = [(f"blocks.{layer}.mixer.hook_h.{t}", wipe_row(t)) for t in range(length)]
+    hooks = [(f"blocks.{i}.mixer.hook_h.{t}", wipe_row(t)) for i in layers for t in range(length)]
     return model.run_with_hooks(tokens.expand(length, -1), fwd_hooks=hooks)[:, -1, : model.d_vocab_real]
 
 
@@ -250,15 +257,15 @@ def silence_together(
     return model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1, : model.d_vocab_real]
 
 
-def continue_prompt(model: Model, tokens: Int[Tensor, "1 l"], length: int, wipe: str | None = None) -> str:
-    """The likeliest continuation, with the state at the hook point `wipe` zeroed."""
+def continue_prompt(model: Model, tokens: Int[Tensor, "1 l"], wipe: str | None = None) -> str:
+    """The likeliest continuation up to the end of the story, with the state at the hook point `wipe` zeroed."""
 
     def zero(h: Tensor, hook: HookPoint) -> Tensor:
         return torch.zeros_like(h)
 
     with model.hooks(fwd_hooks=[(wipe, zero)] if wipe else []):
-        out = model.generate(tokens, max_new_tokens=24, do_sample=False, verbose=False)
-    return str(model.to_string(out[0, length:])).replace("<|endoftext|>", " ⏹")
+        text = model.generate(tokens, max_new_tokens=24, do_sample=False, verbose=False, return_type="str")
+    return text.removeprefix(str(model.to_string(tokens[0])))
 
 
 # Judging -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def render(tour: Tour) -> str:
         tour=tour,
         plots=plots,
         worst=worst,
+        prompt_literal=repr(tour.prompt),
         visible=lambda token: Markup(charts.visible(token)),
         themes=Markup(json.dumps(charts.THEMES)),
         version=hooked_mamba.__version__,
