@@ -34,8 +34,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored embedding, by convention that of the model."""
-        return self.state_dict["embed.weight"].dtype
+        """The dtype of the stored embedding (of the first tensor, if that is missing): that of the model."""
+        name = "embed.weight" if "embed.weight" in self.state_dict else next(iter(self.state_dict))
+        return self.state_dict[name].dtype
 
 
 def load_checkpoint(name_or_path: str | Path, family: str | None = None, revision: str | None = None) -> Checkpoint:

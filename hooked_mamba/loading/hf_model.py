@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def from_hf_model(hf_model: Any, family: str | None = None) -> tuple[MambaConfig
     if isinstance(cfg, Mamba2Config) and not _norms_per_group(hf_model):
         cfg = dataclasses.replace(cfg, norm_groups=1)
     name = str(getattr(hf_model.config, "_name_or_path", "") or "custom")
+    name = Path(name).name if Path(name).is_dir() else name  # a hub id stays, a folder's place is nobody's business
     return dataclasses.replace(cfg, model_name=name), state
 
 

@@ -46,7 +46,6 @@ COMMON_SSM_FIELDS = (
 
 # What speaks of no weight and of no step of the computation.
 BOOKKEEPING = {
-    "_name_or_path",
     "architectures",
     "dtype",
     "fused_add_norm",

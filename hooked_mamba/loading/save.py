@@ -36,6 +36,7 @@ def save_checkpoint(
     format: str = "hf",
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    also: Callable[[Path], Any] | None = None,
 ) -> None:
     """Write config and weights.
 
@@ -55,6 +56,9 @@ def save_checkpoint(
         dtype of the stored weights; None: as they are. In half precision A_log, D and dt's bias stay float32.
     shard_bytes
         Largest size of one safetensors file.
+    also
+        Writes further files into the folder it is given, such as `tokenizer.save_pretrained`; they appear with
+        the others.
 
     Raises
     ------
@@ -72,7 +76,7 @@ def save_checkpoint(
     else:
         writers = {"pytorch_model.bin": lambda path: _write_bin(named, cfg.tie_embeddings, path)}
     writers["config.json"] = lambda path: _write_json(config, path)
-    _write_all(Path(folder).expanduser(), writers)
+    _write_all(Path(folder).expanduser(), writers, also)
 
 
 Writer = Callable[[Path], None]
@@ -124,7 +128,7 @@ def _write_json(value: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_all(folder: Path, writers: dict[str, Writer]) -> None:
+def _write_all(folder: Path, writers: dict[str, Writer], also: Callable[[Path], Any] | None = None) -> None:
     """Write every file beside the folder, bring them to the disk, then move them in."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder to write into")
@@ -132,11 +136,16 @@ def _write_all(folder: Path, writers: dict[str, Writer]) -> None:
     scratch = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     scratch.mkdir()
     try:
+        if also is not None:
+            also(scratch)
         for name, write in writers.items():
             write(scratch / name)
+        # config.json comes last: a folder without it is no checkpoint yet.
+        names = sorted((path.name for path in scratch.iterdir()), key=lambda name: name == "config.json")
+        for name in names:
             _sync(scratch / name)
         if folder.exists():
-            for name in writers:
+            for name in names:
                 os.replace(scratch / name, folder / name)
             for path in folder.iterdir():
                 if WEIGHT_FILE.fullmatch(path.name) and path.name not in writers:

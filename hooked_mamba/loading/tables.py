@@ -75,7 +75,7 @@ def write_fields(cfg: Any, fields: Sequence[Field]) -> dict[str, Any]:
 def check_known(config: Mapping[str, Any], known: set[str], what: str) -> None:
     """Refuse a field nobody reads: it may shape the model, and dropping it would change results silently."""
     for key in config:
-        if key not in known:
+        if key not in known and not key.startswith("_"):  # an underscore marks a remark, as in _name_or_path
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CheckpointError(f"{what} has the field {key!r}, which is not known here{hint}")

@@ -78,6 +78,14 @@ def test_falcons_eps_is_not_the_blocks():
     assert (cfg.eps, cfg.mixer_norm_eps, cfg.mixer_norms) == (1e-4, 1e-3, True)
 
 
+def test_the_name_says_nothing_of_where_a_folder_lies(tmp_path):
+    random_hf_model("mamba", 0).save_pretrained(tmp_path / "mine")
+    loaded = transformers.MambaForCausalLM.from_pretrained(tmp_path / "mine")
+    assert from_hf_model(loaded)[0].model_name == "mine"
+    loaded.config._name_or_path = "state-spaces/mamba-130m-hf"
+    assert from_hf_model(loaded)[0].model_name == "state-spaces/mamba-130m-hf"
+
+
 def test_the_object_decides_whether_embeddings_are_tied():
     model = random_hf_model("mamba", 0)
     model.config.tie_word_embeddings = True

@@ -1,12 +1,13 @@
 """Telling formats and families apart."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
-from hooked_mamba.loading import CheckpointError, load_checkpoint
+from hooked_mamba.loading import CheckpointError, load_checkpoint, weight_shapes
 from hooked_mamba.loading.registry import FORMATS, detect, format_for
 from tests.hooked_mamba.loading.builders import random_raw
 
@@ -45,6 +46,57 @@ def test_detect(config, name):
 def test_unknown_formats(config, message):
     with pytest.raises(CheckpointError, match=message):
         detect(config)
+
+
+RAW_MAMBA2 = {
+    "d_model": 768,
+    "d_intermediate": 0,
+    "n_layer": 24,
+    "vocab_size": 50277,
+    "ssm_cfg": {"layer": "Mamba2"},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
+"""The config.json of state-spaces/mamba2-130m."""
+
+
+def test_published_configs():
+    """Sizes of checkpoints people load, from the config files they come with."""
+    found = detect(RAW_MAMBA2)
+    cfg, _ = found.to_ours(RAW_MAMBA2, {})
+    assert found.name == "raw_mamba2"
+    assert (cfg.E, cfg.H, cfg.P, cfg.G, cfg.d_state, cfg.d_vocab) == (1536, 24, 64, 1, 128, 50288)
+    assert weight_shapes(cfg)["blocks.23.mixer.in_proj.weight"] == (3352, 768)
+
+    mamba = {"d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": True}
+    cfg, _ = detect(mamba).to_ours(mamba, {})
+    assert (cfg.E, cfg.R, cfg.d_state, cfg.d_vocab) == (5120, 160, 16, 50280)
+    total = sum(math.prod(shape) for shape in weight_shapes(cfg).values())
+    assert 2.7e9 < total < 2.8e9
+
+    codestral = {"dim": 4096, "n_layers": 64, "vocab_size": 32768, "n_groups": 8, "tie_embeddings": False}
+    cfg, _ = detect(codestral).to_ours(codestral, {})
+    assert (cfg.E, cfg.H, cfg.G, cfg.norm_groups) == (8192, 128, 8, 8)
+    total = sum(math.prod(shape) for shape in weight_shapes(cfg).values())
+    assert 7.2e9 < total < 7.3e9  # "7,285,403,648 parameters"
+
+    falcon = {"model_type": "falcon_mamba", "hidden_size": 4096, "num_hidden_layers": 64, "vocab_size": 65024}
+    falcon |= {"state_size": 16, "time_step_rank": 256, "tie_word_embeddings": False, "mixer_rms_eps": 1e-6}
+    cfg, _ = detect(falcon).to_ours(falcon, {})
+    assert (cfg.E, cfg.R, cfg.mixer_norms, cfg.tie_embeddings) == (8192, 256, True, False)
+    total = sum(math.prod(shape) for shape in weight_shapes(cfg).values())
+    assert 7.2e9 < total < 7.35e9
+
+
+def test_hybrids_are_refused_by_what_makes_them_so():
+    attention = RAW_MAMBA2 | {"attn_layer_idx": [9, 18], "attn_cfg": {"num_heads": 30}}
+    with pytest.raises(CheckpointError, match=r"attn_layer_idx=\[9, 18\], which is not supported"):
+        detect(attention).to_ours(attention, {})
 
 
 def test_families(tmp_path):

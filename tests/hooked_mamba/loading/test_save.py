@@ -40,7 +40,7 @@ def test_transformers_reads_what_was_saved(kind, seed, shard_bytes, tmp_path):
 
 @pytest.mark.parametrize("kind", HF_KINDS)
 def test_what_transformers_saved_is_read_the_same_from_its_files(kind, tmp_path):
-    theirs = random_hf_model(kind, 5)
+    theirs = random_hf_model(kind, 6)
     theirs.save_pretrained(tmp_path / "model")
     cfg, state = from_hf_model(theirs)
     found = load_checkpoint(tmp_path / "model")
