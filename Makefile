@@ -19,6 +19,9 @@ test: .venv/.installed ## the tests, without those that take minutes
 test-all: .venv/.installed ## the slow tests as well
 	$(RUN) pytest -m "not gpu and not peer"
 
+bench: .venv/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
+	$(RUN) tests.benchmarks
+
 lint: .venv/.installed ## formatting and lint rules
 	$(RUN) ruff format --check . && $(RUN) ruff check .
 

@@ -15,6 +15,10 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 STATE_POINT = re.compile(r"^(?P<site>.+\.hook_h)\.(?P<t>-?\d+)$")
 """`blocks.3.mixer.hook_h.17`: the state right after position 17."""
 
+_ELSEWHERE = re.compile(r"^(blocks\.\d+\.)(?:mixer\.)?(hook_\w+)((?:\.-?\d+)?)$")
+_WITHOUT_MIXER = {"hook_conv", "hook_A_bar", "hook_B", "hook_B_bar", "hook_C", "hook_h", "hook_out_proj"}
+"""Sites that MambaLens has right under the block, with the same meaning."""
+
 _OUTSIDE_MIXER = {"resid_pre", "resid_mid", "resid_post"}
 _TOP = {"tokens", "embed", "logits"}
 _IN_NORMS = {"scale", "normalized", "out"}
@@ -57,12 +61,16 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
 
 def unalias(name: str) -> str:
-    """A name used elsewhere (`blocks.0.hook_ssm_out`, `blocks.0.hook_delta`) as ours; ours as they are."""
-    match = re.match(r"^(blocks\.\d+\.)(?:mixer\.)?(hook_\w+)$", name)
-    if not match or match[2] not in ALIASES:
+    """A name used elsewhere (`blocks.0.hook_ssm_out`, `blocks.0.hook_h.4`) as ours; ours as they are."""
+    match = _ELSEWHERE.match(name)
+    if not match:
         return name
-    target = ALIASES[match[2]]
-    return match[1] + (target if "." in target else f"mixer.{target}")
+    block, site, t = match.groups()
+    if site in ALIASES:
+        site = ALIASES[site]
+    elif "mixer." in name or site not in _WITHOUT_MIXER:
+        return name
+    return block + (site if "." in site else f"mixer.{site}") + t
 
 
 def split_state_point(name: str) -> tuple[str, int] | None:
