@@ -183,6 +183,12 @@ class Mamba2Config(SSMConfig):
         return self.n_groups
 
     @property
+    def gated_norm_eps(self) -> float:
+        """eps of the gated norm."""
+        assert self.norm_eps is not None  # __post_init__ fills it
+        return self.norm_eps
+
+    @property
     def conv_dim(self) -> int:
         """Channels that pass the convolution: x, B and C."""
         return self.E + 2 * self.G * self.d_state

@@ -132,21 +132,26 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         format: Literal["hf", "raw"] = "hf",
         dtype: torch.dtype | str | None = None,
     ) -> None:
-        """Write config, weights (safetensors) and tokenizer; nothing of a half-written folder is left on a crash.
+        """Write config, weights and tokenizer; a crash leaves no half-written checkpoint.
 
         Parameters
         ----------
         folder
             Made if need be.
         format
-            "hf" is read by transformers, "raw" by state-spaces' mamba_ssm; both by `from_pretrained`.
+            "hf" (safetensors) is read by transformers, "raw" (the one file mamba_ssm knows, pytorch_model.bin) by
+            state-spaces' mamba_ssm; both by `from_pretrained`.
         dtype
             Precision on disk; default: as they are.
         """
-        state_dict = self.state_dict_for_files()
-        loading.save_checkpoint(folder, self.cfg, state_dict, format=format, dtype=as_dtype(dtype))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+        loading.save_checkpoint(
+            folder,
+            self.cfg,
+            self.state_dict_for_files(),
+            format=format,
+            dtype=as_dtype(dtype),
+            also=self.tokenizer.save_pretrained if self.tokenizer is not None else None,
+        )
 
     def state_dict_for_files(self) -> dict[str, Tensor]:
         """Weights by name, a tied unembedding left out."""
@@ -202,18 +207,20 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         if start_at_layer is None:
             tokens, found_mask = self.input_to_tokens(input, prepend_bos, padding_side)
             attention_mask = found_mask if attention_mask is None else attention_mask
-            shape = tokens.shape
+            batch, length = tokens.shape
         else:
-            shape = self._check_residual(input)
+            resid = self._checked_residual(input)
+            batch, length, _ = resid.shape
         padding = None
         if attention_mask is not None:
-            padding = Padding.from_mask(torch.as_tensor(attention_mask, device=self.device), torch.Size(shape))
+            padding = Padding.from_mask(torch.as_tensor(attention_mask, device=self.device), torch.Size((batch, length)))
         if initial_state is not None:
-            self._check_state(initial_state, shape[0])
+            self._check_state(initial_state, batch)
 
-        resid = self.embed_tokens(tokens) if start_at_layer is None else input
+        if start_at_layer is None:
+            resid = self.embed_tokens(tokens)
         resid, state = self.run_blocks(resid, layers, initial_state, padding)
-        out = resid
+        out: Any = resid
         if stop_at_layer is None:
             logits = self.to_logits(resid)
             out = self._output(logits, tokens, attention_mask, return_type, loss_per_token)
@@ -283,11 +290,11 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
                 raise IndexError(f"{name}={layer} is out of range for a model of {n} layers")
         return range(n)[start:stop]
 
-    def _check_residual(self, resid: Any) -> Sequence[int]:
+    def _checked_residual(self, resid: Any) -> Tensor:
         if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[2] != self.cfg.d_model:
             got = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
             raise ValueError(f"start_at_layer takes a residual stream [batch, position, {self.cfg.d_model}], got {got}")
-        return resid.shape[:2]
+        return resid
 
     def _check_state(self, state: ModelState, batch: int) -> None:
         if not isinstance(state, ModelState):

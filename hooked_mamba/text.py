@@ -15,7 +15,11 @@ PaddingSide = Literal["left", "right"]
 
 
 class TextMethods:
-    """Tokenizer methods of a model. `prepend_bos` is False by default: these models were trained without one."""
+    """Tokenizer methods of a model.
+
+    Unlike in TransformerLens, no BOS token is put in front unless `prepend_bos=True` asks for it (or the tokenizer
+    does so by itself): these models were trained without one.
+    """
 
     cfg: SSMConfig
     tokenizer: Any
@@ -49,14 +53,14 @@ class TextMethods:
         move_to_device: bool = True,
     ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
         """Token ids of text and the attention mask: 1 for real tokens, 0 for padding."""
-        tokenizer = self._needs_tokenizer("text input")
+        self._needs_tokenizer("text input")
         texts = [input] if isinstance(input, str) else list(input)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"expected a string or a list of strings, got {input!r:.80}")
         side = padding_side or "right"
         if side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
-        rows = [self._with_bos(tokenizer(text)["input_ids"], prepend_bos) for text in texts]
+        rows = [self._ids(text, prepend_bos) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise ValueError(
@@ -99,7 +103,7 @@ class TextMethods:
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is exactly one token."""
-        ids = self._needs_tokenizer("to_single_token")(string)["input_ids"]
+        ids = self._ids(string, prepend_bos=False)
         if len(ids) != 1:
             parts = self.to_str_tokens(torch.tensor(ids))
             raise ValueError(f"{string!r} is not one token but {len(ids)}: {parts}")
@@ -162,7 +166,12 @@ class TextMethods:
         mine = getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
         return mine if mine is not None else getattr(self.cfg, name)
 
-    def _with_bos(self, ids: list[int], prepend_bos: bool | None) -> list[int]:
+    def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
+        """Ids of one text. False forbids also what the tokenizer itself would put in front; None leaves it that."""
+        tokenizer = self._needs_tokenizer("text input")
+        if prepend_bos is False:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text)["input_ids"]
         if not prepend_bos:
             return ids
         bos = self.bos_token_id

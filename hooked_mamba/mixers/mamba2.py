@@ -39,7 +39,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
-        self.norm = RMSNorm(E, cfg.norm_eps, groups=cfg.norm_groups)
+        self.norm = RMSNorm(E, cfg.gated_norm_eps, groups=cfg.norm_groups)
         self.out_proj = nn.Linear(E, d, bias=cfg.use_bias)
 
         self.hook_in_proj = HookPoint()
