@@ -14,7 +14,7 @@ from hooked_mamba.ssm_decomposition import SSMDecomposition
 if TYPE_CHECKING:
     from hooked_mamba.hooked_root import HookedRoot
 
-Key = str | tuple[str, int] | tuple[str, int, str]
+Key = str | tuple[str, int] | tuple[str, int, str | None]
 """A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
 
 
