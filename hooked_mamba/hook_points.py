@@ -134,6 +134,12 @@ class HookPoint(nn.Module):
     # What happens here ---------------------------------------------------------------------------------------
 
     def forward(self, value: Tensor) -> Tensor:
+        value = self.edit(value)
+        self.show(value)
+        return value
+
+    def edit(self, value: Tensor) -> Tensor:
+        """The value as the hooks here leave it."""
         if self.fwd_hooks:
             for hook in tuple(self.fwd_hooks):
                 # A copy each: an edit in place must not reach other sites' tensors, which may share this memory.
@@ -142,9 +148,12 @@ class HookPoint(nn.Module):
                 value = mine if out is None else self._checked(out, value, "forward")
         if self.bwd_hooks:
             value = self._watch_gradient(value)
+        return value
+
+    def show(self, value: Tensor) -> None:
+        """Give the readers here a final value."""
         for reader in tuple(self.readers):
             reader.store(reader.select.apply(value))
-        return value
 
     def _watch_gradient(self, value: Tensor) -> Tensor:
         if not value.is_floating_point():

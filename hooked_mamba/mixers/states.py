@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import ops
-from hooked_mamba.hook_points import StateHookPoint
+from hooked_mamba.hook_points import HookPoint, StateHookPoint
 from hooked_mamba.ops.interface import ScanOut
 
 ScanSegment = Callable[[slice, Tensor | None, list[int] | str | None], ScanOut]
@@ -42,8 +42,7 @@ def scan_through_hooks(
         out = scan(columns, h, "all" if len(here) == end + 1 - start else here or None)
         y, h, found = out.y, out.h_last, out.states
         if end in edited:
-            for point in points[end]:
-                h = point(h)
+            h = _through(points[end], h)
             y = torch.cat([y[:, :-1], read_out(h.unsqueeze(1), slice(end, end + 1)).to(y.dtype)], 1)
             if found is not None and here[-1] == end - start:
                 found = torch.cat([found[:, :-1], h.unsqueeze(1)], 1)
@@ -69,13 +68,21 @@ def linear_scan_through_hooks(
         piece = ops.linear_scan(A_bar[:, start : end + 1], Bx[:, start : end + 1], h0=h)
         h = piece[:, -1]
         if end in points:
-            for point in points[end]:
-                h = point(h)
+            h = _through(points[end], h)
             piece = torch.cat([piece[:, :-1], h.unsqueeze(1)], 1)
         pieces.append(piece)
         start = end + 1
     assert h is not None
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1), h
+
+
+def _through(names_of_one_state: list[HookPoint], h: Tensor) -> Tensor:
+    """A state through the hooks of its names (`hook_h.9` and `hook_h.-1` may be one); all read what all made of it."""
+    for point in names_of_one_state:
+        h = point.edit(h)
+    for point in names_of_one_state:
+        point.show(h)
+    return h
 
 
 def _columns_read(hook_h: StateHookPoint, points: dict[int, list], length: int) -> list[int]:
