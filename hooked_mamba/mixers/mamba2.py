@@ -133,7 +133,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         self.hook_Bx.read(x.shape[1], Bx_at)
 
         # Settled for the whole call: positions before an edited state must keep every bit.
-        chunk = ops.default_chunk(x.shape[1], self.cfg.chunk_size)
+        chunk = ops.default_chunk(x.shape[1])
 
         def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ops.ScanOut:
             return ops.ssd(x[:, t], dt[:, t], A, B[:, t], C[:, t], h0=h, states_at=states_at, chunk=chunk)

@@ -275,9 +275,9 @@ def ssd(
     return run_in_segments(module.ssd, (x, dt, B, C), A, D, h0=h0, positions=positions, edits=edits, chunk=chunk)
 
 
-def default_chunk(length: int, chunk: int = 64) -> int:
-    """Positions per chunk for a sequence of this length: at most `chunk`, else the next multiple of 8."""
-    return min(chunk, -(-length // 8) * 8)
+def default_chunk(length: int) -> int:
+    """Positions per chunk for a sequence of this length: 64, or the next multiple of 8 of a shorter one."""
+    return min(64, -(-length // 8) * 8)
 
 
 def linear_scan(
