@@ -17,9 +17,10 @@ from torch import Tensor
 TAKES_EDITS = True
 
 _OPS = {
-    "ssd": "hooked_mamba.ops.triton.ssd",
+    "ssd": "hooked_mamba.ops.triton.mamba2",
     "selective_scan": "hooked_mamba.ops.triton.mamba1",
     "linear_scan": "hooked_mamba.ops.triton.linear",
+    "causal_conv1d": "hooked_mamba.ops.triton.conv",
 }
 
 

@@ -20,11 +20,13 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors of a device."""
-    if device.type != "cuda":
-        return FALLBACK_MULTIPROCESSORS
+    return _multiprocessors(device) if device.type == "cuda" else FALLBACK_MULTIPROCESSORS
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

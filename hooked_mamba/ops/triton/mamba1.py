@@ -38,10 +38,15 @@ class Plan:
     dense: bool
     """States at every position."""
 
-    def blocks(self, x: Tensor, T: int) -> Blocks:
-        """Cut the sequence; with events all kernels must cut alike, so that chunks begin at the same positions."""
-        if self.events.edits or self.events.saves:
+    def blocks(self, x: Tensor, T: int, joint: bool) -> Blocks:
+        """Cut the sequence into blocks of T positions.
+
+        Kernels that hand over states at the starts of chunks (joint) must begin them at the same positions, so where
+        events make blocks of uneven lengths they use the same blocks.
+        """
+        if joint and (self.events.edits or self.events.saves):
             T = T_BACKWARD
+        T = min(T, triton.next_power_of_2(x.shape[1]))
         return cut(x.shape[1], T, CHUNK // T, self.events, x.device)
 
 
@@ -129,7 +134,7 @@ def _channels(columns_to_fill: int, E: int, N: int, device: torch.device) -> tup
 def _forward(x, dt, A, B, C, D, h0, scale, add, plan, keep_starts):
     b, l, E = x.shape
     N = A.shape[1]
-    blocks = plan.blocks(x, T_WALK)
+    blocks = plan.blocks(x, T_WALK, joint=keep_starts)
     BE, split = _channels(b, E, N, x.device)
     split = split and blocks.chunks > 1
     n_edits, n_saves = len(plan.events.edits), l if plan.dense else len(plan.events.saves)
@@ -176,7 +181,7 @@ def _adjoint(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, need_add):
     """Gradients to x, h0 and the additive edits, with all else constant."""
     b, l, E = x.shape
     N = A.shape[1]
-    blocks = plan.blocks(x, T_WALK)
+    blocks = plan.blocks(x, T_WALK, joint=False)
     BE, split = _channels(b, E, N, x.device)
     split = split and blocks.chunks > 1
     dx = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
@@ -198,7 +203,7 @@ def _backward(x, dt, A, B, C, D, scale, add, starts, dy, dh_last, dstates, plan)
     """All gradients."""
     b, l, E = x.shape
     N = A.shape[1]
-    blocks = plan.blocks(x, T_BACKWARD)
+    blocks = plan.blocks(x, T_BACKWARD, joint=True)
     BE = max(1, min(64, LANE_STATES_BACKWARD // N))
     columns = triton.cdiv(E, BE)
     dx = torch.empty((b, l, E), dtype=x.dtype, device=x.device)
@@ -210,7 +215,7 @@ def _backward(x, dt, A, B, C, D, scale, add, starts, dy, dh_last, dstates, plan)
     with on_device(x):
         incoming = dh_last
         if blocks.chunks > 1:
-            walk = plan.blocks(x, T_WALK)
+            walk = plan.blocks(x, T_WALK, joint=True)
             walk_BE = max(1, min(64, 256 // N))
             incoming, _ = _incoming(x, dt, A, B, C, D, scale, dy, dh_last, dstates, plan, walk, walk_BE)
         mamba1_backward[(columns * b * blocks.chunks,)](

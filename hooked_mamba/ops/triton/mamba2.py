@@ -23,9 +23,10 @@ from triton import knobs
 
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 from hooked_mamba.ops.triton.launch import Blocks, Events, cut, multiprocessors, on_device
-from hooked_mamba.ops.triton.ssd_backward import ssd_backward_bc, ssd_backward_gram, ssd_backward_x
-from hooked_mamba.ops.triton.ssd_forward import ssd_gram, ssd_read_out
-from hooked_mamba.ops.triton.ssd_states import ssd_outer, ssd_pass
+from hooked_mamba.ops.triton.mamba2_backward import ssd_backward_bc, ssd_backward_gram, ssd_backward_x
+from hooked_mamba.ops.triton.mamba2_forward import ssd_gram, ssd_read_out
+from hooked_mamba.ops.triton.mamba2_states import ssd_outer, ssd_pass
+from hooked_mamba.ops.triton.mamba2_step import ssd_step
 
 LONGEST_CHUNK = 64
 """Beyond it the backward runs out of registers."""
@@ -51,6 +52,8 @@ def ssd(
     G, N = B.shape[2:]
     dt, A, D, h0 = (None if t is None else t.float() for t in (dt, A, D, h0))
     B, C = B.to(x.dtype), C.to(x.dtype)
+    if x.shape[1] == 1 and edits is None and not _wants_grad(x, dt, A, B, C, D, h0):
+        return ssd_step(x, dt, A, B, C, D, h0, positions is not None)
     positions = positions or ()
     if edits is None:
         events = Events((), positions)
@@ -72,6 +75,10 @@ def ssd(
 def _tile(size: int, most: int) -> int:
     """A size that matrix products can have: a power of two from 16 on."""
     return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Mamba-2, backward inside the chunks.
 
 With u_s = dt_s x_s, L_ts = exp(cum_t - cum_s) for s <= t, tail_s = exp(cum_last - cum_s), G the gradient to the state
-that leaves the chunk and h_in the one that enters it (`ssd_states` has found both), per head:
+that leaves the chunk and h_in the one that enters it (`mamba2_states` has found both), per head:
 
     du_s = sum_t CB_ts L_ts dy_t + tail_s G B_s        dx = dt du + D dy,    ddt = x . du + A drun,   dA = sum dt drun
     dcum_t = sum_s Z_ts - sum_s Z_st                   Z_ts = CB_ts L_ts (dy_t . u_s)
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from hooked_mamba.ops.triton.device import block_bounds
-from hooked_mamba.ops.triton.ssd_states import chunk_decays
+from hooked_mamba.ops.triton.mamba2_states import chunk_decays
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     y_t = sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) dt_s x_s  +  exp(cum_t) h_in C_t  +  D x_t
 
 The products C_t . B_s are the same for all heads of a group: `ssd_gram` makes them once per group. h_in comes from
-`ssd_states`. The exponent is masked before the exponential, where it would overflow.
+`mamba2_states`. The exponent is masked before the exponential, where it would overflow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hooked_mamba.ops.triton.device import block_bounds
-from hooked_mamba.ops.triton.ssd_states import chunk_decays
+from hooked_mamba.ops.triton.mamba2_states import chunk_decays
 
 
 @triton.jit

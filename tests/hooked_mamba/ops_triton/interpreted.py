@@ -1,0 +1,250 @@
+"""Run the Triton kernels on small inputs and compare them with the naive loop in float64: values and gradients.
+
+    TRITON_INTERPRET=1 python -m tests.hooked_mamba.ops_triton.interpreted cpu CASE...       (no GPU)
+    python -m tests.hooked_mamba.ops_triton.interpreted cuda CASE...
+
+A process of its own, because the interpreter has to be asked for before triton is imported. Prints a line of JSON per
+case: {"case": ..., "errors": {name: largest error over largest value}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hooked_mamba import ops
+from hooked_mamba.components import causal_conv1d
+from hooked_mamba.ops import StateEdits
+from hooked_mamba.ops import triton as kernels
+from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
+
+Case = Callable[[str], dict[str, float]]
+SCANNED_TYPES = ("x", "dt", "B", "C")
+"""Arguments that come in the type of the model; the others are float32 in any model."""
+
+
+def evaluate(run: Callable, leaves: dict[str, Tensor], frozen: bool = False) -> dict[str, Tensor]:
+    """Outputs by name, and gradients of a fixed random weighting of them."""
+    out = run(leaves)
+    named = out._asdict() if hasattr(out, "_asdict") else {"y": out}
+    random = torch.Generator().manual_seed(7)
+    weighted = [
+        (v.double() * torch.randn(v.shape, generator=random).to(v.device)).sum()
+        for v in named.values()
+        if v is not None
+    ]
+    wanted = [k for k, v in leaves.items() if v.requires_grad]
+    grads = torch.autograd.grad(sum(weighted), [leaves[k] for k in wanted], allow_unused=frozen)
+    outputs = {k: v.detach() for k, v in named.items() if v is not None}
+    return outputs | {f"to {k}": g for k, g in zip(wanted, grads, strict=True) if g is not None}
+
+
+def compare(
+    device: str,
+    inputs: dict[str, Tensor],
+    exact: Callable,
+    fast: Callable,
+    dtype: torch.dtype = torch.float32,
+    frozen: bool = False,
+) -> dict[str, float]:
+    """Largest error of each output and gradient, relative to the largest value in float64."""
+    inputs = {k: v.to(dtype).double() if k in SCANNED_TYPES else v for k, v in inputs.items()}
+    reference = evaluate(exact, {k: v.clone().requires_grad_() for k, v in inputs.items()}, frozen)
+
+    def leaf(name: str, value: Tensor) -> Tensor:
+        return value.to(device, dtype if name in SCANNED_TYPES else torch.float32).requires_grad_()
+
+    found = evaluate(fast, {k: leaf(k, v) for k, v in inputs.items()}, frozen)
+    if found.keys() != reference.keys():
+        raise AssertionError(f"got {sorted(found)}, expected {sorted(reference)}")
+    return {
+        k: ((found[k].cpu().double() - v).abs().max() / v.abs().max().clamp_min(1e-30)).item()
+        for k, v in reference.items()
+    }
+
+
+def scan(op: Callable, inputs: dict[str, Tensor], *, edits: tuple[int, ...] = (), **options: object) -> Case:
+    """A case of `selective_scan` or `ssd`; edits at positions multiply and add."""
+    dtype = options.pop("dtype", torch.float32)
+    patches = options.pop("patches", {})
+    options.setdefault("frozen", False)
+    if edits:
+        state = inputs["h0"].shape
+        random = torch.Generator().manual_seed(3)
+        inputs["scale"] = torch.randn(state[0], len(edits), *state[1:], generator=random).double()
+        inputs["add"] = torch.randn(1, len(edits), *state[1:-1], 1, generator=random).double()
+
+    def run(backend: str) -> Callable:
+        def call(leaves: dict[str, Tensor]) -> ops.ScanOut:
+            arguments = {k: v for k, v in leaves.items() if k not in ("scale", "add")}
+            if edits:
+                arguments["edits"] = StateEdits(edits, leaves["scale"], leaves["add"])
+            return op(**arguments, **options, backend=backend)
+
+        return call
+
+    def case(device: str) -> dict[str, float]:
+        with ExitStack() as stack:
+            for name, value in patches.items():
+                stack.enter_context(patch(f"hooked_mamba.ops.triton.{name}", value))
+            return compare(device, inputs, run("naive"), run("triton"), dtype, options["frozen"])
+
+    return case
+
+
+def mamba1_case(*shape: int, **options: object) -> Case:
+    """b, l, E, N."""
+    return scan(ops.selective_scan, selective_inputs(*shape), **options)
+
+
+def ssd_case(*shape: int, **options: object) -> Case:
+    """b, l, H, P, G, N."""
+    return scan(ops.ssd, ssd_inputs(*shape), **options)
+
+
+def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """All but some arguments."""
+    return {k: v for k, v in inputs.items() if k not in names}
+
+
+def linear_case(a_shape: tuple[int, ...], b_shape: tuple[int, ...], h0: bool) -> Case:
+    """Scan with decays of both signs."""
+    random = torch.Generator().manual_seed(0)
+    inputs = {
+        "a": 2 * torch.rand(a_shape, generator=random).double() - 1,
+        "b": torch.randn(b_shape, generator=random).double(),
+    }
+    if h0:
+        inputs["h0"] = torch.randn(b_shape[0], *b_shape[2:], generator=random).double()
+
+    def run(backend: str) -> Callable:
+        return lambda leaves: ops.linear_scan(**leaves, backend=backend)
+
+    def case(device: str) -> dict[str, float]:
+        with patch("hooked_mamba.ops.triton.linear.TILE", 256):
+            return compare(device, inputs, run("naive"), run("triton"))
+
+    return case
+
+
+def conv_case(b: int, l: int, c: int, k: int, bias: bool, silu: bool) -> Case:
+    """The convolution; x stands in a wider tensor, as it does in a model."""
+    random = torch.Generator().manual_seed(0)
+    inputs = {
+        "x": torch.randn(b, l, 2 * c, generator=random).double(),
+        "weight": torch.randn(c, 1, k, generator=random).double(),
+    }
+    if bias:
+        inputs["bias"] = torch.randn(c, generator=random).double()
+
+    def run(conv: Callable) -> Callable:
+        return lambda leaves: conv(leaves["x"][..., :c], leaves["weight"], leaves.get("bias"))
+
+    def exact(*arguments: Tensor | None) -> Tensor:
+        y = causal_conv1d(*arguments)
+        return F.silu(y) if silu else y
+
+    def fused(*arguments: Tensor | None) -> Tensor:
+        return kernels.causal_conv1d(*arguments, silu=silu)
+
+    return lambda device: compare(device, inputs, run(exact), run(fused))
+
+
+def step_case() -> Case:
+    """A single position of Mamba-2 without gradients, which has a kernel of its own."""
+
+    def case(device: str) -> dict[str, float]:
+        inputs = ssd_inputs(2, 1, 4, 5, 2, 6)
+        with torch.no_grad():
+            reference = ops.ssd(**inputs, states_at=[0], backend="naive")
+            found = ops.ssd(**{k: v.float().to(device) for k, v in inputs.items()}, states_at=[0], backend="triton")
+        pairs = zip(reference._fields, reference, found, strict=True)
+        return {k: ((f.cpu().double() - r).abs().max() / r.abs().max()).item() for k, r, f in pairs}
+
+    return case
+
+
+def repeats_case() -> Case:
+    """Two runs give the same bits, gradients too."""
+
+    def case(device: str) -> dict[str, float]:
+        inputs = {k: v.float().to(device).requires_grad_() for k, v in selective_inputs(2, 19, 10, 4).items()}
+        first, second = (evaluate(lambda leaves: ops.selective_scan(**leaves, backend="triton"), inputs) for _ in "12")
+        return {k: float(not torch.equal(v, second[k])) for k, v in first.items()}
+
+    return case
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+NARROW = {"launch.FALLBACK_MULTIPROCESSORS": 0}
+"""A device so small that it is full at once: the sequence is not shared out among programs."""
+SHORT = {"mamba1.CHUNK": 8}
+"""Short chunks, so that small inputs have several."""
+
+CORE: dict[str, Case] = {
+    "mamba1": mamba1_case(2, 13, 5, 4, patches=SHORT),
+    "mamba1 whole": mamba1_case(1, 16, 9, 16, patches=SHORT | NARROW),
+    "mamba1 edits": mamba1_case(2, 21, 9, 8, states_at=(0, 3, 4, 20), edits=(3, 7, 20), patches=SHORT),
+    "mamba1 frozen": mamba1_case(1, 19, 9, 4, states_at=(2,), edits=(3, 7), frozen=True, patches=SHORT),
+    "mamba1 bf16": mamba1_case(1, 11, 5, 4, dtype=BF16),
+    "linear": linear_case((2, 19, 3, 2), (2, 19, 3, 2), True),
+    "ssd": ssd_case(1, 19, 2, 3, 1, 5, chunk=16),
+    "ssd edits": ssd_case(1, 9, 2, 4, 1, 4, chunk=16, states_at=(0, 3, 8), edits=(3, 8)),
+    "ssd step": step_case(),
+    "conv": conv_case(2, 20, 6, 4, True, True),
+}
+"""A minute on one core."""
+
+MORE: dict[str, Case] = {
+    "mamba1 odd N": mamba1_case(1, 37, 9, 5, patches=SHORT),
+    "mamba1 one state": mamba1_case(1, 9, 7, 1, patches=SHORT),
+    "mamba1 one position": mamba1_case(2, 1, 9, 16),
+    "mamba1 long": mamba1_case(1, 150, 4, 2),
+    "mamba1 wide": mamba1_case(1, 12, 70, 16, patches=SHORT),
+    "mamba1 many states": mamba1_case(1, 12, 5, 64, patches=SHORT),
+    "mamba1 all states": mamba1_case(1, 13, 9, 8, states_at="all", patches=SHORT),
+    "mamba1 all states whole": mamba1_case(1, 13, 9, 8, states_at="all", patches=SHORT | NARROW),
+    "mamba1 all states edited": mamba1_case(1, 13, 9, 8, states_at="all", edits=(0, 12), patches=SHORT),
+    "mamba1 edits whole": mamba1_case(1, 21, 9, 8, states_at=(2, 7), edits=(3, 7), patches=SHORT | NARROW),
+    "mamba1 frozen even": mamba1_case(1, 24, 9, 4, frozen=True, patches=SHORT),
+    "mamba1 frozen whole": mamba1_case(1, 21, 9, 4, states_at="all", frozen=True, patches=SHORT | NARROW),
+    "mamba1 fp16": mamba1_case(1, 21, 9, 8, dtype=FP16),
+    "mamba1 without D and h0": scan(ops.selective_scan, without(selective_inputs(2, 11, 5, 4), "D", "h0")),
+    "mamba1 repeats": repeats_case(),
+    "linear broadcast": linear_case((37, 1, 3), (1, 37, 2, 3), False),
+    "linear one column": linear_case((2, 300, 1), (2, 300, 1), True),
+    "linear one position": linear_case((2, 1, 1), (2, 1, 70), True),
+    "ssd groups": ssd_case(2, 21, 4, 3, 2, 5, chunk=16),
+    "ssd wide": ssd_case(1, 37, 2, 70, 1, 66, chunk=16),
+    "ssd long chunk": ssd_case(1, 70, 2, 8, 1, 16, chunk=64),
+    "ssd edited and frozen": ssd_case(1, 21, 4, 8, 1, 16, chunk=16, states_at=(2,), edits=(3, 7, 20), frozen=True),
+    "ssd frozen": ssd_case(1, 21, 4, 8, 1, 16, chunk=16, frozen=True),
+    "ssd all states": ssd_case(1, 9, 2, 4, 1, 4, chunk=16, states_at="all"),
+    "ssd bf16": ssd_case(1, 21, 4, 8, 1, 16, chunk=16, dtype=BF16),
+    "ssd fp16": ssd_case(1, 21, 4, 8, 1, 16, chunk=16, dtype=FP16),
+    "ssd without D and h0": scan(ops.ssd, without(ssd_inputs(2, 11, 2, 4, 1, 4), "D", "h0")),
+    "ssd one position": ssd_case(2, 1, 4, 5, 2, 6),
+    "conv plain": conv_case(1, 37, 5, 3, False, False),
+    "conv shortest": conv_case(1, 4, 5, 4, True, False),
+}
+
+CASES = CORE | MORE
+
+
+def main(device: str, names: list[str]) -> None:
+    """Run cases and print their errors."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory then holds NaN: what is read was written
+    for name in names:
+        print(json.dumps({"case": name, "errors": CASES[name](device)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,68 @@
+"""Every Triton kernel compiles for GPUs that are not here, as the ops launch it, and fits in their registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.hooked_mamba.ops_triton import compiled
+
+ROOT = Path(__file__).parents[3]
+SHARED_MEMORY = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "hip:gfx942": 64 << 10}
+"""Bytes a program may have: CUDA programming guide, table of technical specifications; for gfx942 the LDS."""
+MOST_SLOTS = {"mamba1_forward": 11.0, "mamba1_adjoint": 11.0, "mamba1_backward": 26.0}
+"""Issue slots per number of the state and position, at E=1536, N=16 and even lengths on sm_90."""
+
+
+@cache
+def launches(target: str, names: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Compile cases in one process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.hooked_mamba.ops_triton.compiled", target, *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {line["case"]: line["launches"] for line in map(json.loads, done.stdout.splitlines())}
+
+
+def hold(target: str, found: list[dict]) -> None:
+    """No registers spilled, and no more shared memory than there is."""
+    assert found
+    for launch in found:
+        assert launch["stack"] == 0, launch
+        assert launch["shared"] <= SHARED_MEMORY[target], launch
+        if target.startswith("cuda"):
+            assert launch["local_loads"] == 0, launch
+
+
+@pytest.mark.parametrize("name", compiled.CORE)
+def test_sm90(name: str) -> None:
+    hold("cuda:90", launches("cuda:90", tuple(compiled.CORE))[name])
+
+
+@pytest.mark.parametrize("name", [name for name in compiled.CORE if name.startswith("mamba1")])
+def test_issue_slots(name: str) -> None:
+    found = [x for x in launches("cuda:90", tuple(compiled.CORE))[name] if x["slots"]]
+    assert found
+    for launch in found:
+        assert max(launch["slots"]) <= MOST_SLOTS[launch["kernel"]], launch
+        assert min(launch["slots"]) > 2, launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compiled.MORE)
+def test_sm90_more(name: str) -> None:
+    hold("cuda:90", launches("cuda:90", tuple(compiled.MORE))[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compiled.CASES)
+def test_sm80(name: str) -> None:
+    hold("cuda:80", launches("cuda:80", tuple(compiled.CASES))[name])
