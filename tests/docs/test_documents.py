@@ -1,0 +1,61 @@
+"""What the documents say: their code runs and prints what they show, and their tables are those of the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hooked_mamba.loading import bundled_names
+from hooked_mamba.loading.registry import FORMATS
+from hooked_mamba.sites import ALIASES, markdown_table
+from tests.docs.blocks import ROOT, blocks_of, documents, run_blocks
+
+DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents()}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_block_runs_and_prints_what_is_shown(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = DOCUMENTS[name]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for block, printed in zip(blocks_of(path), run_blocks(path, tmp_path), strict=True):
+        if block.shown is not None:
+            assert printed.splitlines() == lines[slice(*block.shown)], f"{name}, block of line {block.start}"
+
+
+def test_a_block_that_prints_something_else_is_seen(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("```python\nx = 1\nprint(x)\n```\n\nthen\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
+    first, second = blocks_of(path)
+    assert first.shown is None
+    assert run_blocks(path, tmp_path) == ["1\n", "2\n"]
+    assert path.read_text().splitlines()[slice(*second.shown)] == ["3"]
+
+
+def test_the_table_of_sites_is_the_one_in_the_code():
+    text = (ROOT / "docs" / "sites.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in text.splitlines() if line.startswith(("| site |", "|---|---|---|---|", "| `")))
+    assert table == markdown_table()
+
+
+def test_every_alias_is_documented_beside_its_site():
+    text = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`([^`]+)`", line) for line in text.splitlines() if line.startswith("| `")]
+    documented = {row[0]: row[1] for row in rows if len(row) > 1}
+    for alias, site in ALIASES.items():
+        assert documented[alias] == (site if "." in site else f"mixer.{site}")
+
+
+def test_formats_and_bundled_models_are_named_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in [*FORMATS, *bundled_names()]:
+        assert f"`{name}`" in readme
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_links_to_files_lead_somewhere(path: Path):
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    for target in targets:
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
