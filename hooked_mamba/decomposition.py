@@ -165,9 +165,9 @@ class ResidualDecomposition:
         pos_slice, batch_slice, has_batch_dim
             As in :meth:`apply_ln_to_stack`.
         """
-        directions = self._directions(tokens)
+        directions = self.logit_directions(tokens)
         if incorrect_tokens is not None:
-            other = self._directions(incorrect_tokens)
+            other = self.logit_directions(incorrect_tokens)
             if other.shape != directions.shape:
                 raise ValueError(
                     f"tokens and incorrect_tokens differ in shape: {list(directions.shape[:-1])} and"
@@ -201,9 +201,10 @@ class ResidualDecomposition:
         select = PositionSelect(pos_slice)
         return select.apply(value) if self.has_batch_dim else select.apply(value[None])[0]
 
-    def _directions(self, tokens: str | int | Tensor) -> Tensor:
+    def logit_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """Unembedding columns of tokens, a row of them for a row of tokens, also for a row of one."""
         if isinstance(tokens, Tensor) and tokens.ndim:
-            return self.model.W_U.t()[tokens]  # also for a single row, whose axis must stay
+            return self.model.W_U.t()[tokens]
         return self.model.tokens_to_residual_directions(tokens)
 
     def _stack(self, parts: list[Tensor]) -> Tensor:

@@ -1,0 +1,29 @@
+"""Analysis of state-space models: attribution, patching, knockout, lenses, hidden attention, memory, weights."""
+
+from hooked_mamba.analysis.ablation import ablate as ablate
+from hooked_mamba.analysis.attribution_patching import attribution_patch as attribution_patch
+from hooked_mamba.analysis.attribution_patching import correlation as correlation
+from hooked_mamba.analysis.direct_logits import DirectLogits as DirectLogits
+from hooked_mamba.analysis.direct_logits import direct_logit_attribution as direct_logit_attribution
+from hooked_mamba.analysis.direct_logits import source_logit_attribution as source_logit_attribution
+from hooked_mamba.analysis.factored_matrix import FactoredMatrix as FactoredMatrix
+from hooked_mamba.analysis.hidden_attention import attention_map as attention_map
+from hooked_mamba.analysis.hidden_attention import attention_rollout as attention_rollout
+from hooked_mamba.analysis.knockout import knockout as knockout
+from hooked_mamba.analysis.knockout import knockout_sweep as knockout_sweep
+from hooked_mamba.analysis.lens import LensReading as LensReading
+from hooked_mamba.analysis.lens import lens_labels as lens_labels
+from hooked_mamba.analysis.lens import logit_lens as logit_lens
+from hooked_mamba.analysis.lens import read_lens as read_lens
+from hooked_mamba.analysis.memory_probes import half_life as half_life
+from hooked_mamba.analysis.memory_probes import receptive_field as receptive_field
+from hooked_mamba.analysis.memory_probes import saliency as saliency
+from hooked_mamba.analysis.memory_probes import write_survival as write_survival
+from hooked_mamba.analysis.patching import generic_activation_patch as generic_activation_patch
+from hooked_mamba.analysis.path_patching import path_patch as path_patch
+from hooked_mamba.analysis.tuned_lens import TunedLens as TunedLens
+from hooked_mamba.analysis.weight_views import channel_OV as channel_OV
+from hooked_mamba.analysis.weight_views import fold_norms as fold_norms
+from hooked_mamba.analysis.weight_views import head_OV as head_OV
+from hooked_mamba.analysis.weight_views import mixer_composition_scores as mixer_composition_scores
+from hooked_mamba.analysis.weight_views import mixer_OV as mixer_OV

@@ -94,3 +94,136 @@ def save_html(figure: go.Figure, path: str | Path) -> Path:
     path = Path(path)
     path.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
     return path
+
+
+def hidden_attention_figure(
+    cache: Any,
+    layers: Sequence[int] | None = None,
+    channels: Sequence[int] | None = None,
+    row: int = 0,
+    words: Sequence[str] | None = None,
+) -> go.Figure:
+    """Hidden attention maps with a slider over layers and channels (Mamba-2: heads); each layer's mean comes first.
+
+    Parameters
+    ----------
+    cache
+        Of a run.
+    layers, channels
+        Which; None: all layers, and of channels the mean alone.
+    row
+        Of the batch.
+    words
+        Token texts; default: from the cached tokens, if the model has a tokenizer.
+    """
+    model = cache.model
+    chosen = range(model.cfg.n_layers) if layers is None else layers
+    unit = "head" if hasattr(model.cfg, "head_dim") else "channel"
+    maps, names = [], []
+    for i in chosen:
+        maps.append(cache.hidden_attention(i, average=True))
+        names.append(f"layer {i}, mean")
+        for c in channels or ():
+            maps.append(cache.hidden_attention(i, c))
+            names.append(f"layer {i}, {unit} {c}")
+    maps = [m[row] if cache.has_batch_dim else m for m in maps]
+    if words is None and "tokens" in cache:
+        tokens = cache["tokens"]
+        words = token_labels(model, tokens[row] if cache.has_batch_dim else tokens)
+    figure = heatmap(maps[0], words, words, names[0], "source", "target")
+    for values in maps[1:]:
+        figure.add_trace(heatmap(values).data[0])
+    for k, trace in enumerate(figure.data):
+        trace.visible = k == 0
+    steps = [
+        {
+            "label": name,
+            "method": "update",
+            "args": [{"visible": [j == k for j in range(len(maps))]}, {"title.text": name}],
+        }
+        for k, name in enumerate(names)
+    ]
+    figure.update_layout(sliders=[{"active": 0, "steps": steps, "pad": {"t": 50}}])
+    return figure
+
+
+def coloured_tokens(
+    words: Sequence[str], values: Tensor, title: str = "", per_line: int = 12, zero_centred: bool = True
+) -> go.Figure:
+    """Tokens as running text, each on a ground coloured by its value."""
+    numbers = as_array(values).reshape(-1)
+    if len(numbers) != len(words):
+        raise ValueError(f"{len(words)} tokens, but {len(numbers)} values")
+    lines = -(-len(words) // per_line)
+    grid = np.full(lines * per_line, np.nan)
+    grid[: len(numbers)] = numbers
+    text = shown(words) + [""] * (lines * per_line - len(words))
+    figure = heatmap(torch.as_tensor(grid).reshape(lines, per_line), title=title, zero_centred=zero_centred)
+    figure.update_traces(
+        text=np.array(text, dtype=object).reshape(lines, per_line),
+        texttemplate="%{text}",
+        hovertemplate="%{text}: %{z:.4g}<extra></extra>",
+        xgap=2,
+        ygap=6,
+    )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def lens_figure(
+    reading: Any, model: Any, labels: Sequence[str], words: Sequence[str] | None = None, row: int = 0
+) -> go.Figure:
+    """A lens: layer by position, coloured by the likeliest token's probability, with its text in the cell.
+
+    Parameters
+    ----------
+    reading
+        A `LensReading` over all positions.
+    labels
+        The layers' names.
+    words
+        The prompt's tokens.
+    """
+    tokens, probs = reading.tokens, reading.probs
+    if tokens.ndim == 4:
+        tokens, probs = tokens[:, row], probs[:, row]
+    if tokens.ndim != 3:
+        raise ValueError(f"a lens figure takes layer position k, got {list(tokens.shape)}")
+    named = getattr(model, "tokenizer", None) is not None
+
+    def text_of(token: int) -> str:
+        return model.to_single_str_token(token) if named else str(token)
+
+    text = [[shown([text_of(t)])[0] for t in line] for line in tokens[..., 0].tolist()]
+    figure = heatmap(probs[..., 0], words, labels, "logit lens", "position", "", zero_centred=False)
+    figure.update_traces(text=text, texttemplate="%{text}", hovertemplate="%{y}, %{x}: %{text} %{z:.1%}<extra></extra>")
+    return figure
+
+
+def bars(labels: Sequence[str], values: Tensor, title: str = "", top: int | None = 20) -> go.Figure:
+    """Signed bars, the largest first; for attributions."""
+    numbers = as_array(values).reshape(-1)
+    if len(numbers) != len(labels):
+        raise ValueError(f"{len(labels)} labels, but {len(numbers)} values")
+    order = np.argsort(-np.abs(numbers))[:top]
+    figure = go.Figure(go.Bar(x=numbers[order], y=[labels[i] for i in order], orientation="h"))
+    figure.update_layout(title=title, template="plotly_white")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def lines(
+    values: Tensor, names: Sequence[str] | None = None, x: Sequence[Any] | None = None, title: str = "", yaxis: str = ""
+) -> go.Figure:
+    """Curves over positions, one a row; for survival of writes, saliency and the like."""
+    rows = as_array(values)
+    rows = rows[None] if rows.ndim == 1 else rows
+    figure = go.Figure()
+    for k, row in enumerate(rows):
+        name = names[k] if names is not None else str(k)
+        figure.add_trace(go.Scatter(y=row, x=None if x is None else list(range(len(row))), name=name))
+    if x is not None:
+        figure.update_xaxes(tickmode="array", tickvals=list(range(len(x))), ticktext=shown([str(v) for v in x]))
+    figure.update_layout(title=title, template="plotly_white", yaxis_title=yaxis)
+    return figure

@@ -1,0 +1,136 @@
+"""Direct logit attribution: what each part adds to a logit through the unembedding alone.
+
+The final norm's scale is taken as it was. Parts sum to the logit (or to the difference of two logits), at every
+position, norms folded or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.config import Mamba2Config
+from hooked_mamba.positions import PosSlice
+from hooked_mamba.ssm_decomposition import Source
+
+Token = str | int | Int[Tensor, "..."]
+
+
+@dataclass(frozen=True)
+class DirectLogits:
+    """Attributions and the names of their parts."""
+
+    values: Float[Tensor, "part ..."]
+    labels: list[str]
+
+    def top(self, k: int = 10) -> list[tuple[str, float]]:
+        """The parts that matter most on average, signed, largest first."""
+        mean = self.values.flatten(1).mean(1)
+        order = mean.abs().argsort(descending=True)[:k]
+        return [(self.labels[i], float(mean[i])) for i in order.tolist()]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{label}</td><td>{value:+.4f}</td></tr>" for label, value in self.top())
+        return f"<table><tr><th>part</th><th>mean logit</th></tr>{rows}</table>"
+
+
+@torch.no_grad()
+def direct_logit_attribution(
+    cache: ActivationCache,
+    tokens: Token,
+    incorrect_tokens: Token | None = None,
+    by: Literal["layer", "channel", "head"] = "layer",
+    pos_slice: PosSlice = -1,
+) -> DirectLogits:
+    """A logit, or a difference of two, as a sum over the parts of the model.
+
+    Parameters
+    ----------
+    tokens, incorrect_tokens
+        One token (text or id) or one a row.
+    by
+        "layer": embedding and mixers. "channel", "head" (Mamba-2): those of all mixers, the embedding and the biases.
+    pos_slice
+        Positions; an int drops the axis.
+    """
+    if by not in ("layer", "channel", "head"):
+        raise ValueError(f"by must be 'layer', 'channel' or 'head', got {by!r}")
+    if by == "layer":
+        stack, labels = cache.decompose_resid(pos_slice=pos_slice, return_labels=True)
+        return DirectLogits(cache.logit_attrs(stack, tokens, incorrect_tokens, pos_slice=pos_slice), labels)
+    if by == "head" and not isinstance(cache.model.cfg, Mamba2Config):  # type: ignore[union-attr]
+        raise ValueError("Mamba-1 has no heads: use by='channel'")
+    directions = _directions(cache, tokens, incorrect_tokens)
+    # Projecting first: one number a part instead of d. Rows may have their own direction.
+    distinct, row = directions.reshape(-1, directions.shape[-1]).unique(dim=0, return_inverse=True)
+    values, labels = cache.get_full_resid_decomposition(
+        expand_channels=by == "channel",
+        apply_ln=True,
+        pos_slice=pos_slice,
+        return_labels=True,
+        project_output_onto=distinct.t(),
+    )
+    if directions.ndim == 1:
+        return DirectLogits(values[..., 0], labels)
+    if not cache.has_batch_dim:
+        raise ValueError("this cache has no batch axis: give one token, not one a row")
+    picked = torch.stack([values[:, i, ..., int(k)] for i, k in enumerate(row)], 1)
+    return DirectLogits(picked, labels)
+
+
+@torch.no_grad()
+def source_logit_attribution(
+    cache: ActivationCache,
+    tokens: Token,
+    incorrect_tokens: Token | None = None,
+    source: Source = "token",
+    target: int = -1,
+) -> Float[Tensor, "layer source *batch"]:
+    """What each mixer adds to a logit at `target`, by the position that it came from.
+
+    Parameters
+    ----------
+    tokens, incorrect_tokens
+        One token (text or id) or one a row.
+    source
+        "token" or "scan", see `stack_source_results`.
+
+    Returns
+    -------
+    Tensor
+        One column a source position, and last one for the biases; each row sums to the mixer's attribution.
+    """
+    model: Any = cache.model
+    directions = _directions(cache, tokens, incorrect_tokens)
+    norm = model.ln_final
+    distinct, row = directions.reshape(-1, directions.shape[-1]).unique(dim=0, return_inverse=True)
+    onto = (distinct * norm.weight.to(distinct.dtype)).t()
+    scale = cache.at(cache["scale"], target)
+    rows = []
+    for i in range(model.cfg.n_layers):
+        parts = cache.stack_source_results(i, source, pos_slice=target, project_output_onto=onto) / scale
+        if directions.ndim == 1:
+            rows.append(parts[..., 0])
+        else:
+            rows.append(torch.stack([parts[:, j, int(k)] for j, k in enumerate(row)], 1))
+    return torch.stack(rows)
+
+
+def _directions(cache: ActivationCache, tokens: Token, incorrect_tokens: Token | None) -> Tensor:
+    def of(token: Token) -> Tensor:
+        if isinstance(token, Tensor) and token.ndim > 1:
+            raise ValueError(f"give one token or one a row, got {list(token.shape)}; for others use logit_attrs")
+        return cache.logit_directions(token)
+
+    found = of(tokens)
+    if incorrect_tokens is None:
+        return found
+    other = of(incorrect_tokens)
+    if other.shape != found.shape:
+        raise ValueError("tokens and incorrect_tokens differ in shape")
+    return found - other

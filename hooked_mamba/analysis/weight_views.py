@@ -1,0 +1,140 @@
+"""What weights alone say: how mixers write into what later mixers read, and norms folded away.
+
+Conventions: matrices multiply from the right, the block norm's weight belongs to what the mixer reads, and the
+gated norm's weight (Mamba-2) to what it writes. Convolution, SiLU and scan are left out: these views are linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.analysis.factored_matrix import FactoredMatrix
+from hooked_mamba.config import Mamba2Config
+
+Input = Literal["x", "z", "B", "C", "dt"]
+
+
+def read_weights(model: Any) -> Float[Tensor, "layer d E"]:
+    """Residual stream (over its scale) to convolution input, the norm's weight included."""
+    return model.w_norm.unsqueeze(-1) * model.W_in_x
+
+
+def write_weights(model: Any) -> Float[Tensor, "layer E d"]:
+    """Gated output to residual stream, the gated norm's weight included where there is one."""
+    if isinstance(model.cfg, Mamba2Config):
+        return model.w_gated_norm.unsqueeze(-1) * model.W_out
+    return model.W_out
+
+
+def mixer_OV(model: Any) -> FactoredMatrix:
+    """What a mixer does to a direction if all its channels pass it on: layer d d, inner width E."""
+    return FactoredMatrix(read_weights(model), write_weights(model))
+
+
+def channel_OV(model: Any) -> FactoredMatrix:
+    """Each channel alone, W_in_x times W_out: layer E d d, of rank 1."""
+    A = rearrange(read_weights(model), "layer d e -> layer e d 1")
+    return FactoredMatrix(A, rearrange(write_weights(model), "layer e d -> layer e 1 d"))
+
+
+def head_OV(model: Any) -> FactoredMatrix:
+    """Each Mamba-2 head: layer H d d, inner width P."""
+    if not isinstance(model.cfg, Mamba2Config):
+        raise ValueError("Mamba-1 has no heads: use channel_OV or mixer_OV")
+    A = rearrange(read_weights(model), "layer d (h p) -> layer h d p", p=model.cfg.P)
+    return FactoredMatrix(A, rearrange(write_weights(model), "layer (h p) d -> layer h p d", p=model.cfg.P))
+
+
+def input_matrix(model: Any, input: Input) -> FactoredMatrix:
+    """Residual stream (over its scale) to one of a mixer's inputs, layer d k."""
+    norm = model.w_norm.unsqueeze(-1)
+    if input in ("x", "z"):
+        W = norm * (model.W_in_x if input == "x" else model.W_in_z)
+    elif isinstance(model.cfg, Mamba2Config):
+        W = norm * {"B": model.W_B.flatten(2), "C": model.W_C.flatten(2), "dt": model.W_dt}[input]
+    else:  # by way of x
+        return FactoredMatrix(read_weights(model), {"B": model.W_B, "C": model.W_C, "dt": model.W_dt}[input])
+    return FactoredMatrix(W, torch.eye(W.shape[-1], dtype=W.dtype, device=W.device))
+
+
+@torch.no_grad()
+def mixer_composition_scores(
+    model: Any, input: Input = "x", by: Literal["mixer", "head"] = "mixer"
+) -> Float[Tensor, "..."]:
+    """How much of what a mixer writes the inputs of later mixers read.
+
+    score(i -> j) = |OV_i R_j| / (|OV_i| |R_j|), Frobenius norms, as in TransformerLens' composition scores (Elhage et
+    al. 2021); at most 1, and about 1/sqrt(d) for matrices that have nothing to do with each other.
+
+    Parameters
+    ----------
+    input
+        What mixer j reads through R_j: "x", "z", "B", "C" or "dt" (in Mamba-1 the last three by way of x).
+    by
+        "mixer", or "head" for the senders of a Mamba-2 model.
+
+    Returns
+    -------
+    Tensor
+        sender layer (head) receiver layer; 0 where the sender does not come before.
+    """
+    if input not in ("x", "z", "B", "C", "dt"):
+        raise ValueError(f"input must be 'x', 'z', 'B', 'C' or 'dt', got {input!r}")
+    if by not in ("mixer", "head"):
+        raise ValueError(f"by must be 'mixer' or 'head', got {by!r}")
+    senders = mixer_OV(model) if by == "mixer" else head_OV(model)
+    receivers = input_matrix(model, input)
+    # Only the row space of R_j's own matrix matters for norms: R_j R_j^T once, d x d.
+    gram = receivers.AB @ receivers.AB.transpose(-2, -1)
+    n = model.cfg.n_layers
+    shape = senders.shape[:-2]
+    scores = senders.A.new_zeros(*shape, n)
+    own = senders.norm()
+    inner = senders.A.transpose(-2, -1) @ senders.A
+    for j in range(1, n):
+        B = senders.B[:j]
+        product = (inner[:j] * (B @ gram[j] @ B.transpose(-2, -1))).sum((-2, -1)).clamp(min=0).sqrt()
+        size = gram[j].diagonal().sum().sqrt()
+        scores[:j, ..., j] = product / (own[:j] * size)
+    return scores
+
+
+@torch.no_grad()
+def fold_norms(model: Any, center_unembed: bool = False) -> Any:
+    """A copy of the model with every norm's weight 1, folded into the matrix that reads it; log-probs are equal.
+
+    The unembedding becomes a matrix of its own where it was tied to the embedding.
+
+    Parameters
+    ----------
+    center_unembed
+        Also subtract the mean over the vocabulary from the unembedding's rows, which moves all logits of a position
+        by the same number.
+    """
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for i in range(model.cfg.n_layers):
+        at = f"blocks.{i}."
+        _fold(weights, at + "norm.weight", at + "mixer.in_proj.weight")
+        if at + "mixer.norm.weight" in weights:
+            _fold(weights, at + "mixer.norm.weight", at + "mixer.out_proj.weight")
+    weights["unembed.weight"] = weights["unembed.weight"].clone()  # tied weights share a tensor
+    _fold(weights, "ln_final.weight", "unembed.weight")
+    if center_unembed:
+        weights["unembed.weight"] -= weights["unembed.weight"].mean(0)
+    folded = type(model)(dataclasses.replace(model.cfg, tie_embeddings=False), model.tokenizer, seed=0)
+    folded.to(device=model.device, dtype=model.embed.weight.dtype)
+    folded.load_state_dict(weights)
+    folded.requires_grad_(any(p.requires_grad for p in model.parameters()))
+    return folded.train(model.training)
+
+
+def _fold(weights: dict[str, Tensor], norm: str, matrix: str) -> None:
+    """Columns of the matrix times the norm's weight."""
+    weights[matrix] *= weights[norm].to(weights[matrix].dtype)
+    weights[norm].fill_(1)

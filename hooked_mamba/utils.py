@@ -1,0 +1,161 @@
+"""Small tools under TransformerLens' names: `from hooked_mamba import utils`."""
+
+# test_prompt is no test, though its name says so to a linter.
+# ruff: noqa: PT028
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mamba.names import get_act_name as get_act_name
+from hooked_mamba.text import lm_cross_entropy_loss as lm_cross_entropy_loss
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A tensor, number or list as an array."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def lm_accuracy(
+    logits: Float[Tensor, "b l v"],
+    tokens: Int[Tensor, "b l"],
+    per_token: bool = False,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """How often the likeliest token is the next one: the share, or with `per_token` yes or no for all l - 1.
+
+    With a mask, pairs that touch padding do not count (and are False).
+    """
+    right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
+    if attention_mask is None:
+        return right if per_token else right.float().mean()
+    real = (attention_mask[:, 1:] * attention_mask[:, :-1]).bool()
+    return right & real if per_token else (right & real).sum() / real.sum()
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """How one token of an answer did."""
+
+    token: str
+    rank: int
+    """0: the likeliest."""
+    logit: float
+    prob: float
+    top: list[tuple[str, float, float]]
+    """The likeliest tokens there: text, logit, probability."""
+
+
+@torch.no_grad()
+def test_prompt(
+    prompt: str,
+    answer: str | Sequence[str],
+    model: Any,
+    prepend_space_to_answer: bool = True,
+    print_details: bool = True,
+    prepend_bos: bool | None = None,
+    top_k: int = 10,
+) -> list[list[AnswerToken]]:
+    """Does the model give this answer? Prints rank, logit and probability of each of its tokens.
+
+    Parameters
+    ----------
+    prompt, answer
+        Text; of several answers each is tested. An answer of several tokens is read one after the other.
+    prepend_space_to_answer
+        Put a space in front of answers that have none.
+    print_details
+        Also print the tokens and the likeliest ones at each place.
+    top_k
+        How many of the likeliest.
+
+    Returns
+    -------
+    For each answer, one entry a token (TransformerLens only prints).
+    """
+    results = []
+    for text in [answer] if isinstance(answer, str) else list(answer):
+        if prepend_space_to_answer and not text.startswith(" "):
+            text = " " + text
+        results.append(_test_answer(prompt, text, model, print_details, prepend_bos, top_k))
+    return results
+
+
+test_prompt.__test__ = False  # type: ignore[attr-defined]  # not a test, though pytest would think so
+
+
+def _test_answer(
+    prompt: str, answer: str, model: Any, details: bool, prepend_bos: bool | None, top_k: int
+) -> list[AnswerToken]:
+    before = model.to_tokens(prompt, prepend_bos=prepend_bos)
+    after = model.to_tokens(answer, prepend_bos=False)
+    logits = model(torch.cat([before, after], 1))[0, before.shape[1] - 1 : -1]
+    probs = logits.softmax(-1)
+    found = []
+    if details:
+        print("Tokenized prompt:", model.to_str_tokens(before))
+        print("Tokenized answer:", model.to_str_tokens(after))
+    for i, token in enumerate(after[0].tolist()):
+        best = logits[i].topk(min(top_k, logits.shape[-1])).indices.tolist()
+        top = [(model.to_single_str_token(t), float(logits[i, t]), float(probs[i, t])) for t in best]
+        rank = int((logits[i] > logits[i, token]).sum())
+        name = model.to_single_str_token(token)
+        found.append(AnswerToken(name, rank, float(logits[i, token]), float(probs[i, token]), top))
+        print(f"Rank: {rank:<8} Logit: {found[-1].logit:5.2f} Prob: {found[-1].prob:6.2%} Token: |{name}|")
+        if details:
+            for place, (word, logit, prob) in enumerate(top):
+                print(f"  top {place}: Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{word}|")
+    return found
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """How far apart two models are on the same tokens."""
+
+    max_logit_difference: float
+    """After each position's mean logit is taken off, since softmax does not see it."""
+    kl: float
+    """Mean KL(first || second) in nats."""
+    same_top: float
+    """Share of positions where both put the same token first."""
+    losses: tuple[float, float]
+    """Mean nats per next token."""
+
+    def _repr_html_(self) -> str:
+        cells = (
+            ("largest logit difference", f"{self.max_logit_difference:.3g}"),
+            ("KL, nats", f"{self.kl:.3g}"),
+            ("same top token", f"{self.same_top:.1%}"),
+            ("losses, nats", f"{self.losses[0]:.4f}, {self.losses[1]:.4f}"),
+        )
+        return "<table>" + "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells) + "</table>"
+
+
+@torch.no_grad()
+def compare_models(first: Any, second: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> ModelComparison:
+    """Run two models on the same tokens: two checkpoints, or one before and after an edit."""
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    logits = [model(tokens, attention_mask=attention_mask).double() for model in (first, second)]
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(f"the models' vocabularies differ: {logits[0].shape[-1]} and {logits[1].shape[-1]} rows")
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    losses = [float(lm_cross_entropy_loss(x, tokens, attention_mask)) for x in logits]
+    p, q = (x[real].log_softmax(-1) for x in logits)
+    a, b = (x[real] - x[real].mean(-1, keepdim=True) for x in logits)
+    return ModelComparison(
+        float((a - b).abs().max()),
+        float((p.exp() * (p - q)).sum(-1).mean()),
+        float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        (losses[0], losses[1]),
+    )
