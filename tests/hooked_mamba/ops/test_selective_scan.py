@@ -172,6 +172,6 @@ def test_inputs_are_left_as_they_are(backend, dtype):
 def test_a_second_derivative_is_refused():
     inputs = {k: v.requires_grad_() for k, v in selective_inputs(1, 4, 2, 2).items()}
     y = selective_scan(**inputs, backend="torch").y
-    (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
-        torch.autograd.grad(grad.sum(), inputs["B"])
+    (grad,) = torch.autograd.grad(y.cos().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(grad.sum(), inputs["x"])
