@@ -38,11 +38,13 @@ BACKENDS: dict[str, dict[str, str]] = {
         "numba": "hooked_mamba.ops.numba_scan",
         "torch": "hooked_mamba.ops.cpu",
         "naive": "hooked_mamba.ops.naive",
+        "mamba_ssm": "hooked_mamba.ops.mamba_ssm_scan",
     },
     "ssd": {
         "triton": "hooked_mamba.ops.triton",
         "torch": "hooked_mamba.ops.chunked",
         "naive": "hooked_mamba.ops.naive",
+        "mamba_ssm": "hooked_mamba.ops.mamba_ssm_scan",
     },
     "linear_scan": {
         "triton": "hooked_mamba.ops.triton",
@@ -50,7 +52,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "naive": "hooked_mamba.ops.naive",
     },
 }
-"""Op -> backend -> module, the preferred first; "torch" refuses nothing, so "naive" is never chosen."""
+"""Op -> backend -> module, the preferred first; "torch" refuses nothing, so what follows it is never chosen unasked."""
 
 ENVIRONMENT = "HOOKED_MAMBA_SCAN"
 """Environment variable that names the backend of every op that has it, for calls that name none."""

@@ -4,8 +4,8 @@
         selective_scan(...)
     launches[0].registers
 
-A stand-in for the driver answers for the device; a launch compiles and is written down, but nothing runs: the outputs of
-the op hold whatever memory held. Not for a process with TRITON_INTERPRET=1.
+A stand-in for the driver answers for the device; a launch compiles and is written down, but nothing runs: the outputs
+of the op hold whatever memory held. Not for a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

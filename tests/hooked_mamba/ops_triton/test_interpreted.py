@@ -1,4 +1,4 @@
-"""Every Triton kernel against the naive loop in float64, values and gradients: in Triton's interpreter, and on a GPU."""
+"""Every Triton kernel against the naive loop in float64, values and gradients: interpreted, and on a GPU."""
 
 from __future__ import annotations
 
