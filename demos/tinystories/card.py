@@ -33,7 +33,8 @@ def finish(trainer: Trainer) -> Path:
     stored = type(trainer.model).from_pretrained(folder)
     values = {**_settings(trainer), **_data(trainer), **_losses(trainer, stored, best, folder)}
     values["probes"] = probe_table(stored)
-    values["samples"] = "\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in sample_stories(stored))
+    samples = sample_stories(stored, trainer.options.sample_tokens)
+    values["samples"] = "\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in samples)
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     checkpoint.write_atomically(folder / "README.md", template.substitute(values).encode())
     checkpoint.write_atomically(folder / "training_log.jsonl", trainer.log_path.read_bytes())

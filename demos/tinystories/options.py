@@ -53,6 +53,7 @@ class Options:
     eval_every: int = field(default=100, metadata=_about("steps between held-out measurements", 1))
     checkpoint_every: int = field(default=100, metadata=_about("steps between checkpoints", 1))
     seed: int = field(default=0, metadata=_about("seed of weights, crops, dropout and stories", 0))
+    sample_tokens: int = field(default=140, metadata=_about("tokens of each sample in the card", 1))
     threads: int = field(default=0, metadata=_about("CPU threads; 0 leaves the choice to torch", 0))
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: every option that the result depends on."""
         values = dataclasses.asdict(self)
-        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every"):
+        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", "sample_tokens"):
             del values[machine]
         return values
 

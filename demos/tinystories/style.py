@@ -87,7 +87,8 @@ def name_hero(rng: random.Random, text: str, hero: str, pronoun: str, kind: str)
 def break_lines(rng: random.Random, text: str, rate: float) -> str:
     """Start a line before speech, and after some sentences that end one."""
     text = re.sub(r'(?<=[.!?]) (?="[A-Z])', lambda m: "\n" if rng.random() < rate else m[0], text)
-    tag = r"(?!(?:The |His |Her |Their )?\w+(?: \w+)? (?:said|asked|cried|shouted|whispered|says?|asks?)\b)"
+    verbs = r"said|asked|cried|shouted|yelled|whispered|replied|says|asks|cries|shouts|yells|whispers|replies"
+    tag = rf"(?!(?:The |His |Her |Their )?\w+(?: \w+)? (?:{verbs})\b)"
     return re.sub(rf'(?<=[.!?]") {tag}(?=[A-Z"])', lambda m: "\n" if rng.random() < rate + 0.15 else m[0], text)
 
 
