@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,12 +30,15 @@ def word_probabilities(model: Any, prompt: str, words: tuple[str, ...] = WORDS) 
     """Probability that each word, with a blank before it, comes next; a word of several tokens takes the product."""
     tokenizer = model.tokenizer
     start = tokenizer.encode(prompt, add_special_tokens=False)
+    first = model(torch.tensor([start]))[0, -1].float().log_softmax(-1)
     result = {}
     for word in words:
         ids = tokenizer.encode(" " + word, add_special_tokens=False)
-        logits = model(torch.tensor([start + ids]))[0]
-        log_probs = logits.float().log_softmax(-1)
-        result[word] = float(sum(log_probs[len(start) - 1 + i, token] for i, token in enumerate(ids)).exp())
+        log_prob = float(first[ids[0]])
+        if len(ids) > 1:
+            later = model(torch.tensor([start + ids]))[0, len(start) : -1].float().log_softmax(-1)
+            log_prob += sum(float(later[i, token]) for i, token in enumerate(ids[1:]))
+        result[word] = math.exp(log_prob)
     return result
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from demos.tinystories import checkpoint, effects, ngrams, train
+from demos.tinystories import checkpoint, effects, ngrams, probes, train
 from demos.tinystories.card import finish
 from demos.tinystories.data import held_out_loss, load_corpus, windows
 from demos.tinystories.dropout import dropout_hooks
@@ -273,6 +273,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, family):
 
 
 def test_interrupted_run_leaves_a_checkpoint_and_the_same_end(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda trainer: trainer.best_path)  # the card has a test of its own
     assert train.train(options, console=QUIET)
     take_step = Trainer.take_step
 
@@ -295,7 +296,7 @@ def test_interrupted_run_leaves_a_checkpoint_and_the_same_end(options, tmp_path,
     for log in logs:
         assert [row.pop("seconds") >= 0 for row in log] == [True, True]
     assert logs[0] == logs[1]
-    files = [(o.out / "model" / "model.safetensors").read_bytes() for o in (options, other)]
+    files = [(o.out / "best.safetensors").read_bytes() for o in (options, other)]
     assert files[0] == files[1]
     with pytest.raises(FileExistsError, match="--resume"):
         train.train(options, console=QUIET)
@@ -304,7 +305,7 @@ def test_interrupted_run_leaves_a_checkpoint_and_the_same_end(options, tmp_path,
 def test_the_card_states_what_was_measured(options):
     corpus = load_corpus(options)
     trainer = Trainer(options, corpus)
-    while trainer.step < 4:
+    for _ in range(4):
         trainer.take_step()
         trainer.measure()
     folder = finish(trainer)
@@ -344,3 +345,13 @@ def test_a_loss_that_is_no_number_stops_the_run(options):
     trainer.load_weights({n: torch.full_like(p, torch.nan) for n, p in trainer.model.named_parameters()})
     with pytest.raises(FloatingPointError, match="step 0"):
         trainer.take_step()
+
+
+def test_word_probabilities_are_products_over_tokens(options):
+    model = build_model(options, load_tokenizer(options.tokenizer))
+    found = probes.word_probabilities(model, "I'm so", ("hungry", "the"))
+    start, word = (model.tokenizer.encode(text) for text in ("I'm so", " hungry"))
+    assert len(word) > 1
+    losses = model(torch.tensor([start + word]), return_type="loss", loss_per_token=True)[0]
+    assert found["hungry"] == pytest.approx(losses[-len(word) :].sum().neg().exp().item(), rel=1e-4)
+    assert 0 < found["the"] < 1
