@@ -17,7 +17,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight over the last axis, or over each of `groups` parts of it (Zhang & Sennrich 2019).
+    """x / sqrt(mean x^2 + eps) * weight over the last axis, or over each of `groups` equal parts of it.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
 
     hook_scale is the divisor, hook_normalized the quotient, hook_out the product with the weight.
     """
