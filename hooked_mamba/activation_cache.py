@@ -66,6 +66,15 @@ class ActivationCache(SSMDecomposition):
     def __repr__(self) -> str:
         return f"ActivationCache({len(self)} sites, {self.nbytes() / 2**20:.1f} MiB)"
 
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><code>{name}</code></td><td>{list(value.shape)}</td><td>{str(value.dtype).removeprefix('torch.')}"
+            "</td></tr>"
+            for name, value in self.items()
+        )
+        head = "<tr><th>site</th><th>shape</th><th>dtype</th></tr>"
+        return f"<details><summary>{self!r}</summary><table>{head}{rows}</table></details>"
+
     def keys(self) -> KeysView[str]:
         """Full names."""
         return self.cache_dict.keys()

@@ -32,7 +32,8 @@ def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCach
 
         return keep
 
-    readers = [(model.hook_point(name), Reader(keeper(name), PositionSelect())) for name in names]
+    points = model.hook_dict
+    readers = [(points[name], Reader(keeper(name), PositionSelect())) for name in names]
     try:
         for point, reader in readers:
             point.readers.append(reader)

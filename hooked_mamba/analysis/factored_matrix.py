@@ -15,7 +15,7 @@ class FactoredMatrix:
     Norm, singular values and eigenvalues cost what the inner width r asks for, not m and n.
     """
 
-    def __init__(self, A: Float[Tensor, "... m r"], B: Float[Tensor, "... r n"]) -> None:
+    def __init__(self, A: Float[Tensor, "... m r"], B: Float[Tensor, "... k n"]) -> None:
         if A.shape[-1] != B.shape[-2]:
             raise ValueError(f"inner widths differ: A is {list(A.shape)}, B is {list(B.shape)}")
         lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])

@@ -12,7 +12,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """How closely a decomposition sums, as a part of the largest magnitude."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+two_families = pytest.mark.parametrize("family", ["mamba", "mamba2-groups"])
+plain_and_padded = pytest.mark.parametrize(
+    ("dtype", "padded"), [(torch.float32, False), (torch.float64, True)], ids=["fp32", "fp64-padded"]
+)
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
 """One full row, one padded on the left, one on the right."""

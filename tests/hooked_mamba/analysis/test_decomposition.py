@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.hooked_mamba.analysis.models import TOLERANCE, both_dtypes, every_family, model_for, run
+from tests.hooked_mamba.analysis.models import TOLERANCE, every_family, model_for, plain_and_padded, run, two_families
 from tests.hooked_mamba.tiny import relative, tokens_for
 
 
 @every_family
-@both_dtypes
-@pytest.mark.parametrize("padded", [False, True])
+@plain_and_padded
 def test_resid_stacks_sum(family, dtype, padded):
     _, _, _, cache = run(family, dtype, padded)
     for layer in (0, 1, None):
@@ -25,8 +24,7 @@ def test_resid_stacks_sum(family, dtype, padded):
 
 
 @every_family
-@both_dtypes
-@pytest.mark.parametrize("padded", [False, True])
+@plain_and_padded
 @pytest.mark.parametrize("apply_ln", [False, True])
 def test_channels_embedding_and_biases_sum_to_the_stream(family, dtype, padded, apply_ln):
     _, _, _, cache = run(family, dtype, padded)
@@ -64,7 +62,7 @@ def test_logit_attributions_sum_to_the_logits(family):
     assert relative(one_row.sum(0), logits[1:2, :, 3]) < 1e-12
 
 
-@every_family
+@two_families
 def test_remainder_is_the_embedding_and_the_biases(family):
     model, _, _, cache = run(family)
     units = cache.stack_channel_results(1, incl_remainder=True)
@@ -89,8 +87,7 @@ def test_mamba1_has_no_heads():
 
 
 @every_family
-@both_dtypes
-@pytest.mark.parametrize("padded", [False, True])
+@plain_and_padded
 @pytest.mark.parametrize("source", ["scan", "token"])
 def test_sources_sum_to_the_mixers_output(family, dtype, padded, source):
     model, _, _, cache = run(family, dtype, padded)
@@ -156,7 +153,7 @@ def test_a_token_source_is_what_the_frozen_mixer_loses(family):
     assert relative(cache.stack_source_results(0, "token")[s], expected) < 1e-12
 
 
-@every_family
+@two_families
 def test_projection_equals_projecting(family):
     model, _, _, cache = run(family)
     directions = torch.randn(model.cfg.d_model, 2, dtype=torch.float64)
@@ -167,7 +164,7 @@ def test_projection_equals_projecting(family):
             assert relative(got, full @ onto) < 1e-12
 
 
-@every_family
+@two_families
 def test_without_batch_axis_and_at_positions(family):
     model = model_for(family)
     tokens = tokens_for(model, rows=1)

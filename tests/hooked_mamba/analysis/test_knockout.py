@@ -8,7 +8,7 @@ import torch
 
 from hooked_mamba.analysis.ablation import ablate
 from hooked_mamba.analysis.knockout import knockout, knockout_sweep
-from tests.hooked_mamba.analysis.models import every_family, model_for, run
+from tests.hooked_mamba.analysis.models import every_family, model_for, run, two_families
 from tests.hooked_mamba.reference import forward
 from tests.hooked_mamba.tiny import arrays, relative, tokens_for
 
@@ -121,7 +121,7 @@ def test_a_write_that_never_happens_is_read_by_nobody(family, source):
     assert relative(state[0].ssm, plain[0].ssm) > 1e-3
 
 
-@every_family
+@two_families
 def test_rows_can_have_their_own_sources(family):
     model = model_for(family)
     tokens = tokens_for(model, rows=2)
@@ -134,7 +134,7 @@ def test_rows_can_have_their_own_sources(family):
             assert relative(together[row : row + 1], model(tokens[row : row + 1])) < 1e-12
 
 
-@every_family
+@two_families
 def test_a_sweep_is_its_single_runs(family):
     model = model_for(family, n_layers=3)
     tokens = tokens_for(model, rows=2)
@@ -160,7 +160,7 @@ def test_knockout_leaves_no_hook_and_reports_wrong_arguments():
         pass
 
 
-@every_family
+@two_families
 def test_ablations(family):
     model, tokens, plain, cache = run(family)
     name = "blocks.1.mixer.hook_out_proj"

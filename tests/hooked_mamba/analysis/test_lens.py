@@ -10,13 +10,11 @@ from hooked_mamba.analysis.direct_logits import direct_logit_attribution, source
 from hooked_mamba.analysis.hidden_attention import attention_map, attention_rollout
 from hooked_mamba.analysis.lens import lens_labels, logit_lens, read_lens
 from hooked_mamba.analysis.tuned_lens import TunedLens
-from tests.hooked_mamba.analysis.models import run
+from tests.hooked_mamba.analysis.models import run, two_families
 from tests.hooked_mamba.tiny import relative, tokens_for
 
-two = pytest.mark.parametrize("family", ["mamba", "mamba2-groups"])
 
-
-@two
+@two_families
 def test_logit_lens_ends_in_the_models_logits(family):
     model, _, logits, cache = run(family, padded=True)
     for frozen in (False, True):
@@ -36,7 +34,7 @@ def test_logit_lens_ends_in_the_models_logits(family):
     assert lens_labels(cache) == ["embed", "after 0", "after 1"]
 
 
-@two
+@two_families
 def test_direct_attributions_sum_to_logits(family):
     _model, _, logits, cache = run(family)
     rows = torch.arange(3)
@@ -52,7 +50,7 @@ def test_direct_attributions_sum_to_logits(family):
     assert label in parts._repr_html_()
 
 
-@two
+@two_families
 @pytest.mark.parametrize("source", ["scan", "token"])
 def test_source_attributions_sum_to_the_mixers_parts(family, source):
     _model, _, _, cache = run(family, padded=True)
@@ -83,7 +81,7 @@ def test_tuned_lens_learns_and_comes_back_from_its_file(tmp_path):
         TunedLens.load(tmp_path / "other.safetensors")
 
 
-@two
+@two_families
 def test_maps_and_rollout(family):
     _model, _, _, cache = run(family, padded=True)
     alpha = cache.hidden_attention(1)

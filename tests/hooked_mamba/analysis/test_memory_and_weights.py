@@ -16,13 +16,11 @@ from hooked_mamba.analysis.weight_views import (
     mixer_composition_scores,
     mixer_OV,
 )
-from tests.hooked_mamba.analysis.models import every_family, model_for, run
+from tests.hooked_mamba.analysis.models import every_family, model_for, run, two_families
 from tests.hooked_mamba.tiny import relative, tokens_for
 
-two = pytest.mark.parametrize("family", ["mamba", "mamba2-groups"])
 
-
-@two
+@two_families
 def test_a_write_survives_as_the_states_say(family):
     """Against the model: a state changed at s differs afterwards by the survival times the change."""
     model, tokens, _, cache = run(family)
@@ -39,7 +37,7 @@ def test_a_write_survives_as_the_states_say(family):
     assert not mean[:, :2].any()
 
 
-@two
+@two_families
 def test_half_lives_and_saliency(family):
     model, _, _, cache = run(family, padded=True)
     life = half_life(cache, 1)
@@ -57,7 +55,7 @@ def test_half_lives_and_saliency(family):
     assert found.B.shape == found.C.shape == (3, 7)
 
 
-@two
+@two_families
 def test_receptive_fields_by_counting(family):
     _model, _, _, cache = run(family)
     alpha = cache.hidden_attention(1, include_skip=False).abs()

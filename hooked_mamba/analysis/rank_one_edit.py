@@ -1,0 +1,148 @@
+"""A rank-one edit of a fact at out_proj (ROME; Meng et al. 2022, arXiv:2202.05262; on Mamba: arXiv:2404.03646).
+
+out_proj is read as a memory, W k = v: k is what it reads at the subject's last token, v what it writes there.
+
+1. k is averaged over prompts that end in the same subject, so that it stands for the subject and not for one prompt.
+2. v* is found by gradient steps: what should be written at that place for the model to say the new answer.
+3. W + (v* - W k) (C^-1 k)^T / (k^T C^-1 k) maps k to v* exactly and changes other keys least, weighed by their
+   second moment C = mean k k^T over ordinary text (the least-squares solution under that constraint).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mamba.config import Mamba2Config
+from hooked_mamba.names import get_act_name
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit, ready to be applied."""
+
+    layer: int
+    key: Float[Tensor, " E"]
+    """k."""
+    value: Float[Tensor, " d"]
+    """v*, the bias of out_proj not included."""
+    delta: Float[Tensor, "d E"]
+    """What is added to out_proj's weight; of rank one."""
+    losses: list[float]
+    """Nats of the new answer at each gradient step."""
+
+    def apply(self, model: Any) -> Any:
+        """A copy of the model with the edit in it."""
+        edited = copy.deepcopy(model)
+        weight = edited.blocks[self.layer].mixer.out_proj.weight
+        with torch.no_grad():
+            weight += self.delta.to(weight)
+        return edited
+
+
+@torch.no_grad()
+def key_moment(model: Any, layer: int, batches: Iterable[Int[Tensor, "b l"]]) -> Float[Tensor, "E E"]:
+    """C: the mean of k k^T over all positions of ordinary text."""
+    name = key_site(model, layer)
+    total, count = None, 0
+    for tokens in batches:
+        _, cache = model.run_with_cache(tokens, names_filter=name, stop_at_layer=layer + 1)
+        keys = cache[name].flatten(0, 1).double()
+        total = keys.t() @ keys if total is None else total + keys.t() @ keys
+        count += len(keys)
+    if total is None:
+        raise ValueError("key_moment needs at least one batch of text")
+    return total / count
+
+
+def key_site(model: Any, layer: int) -> str:
+    """The site that out_proj reads."""
+    is_mamba2 = isinstance(model.cfg, Mamba2Config)
+    return get_act_name("out", layer, "mixer.norm") if is_mamba2 else get_act_name("y_gated", layer)
+
+
+def rank_one_edit(
+    model: Any,
+    prompts: Sequence[Tensor],
+    subject: Sequence[int],
+    answer: int,
+    layer: int,
+    moment: Float[Tensor, "E E"],
+    steps: int = 25,
+    lr: float = 0.5,
+    decay: float = 0.0,
+    ridge: float = 1e-4,
+) -> Edit:
+    """Find the edit that makes the model continue the prompts with `answer`.
+
+    Parameters
+    ----------
+    prompts
+        Rows of tokens, each 1 l or l; they may differ in length.
+    subject
+        For each, the position of the subject's last token.
+    answer
+        The new next token.
+    layer
+        Where; causal tracing of "out_proj" names candidates.
+    moment
+        C, from :func:`key_moment`.
+    steps, lr, decay
+        Adam's, on v*; decay pulls it back to what is written now.
+    ridge
+        Added to C's diagonal as a part of its mean, so that it can be inverted.
+    """
+    if len(prompts) != len(subject) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts, but {len(subject)} subject positions")
+    rows = [p if p.ndim == 2 else p[None] for p in prompts]
+    out_site, key_name = get_act_name("out_proj", layer), key_site(model, layer)
+    keys, written = [], []
+    with torch.no_grad():
+        for row, t in zip(rows, subject, strict=True):
+            _, cache = model.run_with_cache(row, names_filter=[key_name, out_site], stop_at_layer=layer + 1)
+            keys.append(cache[key_name][0, t])
+            written.append(cache[out_site][0, t])
+    key = torch.stack(keys).mean(0)
+    now = torch.stack(written).mean(0)
+    shift = torch.zeros_like(now, requires_grad=True)
+    optimizer = torch.optim.Adam([shift], lr=lr * float(now.norm()) / now.numel() ** 0.5)
+    losses = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = torch.stack(
+                [_loss(model, row, out_site, t, shift, answer) for row, t in zip(rows, subject, strict=True)]
+            )
+            total = loss.mean() + decay * shift.norm() / now.norm()
+            losses.append(float(loss.detach().mean()))
+            (shift.grad,) = torch.autograd.grad(total, [shift])
+            if not shift.grad.any():
+                raise ValueError(
+                    f"what layer {layer} writes at positions {list(subject)} cannot reach the answer: choose an earlier"
+                    " layer, or the prompt's last position"
+                )
+            optimizer.step()
+
+    mixer = model.blocks[layer].mixer
+    bias = 0 if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
+    value = (now - bias + shift.detach()).double()
+    W, k = mixer.out_proj.weight.detach().double(), key.double()
+    eye = torch.eye(len(k), dtype=k.dtype, device=k.device)
+    direction = torch.linalg.solve(moment.to(k) + ridge * moment.diagonal().mean().to(k) * eye, k)
+    delta = torch.outer(value - W @ k, direction) / (k @ direction)
+    return Edit(layer, key, value.to(key.dtype), delta.to(key.dtype), losses)
+
+
+def _loss(model: Any, row: Tensor, site: str, t: int, shift: Tensor, answer: int) -> Tensor:
+    def write(value: Tensor, hook: Any) -> Tensor:
+        added = torch.zeros_like(value)
+        added[:, t] = 1
+        return value + added * shift.to(value.dtype)
+
+    logits = model.run_with_hooks(row, fwd_hooks=[(site, write)])
+    return -logits[0, -1].log_softmax(-1)[answer]
