@@ -1,0 +1,40 @@
+"""The benchmark for GPUs runs at tiny shapes in the interpreter, and refuses to run on nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[3]
+COMMAND = [sys.executable, "-m", "tests.benchmarks.gpu_scan"]
+
+
+@pytest.mark.slow
+def test_smoke() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*COMMAND, "--smoke"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "left out" not in done.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")
+    ]
+    heads = [row for row in rows if "type" in row]
+    assert len(heads) == 3
+    for row in rows:
+        if row[0].startswith("1 x 20") and len(row) == len(heads[0]) and row[2] == "forward":
+            assert float(row[6]) < (1e-5 if row[1] == "fp32" else 2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_it_needs_a_gpu() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
