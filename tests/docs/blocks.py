@@ -9,6 +9,7 @@ import contextlib
 import io
 import runpy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +54,7 @@ def blocks_of(path: Path) -> list[Block]:
     if opened is not None:
         raise ValueError(f"{path.name}:{opened[1]}: a block that is never closed")
     blocks = []
-    for (language, start, end), following in zip(fenced, [*fenced[1:], ("", -1, -1)], strict=True):
-        next_language, next_start, next_end = following
+    for (language, start, end), (next_language, next_start, next_end) in pairwise([*fenced, ("", -1, -1)]):
         beside = next_language == "text" and not any(lines[end + 1 : next_start - 1])
         if language == "python":
             blocks.append(Block(start, end, (next_start, next_end) if beside else None))
