@@ -52,6 +52,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
+        "tokenizer_text": trainer.corpus.tokenizer.init_kwargs.get("trained_on", "text that its files do not name"),
         "tokens": f"{trainer.tokens_seen:,}",
         "wall": f"{trainer.wall_seconds() / 60:.0f} minutes",
         "threads": torch.get_num_threads(),

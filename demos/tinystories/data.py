@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from demos.tinystories.grammar import tell_stories
 from demos.tinystories.options import Options
 from demos.tinystories.text import digest, read_stories
-from demos.tinystories.tokenizer import encode_stream, load_tokenizer, save_tokenizer, train_tokenizer
+from demos.tinystories.tokenizer import (
+    describe_text,
+    encode_stream,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 
 class Corpus(NamedTuple):
@@ -41,7 +47,8 @@ def load_corpus(options: Options) -> Corpus:
         stories["generated"] = list(tell_stories(options.generated_stories, options.seed))
     folder = options.tokenizer or options.out / "tokenizer"
     if options.tokenizer is None and not (folder / "tokenizer.json").is_file():
-        save_tokenizer(train_tokenizer(stories["real"] + stories["generated"], options.d_vocab), folder)
+        text = describe_text(len(stories["real"]), len(stories["generated"]))
+        save_tokenizer(train_tokenizer(stories["real"] + stories["generated"], options.d_vocab), folder, text)
     tokenizer = load_tokenizer(folder)
     streams = {name: torch.tensor(encode_stream(tokenizer, texts)) for name, texts in stories.items() if texts}
     for name, stream in streams.items():

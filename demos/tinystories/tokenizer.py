@@ -56,8 +56,8 @@ def train_tokenizer(stories: Iterable[str], d_vocab: int = D_VOCAB) -> Tokenizer
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, trained_on: str) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json; `trained_on` is kept for model cards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -68,6 +68,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_LENGTH,
         "padding_side": "left",
+        "trained_on": trained_on,
         **special,
     }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
@@ -87,6 +88,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
             f"{folder} has no tokenizer.json; make one with `python -m demos.tinystories.tokenizer`"
         )
     return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
+def describe_text(real: int, generated: int) -> str:
+    """What a tokenizer was trained on, for `save_tokenizer`."""
+    return f"{real:,} real and {generated:,} generated stories"
 
 
 def encode_stream(tokenizer: PreTrainedTokenizerFast, stories: Iterable[str]) -> list[int]:
@@ -115,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     real = read_stories(args.text)
     tokenizer = train_tokenizer([*real, *tell_stories(args.generated, args.seed)], args.d_vocab)
-    save_tokenizer(tokenizer, args.out)
+    save_tokenizer(tokenizer, args.out, describe_text(len(real), args.generated))
     loaded = load_tokenizer(args.out)
     characters = sum(map(len, real))
     tokens = len(encode_stream(loaded, real))

@@ -45,7 +45,7 @@ def texts(tmp_path_factory, stories):
     folder = tmp_path_factory.mktemp("texts")
     write_stories(folder / "train.txt", stories[:60])
     write_stories(folder / "valid.txt", stories[60:66])
-    save_tokenizer(train_tokenizer(stories[:300], 320), folder / "tokenizer")
+    save_tokenizer(train_tokenizer(stories[:300], 320), folder / "tokenizer", "test stories")
     return folder
 
 

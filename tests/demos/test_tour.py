@@ -22,8 +22,12 @@ PROMPT = "<b>a cat</b> & a"
 def folders(tmp_path_factory):
     """A saved model of each family, with a tokenizer."""
     folder = tmp_path_factory.mktemp("models")
-    save_tokenizer(train_tokenizer(["One day a cat ate toast. The dog ate toast too."] * 4, 290), folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    save_tokenizer(
+        train_tokenizer(["One day a cat ate toast. The dog ate toast too."] * 4, 290),
+        folder / "tokenizer",
+        "test stories",
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer", "test stories")
     shape = {"d_model": 16, "n_layers": 3, "d_vocab": len(tokenizer) + 5}  # rows that stand for no token
     models = {
         "mamba": HookedMamba(MambaConfig(**shape, d_state=4), tokenizer, seed=0),
