@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
         folder / "tokenizer",
         "test stories",
     )
-    tokenizer = load_tokenizer(folder / "tokenizer", "test stories")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     shape = {"d_model": 16, "n_layers": 3, "d_vocab": len(tokenizer) + 5}  # rows that stand for no token
     models = {
         "mamba": HookedMamba(MambaConfig(**shape, d_state=4), tokenizer, seed=0),
