@@ -91,7 +91,6 @@ def _forward(x, dt, A, B, C, D, h0, positions, keep_starts):
     all_states = positions is not None and len(positions) == l
     A_bar = x.new_empty(T, b, E, N)
     Bx = None if all_states else x.new_empty(T, b, E, N)
-    u = dt * x
     column = 0
     for i, t0 in enumerate(range(0, l, T)):
         t1 = min(l, t0 + T)
@@ -99,8 +98,10 @@ def _forward(x, dt, A, B, C, D, h0, positions, keep_starts):
         if starts is not None:
             starts[i].copy_(h)
         a, hs = A_bar[:n], _time_major(states, t0, t1) if all_states else Bx[:n]
-        torch.mul(_time_major(dt, t0, t1).unsqueeze(-1), A, out=a).exp_()
-        torch.mul(_time_major(u, t0, t1).unsqueeze(-1), _time_major(B, t0, t1).unsqueeze(2), out=hs)
+        dt_t = _time_major(dt, t0, t1)
+        u_t = dt_t * _time_major(x, t0, t1)
+        torch.mul(dt_t.unsqueeze(-1), A, out=a).exp_()
+        torch.mul(u_t.unsqueeze(-1), _time_major(B, t0, t1).unsqueeze(2), out=hs)
         before = h
         for a_t, h_t in zip(a.unbind(0), hs.unbind(0), strict=True):
             h_t.addcmul_(a_t, before)
@@ -127,7 +128,6 @@ def _backward(saved, positions, dy, dh_last, dstates, needs):
     A_bar, G = x.new_empty(T, b, E, N), x.new_empty(T, b, E, N)
     Hs = x.new_empty(T + 1, b, E, N) if starts is not None else None
     carry = x.new_zeros(b, E, N) if dh_last is None else dh_last.clone(memory_format=torch.contiguous_format)
-    u = dt * x if need_B or starts is not None else None
     dx = torch.zeros_like(x) if need_x else None
     ddt = torch.empty_like(dt) if need_dt else None
     dA = torch.zeros_like(A) if need_A else None
@@ -139,11 +139,12 @@ def _backward(saved, positions, dy, dh_last, dstates, needs):
         n = t1 - t0
         a, g = A_bar[:n], G[:n]
         dt_t, B_t = _time_major(dt, t0, t1), _time_major(B, t0, t1)
+        u_t = dt_t * _time_major(x, t0, t1)
         torch.mul(dt_t.unsqueeze(-1), A, out=a).exp_()
         if Hs is not None:
             Hs[0].copy_(starts[i])
             hs = Hs[1 : n + 1]
-            torch.mul(_time_major(u, t0, t1).unsqueeze(-1), B_t.unsqueeze(2), out=hs)
+            torch.mul(u_t.unsqueeze(-1), B_t.unsqueeze(2), out=hs)
             before = Hs[0]
             for a_t, h_t in zip(a.unbind(0), hs.unbind(0), strict=True):
                 h_t.addcmul_(a_t, before)
@@ -166,7 +167,7 @@ def _backward(saved, positions, dy, dh_last, dstates, needs):
             steps[t].addcmul_(decays[t + 1], steps[t + 1])
         torch.mul(decays[0], steps[0], out=carry)
         if need_B:
-            dB[:, t0:t1] = torch.matmul(_time_major(u, t0, t1).unsqueeze(2), g).squeeze(2).transpose(0, 1)
+            dB[:, t0:t1] = torch.matmul(u_t.unsqueeze(2), g).squeeze(2).transpose(0, 1)
         if need_x or need_dt:
             gB = torch.matmul(g, B_t.unsqueeze(-1)).squeeze(-1)
             if need_x:

@@ -41,8 +41,9 @@ def why_not(op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
 @cache
 def _broken() -> str | None:
     """Try the forward kernel once: a version of numba that does not fit shows here, at compilation."""
-    x = torch.zeros(1, 2, LANES)
-    A, B, D = torch.zeros(LANES, 1), x[..., :1], x[0, 0]
+    # Whatever the default type and device are set to.
+    x = torch.zeros(1, 2, LANES, dtype=torch.float32, device="cpu")
+    A, B, D = x[0, 0, :, None], x[..., :1], x[0, 0]
     try:
         _SelectiveScan.apply(x, x, A, B, B, D, None, None, LANES)
     except Exception as error:
@@ -91,7 +92,7 @@ def _unpacked(t: Tensor, E: int) -> Tensor:
 
 
 def _empty() -> Tensor:
-    return torch.empty(0, 0, 0, 0)
+    return torch.empty(0, 0, 0, 0, dtype=torch.float32, device="cpu")
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -113,6 +113,17 @@ def test_a_numba_that_does_not_fit_is_left_out_with_one_warning(monkeypatch):
         numba_scan._broken.cache_clear()
 
 
+def test_the_default_type_does_not_matter():
+    inputs = {k: v.float() for k, v in selective_inputs(1, 9, 3, 2).items()}
+    expected = selective_scan(**inputs, backend="numba").y
+    numba_scan._broken.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(selective_scan(**inputs, backend="numba").y, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_kernels_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(numba_kernels.sys, "platform", "linux")
