@@ -3,6 +3,8 @@
 from hooked_mamba.analysis.ablation import ablate as ablate
 from hooked_mamba.analysis.attribution_patching import attribution_patch as attribution_patch
 from hooked_mamba.analysis.attribution_patching import correlation as correlation
+from hooked_mamba.analysis.causal_tracing import CausalTrace as CausalTrace
+from hooked_mamba.analysis.causal_tracing import causal_trace as causal_trace
 from hooked_mamba.analysis.direct_logits import DirectLogits as DirectLogits
 from hooked_mamba.analysis.direct_logits import direct_logit_attribution as direct_logit_attribution
 from hooked_mamba.analysis.direct_logits import source_logit_attribution as source_logit_attribution
@@ -21,6 +23,8 @@ from hooked_mamba.analysis.memory_probes import saliency as saliency
 from hooked_mamba.analysis.memory_probes import write_survival as write_survival
 from hooked_mamba.analysis.patching import generic_activation_patch as generic_activation_patch
 from hooked_mamba.analysis.path_patching import path_patch as path_patch
+from hooked_mamba.analysis.rank_one_edit import key_moment as key_moment
+from hooked_mamba.analysis.rank_one_edit import rank_one_edit as rank_one_edit
 from hooked_mamba.analysis.tuned_lens import TunedLens as TunedLens
 from hooked_mamba.analysis.weight_views import channel_OV as channel_OV
 from hooked_mamba.analysis.weight_views import fold_norms as fold_norms
