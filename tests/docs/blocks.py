@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 SEPARATOR = "\x1e"
 
@@ -71,6 +73,7 @@ def run_blocks(path: Path, folder: Path) -> list[str]:
     script = folder / f"{path.stem}.py"
     script.write_text("\n".join(program) + "\n", encoding="utf-8")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    # Each page as if alone: in a folder of its own, and with gradients on, which an earlier page may have switched off.
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), torch.set_grad_enabled(True):
         runpy.run_path(str(script))
     return printed.getvalue().split(SEPARATOR)[1:]

@@ -16,8 +16,7 @@ DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents()}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_block_runs_and_prints_what_is_shown(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_block_runs_and_prints_what_is_shown(name, tmp_path):
     path = DOCUMENTS[name]
     lines = path.read_text(encoding="utf-8").splitlines()
     for block, printed in zip(blocks_of(path), run_blocks(path, tmp_path), strict=True):
