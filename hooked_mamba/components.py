@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_mamba.hook_points import HookPoint
+from hooked_mamba.ops import causal_conv1d as causal_conv1d
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -49,25 +50,6 @@ def rms_normalize(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n
     """RMS norm without weight, computed in float32 at least (Falcon-Mamba's norm of dt, B and C)."""
     wide = at_least_fp32(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def causal_conv1d(
-    x: Float[Tensor, "b l c"],
-    weight: Float[Tensor, "c 1 k"],
-    bias: Float[Tensor, " c"] | None,
-) -> Float[Tensor, "b m c"]:
-    """Depthwise convolution, out_t = sum_k weight[k] x_{t+k} + bias, m = l - k + 1 positions long.
-
-    With the k-1 inputs before the sequence (zeros at its start) put in front of x this is causal.
-    """
-    taps = weight.shape[-1]
-    length = x.shape[1] - taps + 1
-    kernel = weight[:, 0].t()
-    # Shifted products stay in the layout of x; F.conv1d would transpose there and back.
-    out = x[:, :length] * kernel[0] if bias is None else torch.addcmul(bias, x[:, :length], kernel[0])
-    for k in range(1, taps):
-        out = torch.addcmul(out, x[:, k : k + length], kernel[k])
-    return out
 
 
 class Embed(nn.Module):

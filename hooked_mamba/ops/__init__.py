@@ -5,6 +5,7 @@ A backend is a module, imported when it is first needed. It holds functions name
     selective_scan(x, dt, A, B, C, D, *, h0, positions) -> ScanOut
     ssd(x, dt, A, B, C, D, *, h0, positions, chunk)     -> ScanOut
     linear_scan(a, b, *, h0)                            -> h
+    causal_conv1d(x, weight, bias)                      -> y
 
 and `why_not(op, x, N, asked) -> str | None`, the reason why it cannot do this call (None: it can), where
 `asked` holds the names of the optional features in use: "h0", "states", "grad". Arguments arrive checked;
@@ -51,6 +52,10 @@ BACKENDS: dict[str, dict[str, str]] = {
         "torch": "hooked_mamba.ops.linear",
         "naive": "hooked_mamba.ops.naive",
     },
+    "causal_conv1d": {
+        "triton": "hooked_mamba.ops.triton",
+        "torch": "hooked_mamba.ops.conv",
+    },
 }
 """Op -> backend -> module, the preferred first; "torch" refuses nothing, so what follows it is never chosen unasked."""
 
@@ -83,7 +88,7 @@ def choose(
     Parameters
     ----------
     op
-        "selective_scan", "ssd" or "linear_scan".
+        "selective_scan", "ssd", "linear_scan" or "causal_conv1d".
     x
         The input: its device and type decide.
     N
@@ -327,3 +332,30 @@ def linear_scan(
         raise ValueError(f"{op}: h0 has shape {tuple(h0.shape)}, expected {wanted}")
     module = choose(op, b, 1, _asked(h0, None, a, b), backend)
     return module.linear_scan(a, b, h0=h0)
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b l c"],
+    weight: Float[Tensor, "c 1 k"],
+    bias: Float[Tensor, " c"] | None,
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "b m c"]:
+    """Depthwise convolution, out_t = sum_k weight[k] x_{t+k} + bias, m = l - k + 1 positions long.
+
+    With the k-1 inputs before the sequence (zeros at its start) put in front of x this is causal.
+
+    Parameters
+    ----------
+    backend
+        One of `BACKENDS["causal_conv1d"]`, "auto" or None.
+
+    Raises
+    ------
+    ValueError
+        x is shorter than the kernel, or there is no backend of that name.
+    """
+    op = "causal_conv1d"
+    if x.shape[1] < weight.shape[-1]:
+        raise ValueError(f"{op}: x has {x.shape[1]} positions, expected at least k={weight.shape[-1]}")
+    return choose(op, x, 1, _asked(None, None, x, weight, bias), backend).causal_conv1d(x, weight, bias)

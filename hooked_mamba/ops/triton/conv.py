@@ -17,25 +17,13 @@ BT, BE = 16, 128
 def causal_conv1d(
     x: Float[Tensor, "b l c"], weight: Float[Tensor, "c 1 k"], bias: Float[Tensor, " c"] | None, silu: bool = False
 ) -> Float[Tensor, "b m c"]:
-    """Depthwise convolution, out_t = sum_k weight[k] x_{t+k} + bias, m = l - k + 1 positions long.
-
-    With the k-1 inputs before the sequence (the state of the convolution, zeros at its start) put in front of x it is
-    causal.
+    """Convolve; see `hooked_mamba.ops.causal_conv1d`.
 
     Parameters
     ----------
-    x
-        float32, bfloat16 or float16; the sum is made in float32.
     silu
-        Apply SiLU as well, in the same pass.
-
-    Raises
-    ------
-    ValueError
-        x is shorter than the kernel.
+        Apply SiLU as well, in the same pass: for callers that look at nothing in between.
     """
-    if x.shape[1] < weight.shape[-1]:
-        raise ValueError(f"causal_conv1d: x has {x.shape[1]} positions, expected at least k={weight.shape[-1]}")
     return _CausalConv1d.apply(x, weight[:, 0].t().float(), None if bias is None else bias.float(), silu)
 
 

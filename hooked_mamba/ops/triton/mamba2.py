@@ -20,6 +20,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 from hooked_mamba.ops.triton.launch import Blocks, Events, cut, multiprocessors, on_device
@@ -109,7 +110,7 @@ class _Tiles:
         if x.dtype == torch.bfloat16 and not knobs.runtime.interpret:  # the interpreter has no bfloat16 products
             dot = tl.bfloat16
         if x.dtype == torch.float32:
-            precision = "ieee" if torch.version.hip else "tf32x3"
+            precision = "ieee" if _on_amd() else "tf32x3"
         BP = _tile(x.shape[3], 32 if x.dtype == torch.float32 else 64)
         BN = _tile(N, 64 if x.dtype == torch.bfloat16 else 32)
         return cls(plan.chunk, BP, BN, dot, precision)
@@ -117,6 +118,11 @@ class _Tiles:
     def options(self, *absent: str, num_warps: int = 4) -> dict:
         """Keyword arguments of a launch."""
         return {k: v for k, v in vars(self).items() if k not in absent} | {"num_warps": num_warps, "num_stages": 2}
+
+
+def _on_amd() -> bool:
+    """AMD's matrix units take float32 as it is, and their compiler knows no split into TF32."""
+    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "hip"
 
 
 def _dense_rows(t: Tensor) -> Tensor:

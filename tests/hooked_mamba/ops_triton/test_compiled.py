@@ -66,3 +66,9 @@ def test_sm90_more(name: str) -> None:
 @pytest.mark.parametrize("name", compiled.CASES)
 def test_sm80(name: str) -> None:
     hold("cuda:80", launches("cuda:80", tuple(compiled.CASES))[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compiled.CASES)
+def test_gfx942(name: str) -> None:
+    hold("hip:gfx942", launches("hip:gfx942", tuple(compiled.CASES))[name])

@@ -1,0 +1,28 @@
+"""The depthwise causal convolution in plain torch, as a sum of shifted products."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def why_not(op: str, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
+    """Nothing is refused."""
+    return None
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b l c"],
+    weight: Float[Tensor, "c 1 k"],
+    bias: Float[Tensor, " c"] | None,
+) -> Float[Tensor, "b m c"]:
+    """Convolve; see `hooked_mamba.ops.causal_conv1d`."""
+    taps = weight.shape[-1]
+    length = x.shape[1] - taps + 1
+    kernel = weight[:, 0].t()
+    # Shifted products stay in the layout of x; F.conv1d would transpose there and back.
+    out = x[:, :length] * kernel[0] if bias is None else torch.addcmul(bias, x[:, :length], kernel[0])
+    for k in range(1, taps):
+        out = torch.addcmul(out, x[:, k : k + length], kernel[k])
+    return out
