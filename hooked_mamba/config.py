@@ -141,7 +141,7 @@ class Mamba2Config(SSMConfig):
     norm_eps: float | None = None
     """eps of the gated norm in the mixer. None: eps."""
     chunk_size: int = 64
-    """Positions per chunk that the checkpoint names; kept for writing it back. Our scan chooses its own: same results."""
+    """Positions per chunk that the checkpoint names; kept to write it back. Our scan chooses its own: same results."""
     A_init_range: tuple[float, float] = (1.0, 16.0)
     """Interval from which -A is drawn when weights are initialised at random."""
 

@@ -164,7 +164,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
 
     def forward(
         self,
-        input: str | Sequence[str] | Tensor,
+        input: str | Sequence[Any] | Tensor,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -181,8 +181,8 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         Parameters
         ----------
         input
-            Text, a list of texts (padded and masked), tokens b l or l, or with `start_at_layer` the residual
-            stream b l d entering that block.
+            Text, a list of texts (padded and masked), token ids b l or l (a tensor or lists), or with
+            `start_at_layer` the residual stream b l d entering that block.
         return_type
             "logits" b l V, "loss" (mean nats per next token), "both", or None.
         loss_per_token
@@ -213,7 +213,9 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
             batch, length, _ = resid.shape
         padding = None
         if attention_mask is not None:
-            padding = Padding.from_mask(torch.as_tensor(attention_mask, device=self.device), torch.Size((batch, length)))
+            padding = Padding.from_mask(
+                torch.as_tensor(attention_mask, device=self.device), torch.Size((batch, length))
+            )
         if initial_state is not None:
             self._check_state(initial_state, batch)
 
