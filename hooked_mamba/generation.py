@@ -23,6 +23,7 @@ def sample_logits(
     temperature: float = 1.0,
     freq_penalty: float = 0.0,
     tokens: Int[Tensor, "b l"] | None = None,
+    attention_mask: Int[Tensor, "b m"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " b"]:
     """Draw one token a row.
@@ -36,7 +37,7 @@ def sample_logits(
     temperature
         Divides the logits; 0 is greedy.
     freq_penalty
-        Subtracted from a token's logit for every time it stands in `tokens`.
+        Subtracted from a token's logit for every time it stands in `tokens`, where the mask does not hide it.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -46,7 +47,8 @@ def sample_logits(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     logits = logits.float()
     if freq_penalty and tokens is not None:
-        counts = torch.zeros_like(logits).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+        seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        counts = torch.zeros_like(logits).scatter_add_(1, tokens, seen.to(logits.dtype))
         logits = logits - freq_penalty * counts
     if temperature == 0:
         return logits.argmax(-1)
@@ -67,7 +69,7 @@ class Generation:
     @torch.no_grad()
     def generate(
         self,
-        input: str | Sequence[str] | Tensor = "",
+        input: str | Sequence[Any] | Tensor = "",
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
@@ -92,7 +94,7 @@ class Generation:
         Parameters
         ----------
         input
-            Text, a list of texts, or tokens b l; "" starts from the BOS token.
+            Text, a list of texts, or token ids b l; "" starts from the BOS token.
         max_new_tokens
             Tokens to add.
         stop_at_eos, eos_token_id
@@ -123,10 +125,13 @@ class Generation:
         if one_text and not input:
             prepend_bos = True
         tokens, found_mask = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[attr-defined]
-        mask = found_mask if attention_mask is None else torch.as_tensor(attention_mask, device=tokens.device)
+        mask = found_mask
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask, device=tokens.device).long()
         stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
         last = _last_real(tokens, mask)
 
+        real = mask if mask is not None else torch.ones_like(tokens)
         made: list[Tensor] = []
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         bar = tqdm(total=max_new_tokens, disable=not verbose, desc="tokens", leave=False)
@@ -141,8 +146,9 @@ class Generation:
                 row = row.clone()
                 row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
                 seen = torch.cat([tokens, *(t[:, None] for t in made)], 1)
+                seen_mask = torch.nn.functional.pad(real, (0, len(made)), value=1)
                 heat = temperature if do_sample else 0.0
-                new = sample_logits(row, top_k, top_p, heat, freq_penalty, seen, generator)
+                new = sample_logits(row, top_k, top_p, heat, freq_penalty, seen, seen_mask, generator)
                 if stops:
                     new = torch.where(ended, stops[0], new)
                     ended |= torch.isin(new, torch.tensor(stops, device=new.device))
@@ -151,11 +157,11 @@ class Generation:
                 bar.update()
 
         added = torch.stack(made, 1) if made else tokens[:, :0]
-        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+        is_text = one_text or (not isinstance(input, Tensor) and all(isinstance(part, str) for part in input))
+        if return_type == "tokens" or (return_type == "input" and not is_text):
             return torch.cat([tokens, added], 1)
-        real = mask if mask is not None else torch.ones_like(tokens)
         texts = [self._text(*row, stops) for row in zip(tokens, real, added, strict=True)]
-        return texts[0] if len(texts) == 1 and not isinstance(input, list | tuple) else texts
+        return texts[0] if len(texts) == 1 and not (is_text and not one_text) else texts
 
     def _text(self, prompt: Tensor, mask: Tensor, added: Tensor, stops: list[int]) -> str:
         new = added.tolist()

@@ -215,9 +215,8 @@ class StateHookPoint(LazyHookPoint):
         return self.points[t]
 
     def live_points(self) -> Iterator[HookPoint]:
-        """The single-state points on which something sits; the others are forgotten."""
-        self.points = {t: point for t, point in self.points.items() if point.wanted or point.ctx}
-        yield from self.points.values()
+        """The single-state points on which something sits, or sat. None is forgotten: someone may hold it."""
+        yield from tuple(self.points.values())
 
     def points_at(self, length: int) -> dict[int, list[HookPoint]]:
         """Columns of this call -> the wanted points there, in ascending order."""

@@ -14,8 +14,8 @@ from hooked_mamba.hook_points import Hook, HookFunction, HookPoint, Reader, Stat
 from hooked_mamba.names import NamesFilter, match_names, split_state_point, unalias, unknown_name
 from hooked_mamba.positions import PositionSelect, PosSlice
 
-HookList = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
-"""Pairs of (name, glob or predicate on names; function)."""
+HookList = Sequence[tuple[str | Sequence[str] | Callable[[str], bool], HookFunction]]
+"""Pairs of (name, glob, list of these or predicate on names; function)."""
 
 
 class HookedRoot(nn.Module):
@@ -234,9 +234,8 @@ class HookedRoot(nn.Module):
                 for point in points.values():
                     point.bwd_hooks[:] = [h for h in point.bwd_hooks if h.fn not in kept]
 
-        ordered = {name: values[name] for name in points if name in values}
-        ordered |= {name: value for name, value in values.items() if name not in ordered}
-        cache = ActivationCache(ordered, self)
+        ordered = [*points, *(f"{name}_grad" for name in points)]
+        cache = ActivationCache({name: values[name] for name in ordered if name in values}, self)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict

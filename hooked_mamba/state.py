@@ -114,7 +114,7 @@ def with_history(
     k, length = history.shape[1], x.shape[1]
     x = torch.cat([history.to(x.dtype), x], 1)
     if padding is None:
-        return x, x[:, length:]
+        return x, x[:, length:].clone()  # a view would keep the whole input alive
     offsets = torch.arange(k, device=x.device)
 
     def columns(first: Int[Tensor, " b"]) -> Int[Tensor, "b k c"]:

@@ -1,0 +1,130 @@
+"""Text in and out: the to_tokens family, losses of texts, with a tokenizer made here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hooked_mamba.text import lm_cross_entropy_loss
+from tests.hooked_mamba.tiny import build, relative
+
+WORDS = ["<bos>", "<eos>", "<pad>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "dog"]
+
+
+def word_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """Whole words, one token each."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+def model(request):
+    model = build(request.param).double().requires_grad_(False)
+    model.tokenizer = word_tokenizer()
+    return model
+
+
+def test_to_tokens(model):
+    assert model.to_tokens("the cat").tolist() == [[4, 5]], "no BOS by default"
+    assert model.to_tokens("the cat", prepend_bos=True).tolist() == [[0, 4, 5]]
+    texts = ["the cat sat", "a"]
+    assert model.to_tokens(texts).tolist() == [[4, 5, 6], [8, 2, 2]]
+    assert model.to_tokens(texts, padding_side="left").tolist() == [[4, 5, 6], [2, 2, 8]]
+    tokens, mask = model.to_tokens_and_mask(texts, padding_side="left", prepend_bos=True)
+    assert tokens.tolist() == [[0, 4, 5, 6], [2, 2, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_tokenizer_that_adds_a_bos_itself():
+    model = build("mamba")
+    model.tokenizer = word_tokenizer(adds_bos=True)
+    assert model.to_tokens("the cat", prepend_bos=True).tolist() == [[0, 4, 5]], "one BOS, not two"
+    assert model.to_tokens("the cat", prepend_bos=False).tolist() == [[4, 5]]
+    assert model.to_single_token("cat") == 5
+    assert model.get_token_position("cat", "the cat", prepend_bos=False) == 1
+
+
+def test_to_string(model):
+    assert model.to_string([4, 5]) == model.to_string(torch.tensor([4, 5])) == "the cat"
+    assert model.to_string(torch.tensor([[4, 5], [8, 9]])) == ["the cat", "a mat"]
+    assert model.to_string(5) == "cat"
+
+
+def test_to_str_tokens(model):
+    assert model.to_str_tokens("the cat") == ["the", "cat"]
+    assert model.to_str_tokens("the cat", prepend_bos=True) == ["<bos>", "the", "cat"]
+    assert model.to_str_tokens(["the cat", "a"]) == [["the", "cat"], ["a"]]
+    assert model.to_str_tokens(torch.tensor([[4, 5]])) == model.to_str_tokens([4, 5]) == ["the", "cat"]
+
+
+def test_single_tokens(model):
+    assert model.to_single_token("cat") == 5
+    assert model.to_single_str_token(5) == "cat"
+    with pytest.raises(ValueError, match=r"'the cat' is not one token but 2.*the.*cat"):
+        model.to_single_token("the cat")
+
+
+def test_get_token_position(model, unchecked):
+    text = "the cat sat on the mat"
+    assert model.get_token_position("the", text) == 0
+    assert model.get_token_position("the", text, mode="last") == 4
+    assert model.get_token_position("the", text, prepend_bos=True) == 1
+    assert model.get_token_position(6, model.to_tokens(text)) == 2
+    with pytest.raises(ValueError, match="'dog' does not occur"):
+        model.get_token_position("dog", text)
+    with pytest.raises(ValueError, match="mode must be 'first' or 'last', got 'middle'"):
+        model.get_token_position("the", text, mode="middle")
+
+
+def test_residual_directions(model):
+    assert torch.equal(model.tokens_to_residual_directions("cat"), model.W_U[:, 5])
+    assert torch.equal(model.tokens_to_residual_directions(5), model.W_U[:, 5])
+    assert torch.equal(model.tokens_to_residual_directions(torch.tensor([5])), model.W_U[:, 5])
+    assert torch.equal(
+        model.tokens_to_residual_directions(torch.tensor([[5, 6]])), model.W_U.t()[torch.tensor([[5, 6]])]
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_a_list_of_texts_gives_each_what_it_gets_alone(model, side):
+    texts = ["the cat sat on a mat", "a dog", "the"]
+    logits, state = model(texts, padding_side=side, return_state=True)
+    for i, text in enumerate(texts):
+        n = len(text.split())
+        alone, state_alone = model(text, return_state=True)
+        mine = logits[i, -n:] if side == "left" else logits[i, :n]
+        assert relative(mine, alone[0]) < 1e-12
+        for layer, layer_alone in zip(state, state_alone, strict=True):
+            assert relative(layer.ssm[i], layer_alone.ssm[0]) < 1e-12
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_of_texts(model, side):
+    texts = ["the cat sat on a mat", "a dog sat"]
+    each = [model(text, return_type="loss", loss_per_token=True)[0] for text in texts]
+    assert relative(model(texts, return_type="loss", padding_side=side), torch.cat(each).mean()) < 1e-12
+    both = model(texts, return_type="both", padding_side=side)
+    tokens, mask = model.to_tokens_and_mask(texts, padding_side=side)
+    assert relative(lm_cross_entropy_loss(both.logits, tokens, mask), both.loss) < 1e-12
+    assert relative(model(tokens, return_type="loss", attention_mask=mask.bool()), both.loss) < 1e-12
+
+
+def test_texts_and_tokens_are_the_same_input(model):
+    assert torch.equal(model("the cat"), model(torch.tensor([[4, 5]])))
+    assert torch.equal(model("the cat", prepend_bos=True), model(torch.tensor([[0, 4, 5]])))
+    _, cache = model.run_with_cache(["the cat", "a mat"])
+    assert cache["hook_tokens"].tolist() == [[4, 5], [8, 9]]
+
+
+def test_special_tokens_come_from_the_tokenizer_then_the_config():
+    model = build("mamba", bos_token_id=7, eos_token_id=8, pad_token_id=9)
+    assert (model.bos_token_id, model.eos_token_id, model.pad_token_id) == (7, 8, 9)
+    model.tokenizer = word_tokenizer()
+    assert (model.bos_token_id, model.eos_token_id, model.pad_token_id) == (0, 1, 2)
+    assert model.d_vocab_real == len(WORDS)
