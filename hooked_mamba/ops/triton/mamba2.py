@@ -109,20 +109,25 @@ class _Tiles:
         dot, precision = tl.float32, "tf32"
         if x.dtype == torch.bfloat16 and not knobs.runtime.interpret:  # the interpreter has no bfloat16 products
             dot = tl.bfloat16
+        backend, arch = _target()
         if x.dtype == torch.float32:
-            precision = "ieee" if _on_amd() else "tf32x3"
-        BP = _tile(x.shape[3], 32 if x.dtype == torch.float32 else 64)
-        BN = _tile(N, 64 if x.dtype == torch.bfloat16 else 32)
-        return cls(plan.chunk, BP, BN, dot, precision)
+            precision = "ieee" if backend == "hip" else "tf32x3"
+        widest = {torch.bfloat16: (64, 64), torch.float16: (64, 32), torch.float32: (32, 32)}[x.dtype]
+        if backend == "cuda" and not 90 <= arch < 120:  # operands of products must stand in registers there
+            widest = (16, 16) if x.dtype == torch.float32 else (32, 32)
+        return cls(plan.chunk, _tile(x.shape[3], widest[0]), _tile(N, widest[1]), dot, precision)
 
     def options(self, *absent: str, num_warps: int = 4) -> dict:
         """Keyword arguments of a launch."""
         return {k: v for k, v in vars(self).items() if k not in absent} | {"num_warps": num_warps, "num_stages": 2}
 
 
-def _on_amd() -> bool:
-    """AMD's matrix units take float32 as it is, and their compiler knows no split into TF32."""
-    return not knobs.runtime.interpret and driver.active.get_current_target().backend == "hip"
+def _target() -> tuple[str, int | str]:
+    """What is compiled for: "cuda" and the compute capability times ten, or "hip" and a name."""
+    if knobs.runtime.interpret:
+        return "cuda", 90
+    target = driver.active.get_current_target()
+    return target.backend, target.arch
 
 
 def _dense_rows(t: Tensor) -> Tensor:

@@ -182,6 +182,21 @@ def repeats_case() -> Case:
     return case
 
 
+def far_case() -> Case:
+    """On a GPU, a tensor of more than 2^31 numbers: its last channels are scanned as they are by themselves."""
+
+    def case(device: str) -> dict[str, float]:
+        l, E = (65_600, 32_800) if device == "cuda" else (12, 40)
+        x, dt = (torch.rand(1, l, E, dtype=torch.bfloat16, device=device) for _ in "xd")
+        A, B, C = -torch.rand(E, 1, device=device), *(torch.rand(1, l, 1, device=device) for _ in "BC")
+        whole = ops.selective_scan(x, dt, A, B, C, backend="triton")
+        last = ops.selective_scan(x[..., -8:].clone(), dt[..., -8:].clone(), A[-8:], B, C, backend="triton")
+        pairs = {"y": (whole.y[..., -8:], last.y), "h_last": (whole.h_last[:, -8:], last.h_last)}
+        return {k: ((a.double() - b.double()).abs().max() / b.abs().max()).item() for k, (a, b) in pairs.items()}
+
+    return case
+
+
 BF16, FP16 = torch.bfloat16, torch.float16
 NARROW = {"launch.FALLBACK_MULTIPROCESSORS": 0}
 """A device so small that it is full at once: the sequence is not shared out among programs."""
@@ -218,6 +233,7 @@ MORE: dict[str, Case] = {
     "mamba1 fp16": mamba1_case(1, 21, 9, 8, dtype=FP16),
     "mamba1 without D and h0": scan(ops.selective_scan, without(selective_inputs(2, 11, 5, 4), "D", "h0")),
     "mamba1 repeats": repeats_case(),
+    "mamba1 far bf16": far_case(),
     "linear broadcast": linear_case((37, 1, 3), (1, 37, 2, 3), False),
     "linear one column": linear_case((2, 300, 1), (2, 300, 1), True),
     "linear one position": linear_case((2, 1, 1), (2, 1, 70), True),
