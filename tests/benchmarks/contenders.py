@@ -30,6 +30,8 @@ class Contender:
     """Whether x, dt, B, C and y are b E l rather than b l E."""
     module: str | None = None
     """What must be importable."""
+    longest_backward: int | None = None
+    """Positions beyond which its backward takes minutes."""
 
     def leaves(self, inputs: Inputs, grad: bool = False) -> list[Tensor]:
         """The inputs in this layout, contiguous."""
@@ -51,7 +53,8 @@ def ours(op: str, backend: str, **options: object) -> Contender:
 
 
 SCANS: dict[str, Contender] = {
-    "transformers": Contender(peers.transformers_scan, positions_last=True),
+    # Its backward makes a gradient of the whole b E l N tensor for every position.
+    "transformers": Contender(peers.transformers_scan, positions_last=True, longest_backward=512),
     "mamba.py": Contender(peers.mambapy_scan, module="mambapy.mamba"),
     **{f"ours, {backend}": ours("selective_scan", backend) for backend in ("naive", "torch", "numba")},
 }
@@ -156,7 +159,10 @@ def _tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def memory(op: str, name: str, sizes: Sizes, backward: bool) -> float | None:
-    """MiB above the inputs at the long shape."""
+    """MiB above the inputs at the long shape; None where the system does not tell or it would take minutes."""
+    longest = OPS[op][name].longest_backward
+    if backward and longest is not None and sizes.long_shape[1] > longest:
+        return None
     return child.call("tests.benchmarks.contenders:memory_here", sizes, op=op, name=name, backward=backward)
 
 

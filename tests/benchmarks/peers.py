@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooked_mamba.config import MambaConfig
 from tests.benchmarks.sizes import Sizes
 
-INSTALL = "pip install --no-deps -r tests/benchmarks/requirements.txt"
+INSTALL = "see tests/benchmarks/requirements.txt"
 
 
 @cache
