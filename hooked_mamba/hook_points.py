@@ -215,8 +215,8 @@ class StateHookPoint(LazyHookPoint):
         return self.points[t]
 
     def live_points(self) -> Iterator[HookPoint]:
-        """The single-state points on which something sits, or sat. None is forgotten: someone may hold it."""
-        yield from tuple(self.points.values())
+        """The single-state points on which something sits. The others are not forgotten: someone may hold them."""
+        yield from [point for point in self.points.values() if point.wanted or point.ctx]
 
     def points_at(self, length: int) -> dict[int, list[HookPoint]]:
         """Columns of this call -> the wanted points there, in ascending order."""

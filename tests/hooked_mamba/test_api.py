@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mamba import ActivationCache, HookPoint, ModelState
 from hooked_mamba.names import get_act_name
-from tests.hooked_mamba.tiny import build, relative, tokens_for
+from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
 
 DT = "blocks.0.mixer.hook_dt"
 DTS = ["blocks.0.mixer.hook_dt", "blocks.1.mixer.hook_dt"]
@@ -28,6 +28,26 @@ def tokens(model):
 
 def nothing_left(model) -> bool:
     return not any(point.wanted for point in model.hook_points())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_annotations_hold_on_every_path(family):
+    """With the annotation checker on: fused and materialised, padded, cut at states, with gradients, in bfloat16."""
+    model = build(family)
+    tokens = tokens_for(model, rows=2, length=5)
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    for hooks in (
+        [],
+        [("blocks.*.mixer.hook_Bx", lambda v, hook: v)],
+        [("blocks.*.mixer.hook_h.2", lambda v, hook: v)],
+    ):
+        _, state = model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=mask, return_state=True)
+        model.run_with_hooks(tokens, fwd_hooks=hooks, initial_state=state, return_type="loss").backward()
+    model.run_with_cache(tokens, names_filter=lambda name: True, return_type="loss", incl_bwd=True)
+    half = model.to(torch.bfloat16)
+    half.run_with_cache(tokens, names_filter=lambda name: True, attention_mask=mask)
+    half.generate(tokens, max_new_tokens=2, attention_mask=mask, verbose=False)
+    half.run_with_cache(tokens, names_filter=["blocks.0.mixer.hook_h"], pos_slice=[1, 3])
 
 
 # run_with_cache ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hooked_mamba.generation import sample_logits
 from tests.hooked_mamba.test_text import WORDS, word_tokenizer
 from tests.hooked_mamba.tiny import build, relative, tokens_for
 
+pytestmark = pytest.mark.usefixtures("fast")
 GREEDY = {"do_sample": False, "verbose": False, "stop_at_eos": False}
 
 
@@ -220,7 +221,7 @@ def test_eos_of_the_tokenizer_ends_a_text():
     assert tokens.tolist() == [[4, 5, 1]]
 
 
-def test_wrong_options(model, unchecked):
+def test_wrong_options(model):
     tokens = tokens_for(model)
     for options, message in (
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),

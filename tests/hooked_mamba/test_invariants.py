@@ -17,6 +17,7 @@ from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, ModelState
 from hooked_mamba.sites import site_of
 from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
 
+pytestmark = pytest.mark.usefixtures("fast")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 families = st.sampled_from(FAMILIES)
 seeds = st.integers(0, 1000)

@@ -18,6 +18,7 @@ from hooked_mamba.sites import SITES, is_default, site_of, site_shape
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.tiny import FAMILIES, arrays, build, relative, tokens_for
 
+pytestmark = pytest.mark.usefixtures("fast")
 EXACT = 1e-10
 LENGTH = 6
 FLOAT_SITES = {
