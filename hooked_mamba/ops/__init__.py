@@ -111,7 +111,8 @@ def choose(
     if name is None:
         name, source = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
     if name == "auto":
-        return next(m for m in map(_load, table.values()) if _refusal(m, op, x, N, asked) is None)
+        modules = map(_load, table.values())
+        return next(m for m in modules if not isinstance(m, str) and _refusal(m, op, x, N, asked) is None)
     if name not in table:
         known_elsewhere = any(name in other for other in BACKENDS.values())
         if source == ENVIRONMENT and known_elsewhere:
@@ -119,7 +120,7 @@ def choose(
         raise ValueError(f"{op}: {source} is {name!r}, expected one of {', '.join(map(repr, ('auto', *table)))}")
     module = _load(table[name])
     reason = _refusal(module, op, x, N, asked)
-    if reason is not None:
+    if isinstance(module, str) or reason is not None:
         able = [n for n, m in table.items() if _refusal(_load(m), op, x, N, asked) is None]
         raise RuntimeError(
             f"{op}: {source} is {name!r}, but {reason}; able here: {', '.join(map(repr, ('auto', *able)))}"
@@ -133,8 +134,10 @@ def _asked(h0: Tensor | None, positions: tuple[int, ...] | None, *tensors: Tenso
     return frozenset(name for name, used in features.items() if used)
 
 
-def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.detach() for t in tensors]
+def _detached(
+    dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return dt.detach(), A.detach(), B.detach(), C.detach(), None if D is None else D.detach()
 
 
 def selective_scan(

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
@@ -47,13 +47,14 @@ def _cache_folder() -> str | None:
 
 def _kernel(function: Callable) -> Callable:
     """Compile at the first call, and keep the result on disk (in NUMBA_CACHE_DIR if that is set)."""
-    before = numba.config.CACHE_DIR
+    settings: Any = numba.config  # its attributes are made when it is imported
+    before = settings.CACHE_DIR
     folder = before or _cache_folder()
     try:
-        numba.config.CACHE_DIR = folder or ""
+        settings.CACHE_DIR = folder or ""
         return numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=folder is not None)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 @numba.njit

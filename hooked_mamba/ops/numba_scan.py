@@ -72,7 +72,8 @@ def selective_scan(
     E = x.shape[2]
     missing = -E % LANES
     if missing:
-        x, dt, D = (None if t is None else F.pad(t, (0, missing)) for t in (x, dt, D))
+        x, dt = F.pad(x, (0, missing)), F.pad(dt, (0, missing))
+        D = None if D is None else F.pad(D, (0, missing))
         A = F.pad(A, (0, 0, 0, missing))
     D = x.new_zeros(E + missing) if D is None else D
     y, h_last, states = _SelectiveScan.apply(x, dt, A, B, C, D, h0, positions, E)

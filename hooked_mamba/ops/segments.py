@@ -64,6 +64,7 @@ def run_in_segments(
             if last_wanted:
                 states.append(h.unsqueeze(1))
         ys.append(y)
+    assert h is not None  # there is at least one segment
     return ScanOut(torch.cat(ys, 1), h, torch.cat(states, 1) if states else None)
 
 

@@ -65,14 +65,16 @@ def selective_scan(
     """The scan of Mamba-1; see `hooked_mamba.ops.selective_scan`."""
     b, l, E = x.shape
     N = A.shape[1]
-    A, B, C, D, h0 = (None if t is None else t.float() for t in (A, B, C, D, h0))
+    A, B, C = A.float(), B.float(), C.float()
+    D, h0 = (None if t is None else t.float() for t in (D, h0))
     padding = triton.next_power_of_2(N) - N
     scale = add = None
     if edits is not None:
         full = (b, len(edits.at), E, N)
         scale, add = (None if t is None else t.float().expand(full) for t in edits[1:])
     if padding:  # states that nothing enters (B = 0) and nothing reads (C = 0)
-        A, B, C, h0, scale, add = (None if t is None else F.pad(t, (0, padding)) for t in (A, B, C, h0, scale, add))
+        A, B, C = (F.pad(t, (0, padding)) for t in (A, B, C))
+        h0, scale, add = (None if t is None else F.pad(t, (0, padding)) for t in (h0, scale, add))
     dense = positions is not None and len(positions) == l
     plan = Plan(Events(() if edits is None else tuple(edits.at), () if dense else positions or ()), dense)
     y, h_last, states = _SelectiveScan.apply(x, dt, A, B, C, D, h0, scale, add, plan)

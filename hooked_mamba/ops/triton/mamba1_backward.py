@@ -105,7 +105,7 @@ def mamba1_backward(
         ps = ()
         for u in tl.static_range(T):
             p = tl.exp2(dts[u][:, None] * a2) * h
-            ps = ps + (p,)
+            ps = ps + (p,)  # type: ignore[assignment]  # see `rows`
             h = p + (dts[u] * xs[u])[:, None] * Bs[u][None, :]
             if u == 0 and TABLE is not None:
                 edit, save = block_event(TABLE, block)

@@ -51,7 +51,8 @@ def ssd(
     """The scan of Mamba-2; see `hooked_mamba.ops.ssd`. The chunk is rounded up to a power of two, 16, 32 or 64."""
     b, _, H, P = x.shape
     G, N = B.shape[2:]
-    dt, A, D, h0 = (None if t is None else t.float() for t in (dt, A, D, h0))
+    dt, A = dt.float(), A.float()
+    D, h0 = (None if t is None else t.float() for t in (D, h0))
     B, C = B.to(x.dtype), C.to(x.dtype)
     if x.shape[1] == 1 and edits is None and not _wants_grad(x, dt, A, B, C, D, h0):
         return ssd_step(x, dt, A, B, C, D, h0, positions is not None)
@@ -113,7 +114,8 @@ class _Tiles:
         if x.dtype == torch.float32:
             precision = "ieee" if backend == "hip" else "tf32x3"
         widest = {torch.bfloat16: (64, 64), torch.float16: (64, 32), torch.float32: (32, 32)}[x.dtype]
-        if backend == "cuda" and not 90 <= arch < 120:  # operands of products must stand in registers there
+        # Operands of products must stand in registers there.
+        if backend == "cuda" and isinstance(arch, int) and not 90 <= arch < 120:
             widest = (16, 16) if x.dtype == torch.float32 else (32, 32)
         return cls(plan.chunk, _tile(x.shape[3], widest[0]), _tile(N, widest[1]), dot, precision)
 

@@ -64,7 +64,8 @@ def ssd_step(
     """One step of the Mamba-2 recurrence, without gradients."""
     b, _, H, P = x.shape
     N = B.shape[3]
-    x, dt, A, B, C, D, h0 = (None if t is None else t.contiguous() for t in (x, dt, A, B, C, D, h0))
+    x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
+    D, h0 = (None if t is None else t.contiguous() for t in (D, h0))
     y, h = torch.empty_like(x), dt.new_empty(b, H, P, N)
     BN = triton.next_power_of_2(N)
     BP = max(1, min(triton.next_power_of_2(P), STATES // BN))
