@@ -162,7 +162,7 @@ class Mamba2Config(SSMConfig):
             raise ValueError(f"d_inner={self.E} is not a multiple of head_dim={self.head_dim}")
         if self.H % self.n_groups:
             raise ValueError(f"{self.H} heads cannot be shared evenly by n_groups={self.n_groups}")
-        if self.E % self.norm_groups:  # type: ignore[operator]
+        if self.E % self.gated_norm_groups:
             raise ValueError(f"d_inner={self.E} is not a multiple of norm_groups={self.norm_groups}")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
@@ -181,6 +181,12 @@ class Mamba2Config(SSMConfig):
     def G(self) -> int:
         """Groups that share B and C, by its symbol."""
         return self.n_groups
+
+    @property
+    def gated_norm_groups(self) -> int:
+        """Groups of the gated norm."""
+        assert self.norm_groups is not None  # __post_init__ fills it
+        return self.norm_groups
 
     @property
     def gated_norm_eps(self) -> float:

@@ -45,6 +45,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
     Use :class:`HookedMamba` or :class:`HookedMamba2`.
     """
 
+    cfg: MambaConfig | Mamba2Config
     family: ClassVar[str]
     config_class: ClassVar[type[SSMConfig]]
     mixer_class: ClassVar[type[nn.Module]]
@@ -220,6 +221,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
             self._check_state(initial_state, batch)
 
         if start_at_layer is None:
+            assert tokens is not None  # found above
             resid = self.embed_tokens(tokens)
         resid, state = self.run_blocks(resid, layers, initial_state, padding)
         out: Any = resid

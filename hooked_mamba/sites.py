@@ -161,7 +161,7 @@ def site_shape(name: str, cfg: SSMConfig, batch: int, length: int) -> tuple[int,
             "H": cfg.H,
             "P": cfg.P,
             "G": cfg.G,
-            "Gn": cfg.norm_groups,
+            "Gn": cfg.gated_norm_groups,
             "E+C+H": cfg.E + cfg.conv_dim + cfg.H,
         }
     return tuple(sizes[symbol] for symbol in symbols.split())

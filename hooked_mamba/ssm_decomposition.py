@@ -195,10 +195,12 @@ class SSMDecomposition(ResidualDecomposition):
                 bias += (rearrange(constant, "b q h p -> b q (h p)") * gain[..., channels]) @ W[channels]
             values = rearrange(values, "b q s h p -> b q s (h p)") * gain[:, :, None, channels]
             out += rearrange(values @ W[channels], "b q s d -> s b q d")
-        b_out = 0 if mixer.out_proj.bias is None else at_least_fp32(mixer.out_proj.bias)
-        if project_output_onto is not None and mixer.out_proj.bias is not None:
-            b_out = b_out @ project_output_onto.reshape(mixer.out_proj.weight.shape[0], -1).to(W.dtype)
-        stack = torch.cat([out, (bias + b_out)[None]])
+        if mixer.out_proj.bias is not None:
+            b_out = at_least_fp32(mixer.out_proj.bias)
+            if project_output_onto is not None:
+                b_out = b_out @ project_output_onto.reshape(mixer.out_proj.weight.shape[0], -1).to(W.dtype)
+            bias = bias + b_out
+        stack = torch.cat([out, bias[None]])
         labels = [f"{'S' if source == 'scan' else 'T'}{s}" for s in range(l)] + ["bias"]
         if incl_remainder:
             whole = self._with_batch(self["out_proj", layer])[:, queries].to(stack.dtype)

@@ -100,6 +100,6 @@ class Stack(nn.Module):
         if not self.cfg.tie_embeddings:
             self.unembed.weight.normal_(std=0.02, generator=generator)
         for i, block in enumerate(self.blocks):
-            block.norm.weight.fill_(1)
+            cast(Block, block).norm.weight.fill_(1)
             self.mixer(i).reset_parameters(generator)
         self.ln_final.weight.fill_(1)

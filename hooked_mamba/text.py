@@ -92,7 +92,11 @@ class TextMethods:
     ) -> list[str] | list[list[str]]:
         """Each token's own text: a list for one string or row, a list of lists for several strings."""
         if isinstance(input, list) and input and isinstance(input[0], str):
-            return [self.to_str_tokens(text, prepend_bos) for text in input]  # type: ignore[misc]
+            return [self._str_tokens(text, prepend_bos) for text in input]
+        return self._str_tokens(input, prepend_bos)
+
+    def _str_tokens(self, input: str | Int[Tensor, "..."] | Sequence[Any], prepend_bos: bool | None) -> list[str]:
+        """Each token's own text, for one string or row."""
         ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
         if ids.ndim == 2 and ids.shape[0] == 1:
             ids = ids[0]
@@ -111,7 +115,7 @@ class TextMethods:
 
     def to_single_str_token(self, int_token: int) -> str:
         """The text of one token id."""
-        return self.to_str_tokens(torch.tensor([int_token]))[0]  # type: ignore[return-value]
+        return self._str_tokens(torch.tensor([int_token]), None)[0]
 
     def get_token_position(
         self,

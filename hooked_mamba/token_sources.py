@@ -8,6 +8,7 @@ so token s sends sum_k alpha[t,s+k] sigma_{s+k} kappa[K-1-k] p_s to target t.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -38,7 +39,8 @@ class TokenPath:
         p, conv = at_least_fp32(p[..., :E]), at_least_fp32(conv[..., :E])
         # At padding u is 0 whatever the convolution says.
         sigma = torch.where((u == 0) & (conv != 0), torch.zeros_like(conv), torch.sigmoid(conv))
-        weight, bias = mixer.conv1d.weight[:E, 0], mixer.conv1d.bias
+        conv1d = cast(nn.Conv1d, mixer.conv1d)
+        weight, bias = conv1d.weight[:E, 0], conv1d.bias
         return cls(p, sigma, at_least_fp32(weight), at_least_fp32(weight.new_zeros(E) if bias is None else bias[:E]))
 
     def input_of(self, tokens: Bool[Tensor, "b l"]) -> Float[Tensor, "b l E"]:
