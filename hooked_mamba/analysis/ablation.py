@@ -85,8 +85,8 @@ def ablate(
         new = replacement(value, hook.name)
         axis = 1 if state else 2
         if not state:
-            mask = position_mask(positions, *value.shape[:2], value.device)
-            mask = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2))
+            b, l = value.shape[:2]
+            mask = position_mask(positions, b, l, value.device).reshape(b, l, *(1,) * (value.ndim - 2))
         else:
             mask = torch.ones((1,) * value.ndim, dtype=torch.bool, device=value.device)
         if units is not None:

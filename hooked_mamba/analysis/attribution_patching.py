@@ -71,11 +71,24 @@ def attribution_patch(
     return metric + torch.stack(rows)
 
 
-def like(sweep: partial, *args: Any, **options: Any) -> Float[Tensor, "..."]:
+def like(
+    sweep: partial,
+    model: Any,
+    corrupted_tokens: Tensor | str | Sequence[str],
+    clean_cache: ActivationCache,
+    patching_metric: Metric,
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "..."]:
     """The estimate of a ready-made sweep: `like(get_act_patch_resid_pre, model, tokens, clean_cache, metric)`."""
     known = sweep.keywords
     return attribution_patch(
-        *args, activation_name=known["activation_name"], index_axis_names=known["index_axis_names"], **options
+        model,
+        corrupted_tokens,
+        clean_cache,
+        patching_metric,
+        known["activation_name"],
+        known["index_axis_names"],
+        attention_mask,
     )
 
 

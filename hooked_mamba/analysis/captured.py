@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.config import SSMConfig
 from hooked_mamba.hook_points import Reader
 from hooked_mamba.hooked_root import HookedRoot
 from hooked_mamba.positions import PositionSelect
@@ -80,7 +82,7 @@ def position_mask(positions: Positions, batch: int, length: int, device: torch.d
 
 def layer_list(model: HookedRoot, layers: int | Iterable[int] | None) -> list[int]:
     """Layers as ascending non-negative ints; None: all."""
-    n = model.cfg.n_layers  # type: ignore[union-attr]
+    n = cast(SSMConfig, model.cfg).n_layers
     chosen = range(n) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for i in chosen:
         if not -n <= i < n:

@@ -63,19 +63,19 @@ def causal_trace(
     window
         Layers restored together: layer i means i to i + window - 1, as far as there are.
     """
-    tokens, _ = model.input_to_tokens(tokens)
-    if tokens.shape[0] != 1:
-        raise ValueError(f"causal tracing takes one prompt, got {tokens.shape[0]}")
+    ids, _ = model.input_to_tokens(tokens)
+    if ids.shape[0] != 1:
+        raise ValueError(f"causal tracing takes one prompt, got {ids.shape[0]}")
     if samples < 1 or window < 1:
         raise ValueError(f"samples and window must be 1 or more, got {samples} and {window}")
     token = model.to_single_token(answer) if isinstance(answer, str) else answer
-    n_layers, length = model.cfg.n_layers, tokens.shape[1]
+    n_layers, length = model.cfg.n_layers, ids.shape[1]
     names = [get_act_name(site, i) for i in range(n_layers)]
-    logits, clean = model.run_with_cache(tokens, names_filter=names)
-    blurred = position_mask(subject, 1, length, tokens.device).unsqueeze(-1)
+    logits, clean = model.run_with_cache(ids, names_filter=names)
+    blurred = position_mask(subject, 1, length, ids.device).unsqueeze(-1)
     scale = 3 * model.embed.weight.float().std() if noise is None else noise
     generator = torch.Generator().manual_seed(seed)
-    shift = (torch.randn(samples, length, model.cfg.d_model, generator=generator) * float(scale)).to(tokens.device)
+    shift = (torch.randn(samples, length, model.cfg.d_model, generator=generator) * float(scale)).to(ids.device)
     shift = shift * blurred
 
     def blur(value: Tensor, hook: Any) -> Tensor:
@@ -91,7 +91,7 @@ def causal_trace(
     def probability(logits: Tensor) -> Tensor:
         return logits[:, -1].softmax(-1)[:, token].mean()
 
-    rows = tokens.repeat(samples, 1)
+    rows = ids.repeat(samples, 1)
     with model.hooks([("hook_embed", blur)]):
         corrupted = float(probability(model(rows)))
         indices = [(i, t) for i in range(n_layers) for t in range(length)]

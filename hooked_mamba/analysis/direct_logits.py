@@ -7,7 +7,7 @@ position, norms folded or not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -113,7 +113,7 @@ def source_logit_attribution(
     scale = cache.at(cache["scale"], target)
     rows = []
     for i in range(model.cfg.n_layers):
-        parts = cache.stack_source_results(i, source, pos_slice=target, project_output_onto=onto) / scale
+        parts = cast(Tensor, cache.stack_source_results(i, source, pos_slice=target, project_output_onto=onto)) / scale
         if directions.ndim == 1:
             rows.append(parts[..., 0])
         else:

@@ -71,14 +71,16 @@ def knockout(
     def lose_reads(y: Tensor, hook: Any) -> Tensor:
         i = hook.layer()
         lost = run_scan(cache.scan_view(i).with_input(cut_input(cache, i, sources, source))).reshape(y.shape)
-        seen = position_mask(targets, *y.shape[:2], y.device).reshape(*y.shape[:2], *(1,) * (y.ndim - 2))
+        b, l = y.shape[:2]
+        seen = position_mask(targets, b, l, y.device).reshape(b, l, *(1,) * (y.ndim - 2))
         return torch.where(seen, y - lost.to(y.dtype), y)
 
     def lose_writes(Bx: Tensor, hook: Any) -> Tensor:
         view = cache.scan_view(hook.layer())
         if source == "scan":
-            gone = position_mask(sources, *Bx.shape[:2], Bx.device)
-            return Bx.masked_fill(gone.reshape(*Bx.shape[:2], *(1,) * (Bx.ndim - 2)), 0)
+            b, l = Bx.shape[:2]
+            gone = position_mask(sources, b, l, Bx.device)
+            return Bx.masked_fill(gone.reshape(b, l, *(1,) * (Bx.ndim - 2)), 0)
         lost = view.dt.unsqueeze(-1) * cut_input(cache, hook.layer(), sources, source)
         B = view.B.repeat_interleave(view.n_lanes // view.B.shape[2], 2)
         return Bx - torch.einsum("blhp,blhn->blhpn", lost, B.to(lost.dtype)).reshape(Bx.shape)
@@ -91,7 +93,8 @@ def knockout(
 def cut_input(cache: ActivationCache, layer: int, sources: Positions, source: Source) -> Float[Tensor, "b l H P"]:
     """The part of the scan's input that comes from the sources."""
     view = cache.scan_view(layer)
-    mask = position_mask(sources, *view.dt.shape[:2], view.dt.device)
+    b, l = view.dt.shape[:2]
+    mask = position_mask(sources, b, l, view.dt.device)
     if source == "scan":
         return view.u * mask[..., None, None]
     return cache.token_path(layer).input_of(mask).reshape(view.u.shape).to(view.u.dtype)
@@ -133,21 +136,21 @@ def knockout_sweep(
     n_layers = model.cfg.n_layers
     if not 1 <= window <= n_layers:
         raise ValueError(f"window must be from 1 to {n_layers} layers, got {window}")
-    tokens, found = model.input_to_tokens(tokens)
+    ids, found = model.input_to_tokens(tokens)
     attention_mask = found if attention_mask is None else attention_mask
-    b, length = tokens.shape
+    b, length = ids.shape
     columns = list(range(length)) if positions is None else [t % length for t in positions]
     at_once = max(1, batch_size // b)
     starts = range(n_layers - window + 1)
     result = torch.zeros(len(starts), len(columns))
     _, before = model.run_with_cache(
-        tokens, attention_mask=attention_mask, names_filter="blocks.*.hook_resid_pre", return_type=None
+        ids, attention_mask=attention_mask, names_filter="blocks.*.hook_resid_pre", return_type=None
     )
     with tqdm(total=result.numel(), disable=not progress, desc="knockout") as bar:
         for row, start in enumerate(starts):
             for first in range(0, len(columns), at_once):
                 now = columns[first : first + at_once]
-                mask = torch.zeros(len(now), 1, length, dtype=torch.bool, device=tokens.device)
+                mask = torch.zeros(len(now), 1, length, dtype=torch.bool, device=ids.device)
                 for i, s in enumerate(now):
                     mask[i, 0, s] = True
                 mask = mask.expand(-1, b, -1).reshape(-1, length)
