@@ -22,8 +22,8 @@ test-all: .venv/.installed ## the slow tests as well
 bench: .venv/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
 	$(RUN) tests.benchmarks
 
-lint: .venv/.installed ## formatting and lint rules
-	$(RUN) ruff format --check . && $(RUN) ruff check .
+lint: .venv/.installed ## formatting, lint rules and types
+	$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
 
 format: .venv/.installed ## rewrite the code as `make lint` wants it
 	$(RUN) ruff format . && $(RUN) ruff check --fix .
