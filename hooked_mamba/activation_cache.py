@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hooked_mamba.names import get_act_name, unalias, unknown_name
+from hooked_mamba.names import get_act_name, split_state_point, unalias, unknown_name
 from hooked_mamba.ssm_decomposition import SSMDecomposition
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class ActivationCache(SSMDecomposition):
     def __getitem__(self, key: Key) -> Tensor:
         name = self._full_name(key)
         if name not in self.cache_dict:
-            if name.removesuffix("_grad") in self._model_names():
+            if self._is_a_site(name.removesuffix("_grad")):
                 raise KeyError(
                     f"{name} was not cached. Ask for it by names_filter={name.removesuffix('_grad')!r}"
                     + (" and incl_bwd=True" if name.endswith("_grad") else "")
                     + f"; this cache holds {len(self.cache_dict)} sites"
                 )
-            raise unknown_name(name, list(self.cache_dict))
+            raise unknown_name(name, list(self.model.hook_dict))
         return self.cache_dict[name]
 
     def __contains__(self, key: object) -> bool:
@@ -135,5 +135,6 @@ class ActivationCache(SSMDecomposition):
             layer += self.model.cfg.n_layers  # type: ignore[union-attr]
         return get_act_name(name.removesuffix("_grad"), layer, *rest[1:]) + grad
 
-    def _model_names(self) -> set[str]:
-        return set(self.model.hook_dict)
+    def _is_a_site(self, name: str) -> bool:
+        state = split_state_point(name)
+        return (state[0] if state else name) in self.model.hook_dict
