@@ -30,7 +30,7 @@ def scan_through_hooks(
     points = hook_h.points_at(length)
     edited = [t for t, at in points.items() if any(point.edited for point in at)]
     wanted = _columns_read(hook_h, points, length)
-    if not edited and not wanted:
+    if not edited and not wanted and not hook_h.readers:
         out = scan(slice(0, length), h0, None)
         return out.y, out.h_last
 
@@ -54,6 +54,8 @@ def scan_through_hooks(
     assert h is not None  # at least one segment was scanned
     if wanted:
         _give_states(hook_h, points, length, wanted, states[0] if len(states) == 1 else torch.cat(states, 1))
+    else:  # readers who chose no position
+        _give_states(hook_h, {}, length, [], h.unsqueeze(1)[:, :0])
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1), h
 
 
@@ -73,7 +75,8 @@ def linear_scan_through_hooks(
         pieces.append(piece)
         start = end + 1
     assert h is not None
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1), h
+    # A view would keep all states alive for as long as the memory of the model is kept.
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1), h.clone()
 
 
 def _through(names_of_one_state: list[HookPoint], h: Tensor) -> Tensor:
