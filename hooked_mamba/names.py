@@ -7,6 +7,8 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from hooked_mamba.sites import ALIASES
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -15,7 +17,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 STATE_POINT = re.compile(r"^(?P<site>.+\.hook_h)\.(?P<t>-?\d+)$")
 """`blocks.3.mixer.hook_h.17`: the state right after position 17."""
 
-_ELSEWHERE = re.compile(r"^(blocks\.\d+\.)(?:mixer\.)?(hook_\w+)((?:\.-?\d+)?)$")
+_ELSEWHERE = re.compile(r"^(blocks\.[^.]+\.)(?:mixer\.)?(hook_\w+)((?:\.-?\d+)?)$")
 _WITHOUT_MIXER = {"hook_conv", "hook_A_bar", "hook_B", "hook_B_bar", "hook_C", "hook_h", "hook_out_proj"}
 """Sites that MambaLens has right under the block, with the same meaning."""
 
@@ -89,6 +91,8 @@ def match_names(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     """
     if names_filter is None:
         return list(names)
+    if isinstance(names_filter, nn.Module):  # a hook point is callable, but no predicate
+        raise TypeError(f"a names_filter holds names, got the hook point {getattr(names_filter, 'name', names_filter)}")
     if callable(names_filter):
         return [name for name in names if names_filter(name)]
     if isinstance(names_filter, str):

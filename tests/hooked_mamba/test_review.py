@@ -32,3 +32,39 @@ def test_a_cache_tells_what_was_not_cached_from_what_does_not_exist(model, token
         HookNameError, match=rf"'blocks.1.mixer.hook_dtt'.* has {len(model.hook_dict)} sites in 2 blocks"
     ):
         cache["dtt", 1]
+
+
+def test_aliases_in_globs(model, tokens):
+    _, cache = model.run_with_cache(
+        tokens, names_filter=["blocks.*.hook_delta", "blocks.*.hook_ssm_out", "blocks.*.hook_h.2"]
+    )
+    sites = ("hook_dt", "hook_out_proj", "hook_h.2")
+    assert set(cache) == {f"blocks.{i}.mixer.{site}" for i in range(model.cfg.n_layers) for site in sites}
+
+
+def test_a_hook_point_is_no_predicate(model, tokens):
+    point = model.hook_point(DT)
+    calls = (
+        lambda: model.run_with_hooks(tokens, fwd_hooks=[(point, lambda v, hook: v * 0)]),
+        lambda: model.run_with_cache(tokens, names_filter=point),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=f"holds names, got the hook point {DT}"):
+            call()
+
+
+@pytest.mark.parametrize("with_edit", [False, True])
+def test_no_positions(model, tokens, with_edit):
+    hooks = [("blocks.0.mixer.hook_h.1", lambda h, hook: h * 2)] if with_edit else []
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.0.*", pos_slice=slice(6, None), fwd_hooks=hooks)
+    assert "blocks.0.mixer.hook_h" in cache
+    assert {value.shape[1] for value in cache.values()} == {0}
+
+
+def test_a_state_of_the_materialised_path_keeps_no_more_than_it_needs(model, tokens):
+    hooks = [("blocks.*.mixer.hook_A_bar", lambda v, hook: v)]
+    with torch.no_grad():
+        _, state = model.run_with_hooks(tokens, return_state=True, fwd_hooks=hooks)
+    for layer in state:
+        for part in layer:
+            assert part.untyped_storage().nbytes() == part.nbytes
