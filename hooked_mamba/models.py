@@ -15,7 +15,7 @@ from hooked_mamba.config import Mamba2Config, MambaConfig, SSMConfig
 from hooked_mamba.generation import Generation
 from hooked_mamba.hooked_root import HookedRoot
 from hooked_mamba.loading.tokenizer import load_tokenizer
-from hooked_mamba.memory import check_cache_fits
+from hooked_mamba.memory import check_cache_fits, keep_freed_memory
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.names import split_state_point
@@ -62,6 +62,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         super().__init__(cfg, [self.mixer_class(cfg) for _ in range(cfg.n_layers)])
         self.tokenizer = tokenizer
         self.setup()
+        keep_freed_memory()
 
     # Making and keeping --------------------------------------------------------------------------------------
 
@@ -245,6 +246,8 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens b l of any input, checked, and the mask of a padded list of texts."""
         if not isinstance(input, Tensor):
+            if not isinstance(input, str) and len(input) == 0:
+                raise ValueError(f"the input is empty: {input!r}")
             if isinstance(input, str) or (isinstance(input, Sequence) and all(isinstance(t, str) for t in input)):
                 tokens, mask = self.to_tokens_and_mask(input, prepend_bos, padding_side)
                 return tokens, None if bool(mask.all()) else mask
@@ -330,19 +333,23 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
 
     def check_cache_fits(self, names, select: PositionSelect, device, model_args, model_kwargs, incl_bwd) -> None:
         """Raise MemoryError where the chosen sites cannot fit, before anything is computed."""
-        if not model_args or model_kwargs.get("start_at_layer") is not None:
+        input = model_args[0] if model_args else model_kwargs.get("input")
+        if input is None:
             return
-        tokens, _ = self.input_to_tokens(
-            model_args[0], model_kwargs.get("prepend_bos"), model_kwargs.get("padding_side")
-        )
-        layers = self._layers(None, model_kwargs.get("stop_at_layer"))
+        start = model_kwargs.get("start_at_layer")
+        if start is None:
+            asked = (model_kwargs.get(name) for name in ("prepend_bos", "padding_side"))
+            shape = self.input_to_tokens(input, *asked)[0].shape
+        else:
+            shape = self._checked_residual(input).shape[:2]
+        layers = self._layers(start, model_kwargs.get("stop_at_layer"))
         reached = [n for n in names if not n.startswith("blocks.") or int(n.split(".")[1]) in layers]
         states = {n for n in reached if split_state_point(n)}
         check_cache_fits(
             self.cfg,
             reached,
             states,
-            tokens.shape,
+            shape,
             select,
             self.embed.weight.element_size(),
             torch.device(device) if device is not None else self.device,

@@ -78,10 +78,10 @@ class _Chunk(NamedTuple):
 
 
 def _padded(t: Tensor, start: int, chunk: int) -> Tensor:
-    """Positions start..start+chunk, filled up with zeros."""
+    """Positions start..start+chunk, filled up with zeros; laid out alike, full or not: products round by strides."""
     piece = t[:, start : start + chunk]
     missing = chunk - piece.shape[1]
-    return F.pad(piece, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else piece
+    return F.pad(piece, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else piece.contiguous()
 
 
 def _prepare(x, dt, A, B, C, start, chunk, upper) -> _Chunk:

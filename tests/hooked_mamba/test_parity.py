@@ -106,12 +106,18 @@ def ours(hf: torch.nn.Module) -> HookedMamba | HookedMamba2:
     return cls.from_hf(hf)
 
 
-def check_against_hf(cfg: MambaConfig | Mamba2Config, seed: int) -> None:
+def check_against_hf(cfg: MambaConfig | Mamba2Config, seed: int, strict: bool = True) -> None:
     hf = hf_twin(cfg, seed)
     model = ours(hf)
     tokens = tokens_for(model, rows=2, length=1 + seed % 13, seed=seed)
     with torch.no_grad():
-        assert relative(model(tokens), hf(tokens).logits) < FP32
+        mine, theirs = model(tokens), hf(tokens).logits
+    if strict:
+        assert relative(mine, theirs) < FP32
+    else:  # among hundreds of models a few are badly conditioned, and transformers is as far from the truth as we
+        expected = reference.forward(model.cfg, arrays(model.state_dict()), tokens.numpy()).logits
+        assert relative(mine, expected) < max(FP32, 2 * relative(theirs, expected))
+        assert relative(mine, theirs) < 1e-4
 
 
 def check_against_equations(cfg: MambaConfig | Mamba2Config, seed: int) -> None:
@@ -144,7 +150,7 @@ def test_every_site_equals_the_equations(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_wide_sweep(seed):
-    check_against_hf(random_config(seed), seed)
+    check_against_hf(random_config(seed), seed, strict=False)
     check_against_equations(random_config(seed), seed)
 
 

@@ -1,0 +1,173 @@
+"""The order of imports, and what may be imported where: read from the source, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = [name for name in ("hooked_mamba", "saes", "circuits") if (ROOT / name).is_dir()]
+MAY_IMPORT = {"hooked_mamba": set(), "saes": {"hooked_mamba"}, "circuits": {"saes", "hooked_mamba"}}
+"""circuits -> saes -> hooked_mamba, never back."""
+
+STRATA = (
+    {"config", "hook_points", "ops", "positions", "sites", "names", "state", "memory"},
+    {"components"},
+    {"mixers"},
+    {"models", "stack", "hooked_root", "activation_cache", "ssm_decomposition", "decomposition", "token_sources"}
+    | {"scan_view", "generation", "text", "weights"},
+    {"analysis", "patching", "utils"},
+)
+"""config, hook_points, ops <- components <- mixers <- models <- analysis; each module of hooked_mamba in one."""
+
+ABOVE_ALL = {"cli"}
+"""Commands may use everything."""
+
+ONLY_IN = {
+    "triton": ("hooked_mamba/ops/triton/",),
+    "numba": ("hooked_mamba/ops/numba_",),
+    "llvmlite": ("hooked_mamba/ops/numba_",),
+    "mamba_ssm": ("hooked_mamba/ops/mamba_ssm_scan.py",),
+    "causal_conv1d": (),
+}
+"""Optional libraries, and the files that may import them."""
+
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """Nodes under `if TYPE_CHECKING:`, which never run."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    return {node for block in blocks for part in block.body for node in ast.walk(part)}
+
+
+def imports_of(path: Path) -> list[str]:
+    """Full names of the modules that a file imports when it runs, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped, found = for_types_only(tree), []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name if is_module(name) else node.module for name in names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found += [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    return found
+
+
+IMPORTS = {name_of(path): imports_of(path) for path in FILES}
+
+
+def part_of(module: str) -> str:
+    """mixers of hooked_mamba.mixers.mamba1."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def stratum(part: str) -> int | None:
+    return next((i for i, parts in enumerate(STRATA) if part in parts), None)
+
+
+def inside() -> list[tuple[str, str]]:
+    """Imports within hooked_mamba, the package's own re-exports apart."""
+    return [
+        (module, other)
+        for module, others in IMPORTS.items()
+        if module.startswith("hooked_mamba.")
+        for other in others
+        if other.startswith("hooked_mamba.")
+    ]
+
+
+def test_the_packages_import_downwards():
+    for module, others in IMPORTS.items():
+        package = module.split(".")[0]
+        for other in others:
+            top = other.split(".")[0]
+            if top in MAY_IMPORT and top != package:
+                assert top in MAY_IMPORT[package], f"{module} imports {other}"
+
+
+def test_every_module_has_its_place():
+    parts = {part_of(module) for module in IMPORTS if module.startswith("hooked_mamba.")}
+    known = set().union(*STRATA, ABOVE_ALL, {"loading", "pretrained"})
+    assert parts <= known, f"say in STRATA where these stand: {sorted(parts - known)}"
+
+
+def test_strata_import_downwards():
+    for module, other in inside():
+        mine, theirs = stratum(part_of(module)), stratum(part_of(other))
+        if part_of(module) not in ABOVE_ALL and mine is not None and theirs is not None:
+            assert theirs <= mine, f"{module} imports {other}, which stands above it"
+
+
+def test_loading_knows_only_config_and_tensors():
+    for module, other in inside():
+        if part_of(module) == "loading":
+            assert part_of(other) in {"loading", "config"}, f"{module} imports {other}"
+        elif part_of(other) == "loading":
+            assert part_of(module) in {"models", *ABOVE_ALL}, f"{module} imports {other}"
+
+
+def test_ops_know_nothing_of_models():
+    for module, other in inside():
+        if part_of(module) == "ops":
+            assert part_of(other) == "ops", f"{module} imports {other}"
+
+
+def test_there_are_no_cycles():
+    graph = {m: {o for o in others if o in IMPORTS and o != m} for m, others in IMPORTS.items()}
+    # A package re-exports its own modules, which may name it: `from package import sibling` is no dependence on all.
+    graph = {m: {o for o in others if not m.startswith(f"{o}.")} for m, others in graph.items()}
+    while free := [m for m, others in graph.items() if not others]:
+        graph = {m: others - set(free) for m, others in graph.items() if m not in free}
+    assert not graph, f"modules that import each other: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_optional_libraries_are_imported_where_they_belong(library):
+    for path in FILES:
+        where = path.relative_to(ROOT).as_posix()
+        if any(other.split(".")[0] == library for other in IMPORTS[name_of(path)]):
+            assert where.startswith(ONLY_IN[library]), f"{where} imports {library}"
+    if library == "triton":
+        assert any("triton" in IMPORTS[name_of(path)] for path in FILES), "the walk found no import of triton at all"
+
+
+def test_nothing_that_runs_what_it_reads():
+    """No pickle, no eval or exec, torch.load only of weights, no remote code."""
+    for path in FILES:
+        where = path.relative_to(ROOT)
+        assert not {"pickle", "dill", "cloudpickle", "marshal"} & {n.split(".")[0] for n in IMPORTS[name_of(path)]}, (
+            where
+        )
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "__import__"), f"{where}:{node.lineno} calls {called}"
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if called == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{where}:{node.lineno}"
+            assert keywords.get("trust_remote_code", "False") == "False", f"{where}:{node.lineno}"
+
+
+def test_files_are_small():
+    for path in FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines"
