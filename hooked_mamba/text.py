@@ -66,6 +66,12 @@ class TextMethods:
                 raise ValueError(
                     f"the prompt {text!r} has no tokens; pass prepend_bos=True to start from the BOS alone"
                 )
+        largest = max(map(max, rows))
+        if largest >= self.cfg.d_vocab:
+            raise IndexError(
+                f"the tokenizer gives token id {largest} and the vocabulary has {self.cfg.d_vocab} rows:"
+                " it belongs to another model"
+            )
         length = max(map(len, rows))
         pad = self.pad_token_id
         tokens = torch.full((len(rows), length), pad if pad is not None else 0)
@@ -120,12 +126,16 @@ class TextMethods:
     def get_token_position(
         self,
         single_token: str | int,
-        input: str | Int[Tensor, "..."],
+        input: str | Int[Tensor, "..."] | Sequence[int],
         mode: Literal["first", "last"] = "first",
         prepend_bos: bool | None = None,
     ) -> int:
         """Where a token first or last stands in a string or row of tokens."""
-        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else input.reshape(-1)
+        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1:
+            raise ValueError(f"get_token_position takes one row of tokens, got {list(ids.shape)}")
         token = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         found = (ids == token).nonzero().flatten().tolist()
         if not found:
@@ -134,13 +144,14 @@ class TextMethods:
             raise ValueError(f"mode must be 'first' or 'last', got {mode!r}")
         return found[0] if mode == "first" else found[-1]
 
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "..."] | Sequence[int]
+    ) -> Float[Tensor, "... d"]:
         """Unembedding columns of tokens: the residual directions that raise their logits (before the final norm)."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        if isinstance(tokens, int) or tokens.numel() == 1:
-            return self.W_U[:, int(tokens)]
-        return self.W_U.t()[tokens]
+        ids = torch.as_tensor(tokens)
+        return self.W_U[:, int(ids)] if ids.numel() == 1 else self.W_U.t()[ids]
 
     @property
     def pad_token_id(self) -> int | None:
