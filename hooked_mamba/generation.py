@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mamba.hook_points import StateHookPoint
-from hooked_mamba.state import ModelState
+from hooked_mamba.state import ModelState, Padding
 from hooked_mamba.text import PaddingSide
 
 
@@ -128,6 +128,7 @@ class Generation:
         mask = found_mask
         if attention_mask is not None:
             mask = torch.as_tensor(attention_mask, device=tokens.device).long()
+            Padding.from_mask(mask, tokens.shape)  # says what is wrong with it
         stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
         last = _last_real(tokens, mask)
 
