@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
-PosSlice = int | slice | Sequence[int] | Tensor | None
+PosSlice = int | np.integer | slice | Sequence[int] | np.ndarray | Tensor | None
 """An int drops the position axis; a slice, list or index tensor keeps it; None takes all."""
 
 
@@ -14,7 +15,7 @@ class PositionSelect:
     """Positions of axis 1, resolved when the length is known."""
 
     def __init__(self, pos_slice: PosSlice = None) -> None:
-        if isinstance(pos_slice, Tensor):
+        if isinstance(pos_slice, Tensor | np.ndarray | np.integer):
             pos_slice = pos_slice.tolist()
         if isinstance(pos_slice, tuple):  # TransformerLens' Slice takes (start, stop) and (start, stop, step)
             pos_slice = slice(*pos_slice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,3 +69,34 @@ def test_a_state_of_the_materialised_path_keeps_no_more_than_it_needs(model, tok
     for layer in state:
         for part in layer:
             assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_positions_as_numpy_gives_them(model, tokens):
+    _, whole = model.run_with_cache(tokens, names_filter=DT)
+    for position in (np.int64(2), np.array([0, 3]), np.arange(2)):
+        _, cache = model.run_with_cache(tokens, names_filter=DT, pos_slice=position)
+        assert torch.equal(cache[DT], whole[DT][:, position])
+
+
+def test_a_token_is_sought_in_one_row(model):
+    assert model.get_token_position(3, [1, 3, 3]) == 1
+    assert model.get_token_position(3, torch.tensor([[1, 3, 3]]), mode="last") == 2
+    with pytest.raises(ValueError, match=r"takes one row of tokens, got \[2, 2\]"):
+        model.get_token_position(3, torch.tensor([[1, 2], [3, 4]]))
+
+
+def test_residual_directions_of_a_list(model):
+    assert torch.equal(model.tokens_to_residual_directions([1, 2]), model.W_U[:, [1, 2]].t())
+
+
+def test_generate_checks_its_mask(model, tokens):
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 4\], expected \[2, 6\]"):
+        model.generate(tokens, attention_mask=torch.ones(2, 4), verbose=False)
+
+
+def test_a_tokenizer_of_another_model(model):
+    model.tokenizer = lambda text, **_: {"input_ids": [1, model.cfg.d_vocab]}
+    with pytest.raises(
+        IndexError, match=rf"token id {model.cfg.d_vocab} and the vocabulary has {model.cfg.d_vocab} rows"
+    ):
+        model("text")
