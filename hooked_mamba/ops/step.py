@@ -5,6 +5,8 @@ The in-place operations touch fresh tensors that no backward needs, so autograd 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,7 +31,8 @@ def selective_step(
     x1, dt1 = x[:, 0], dt[:, 0]
     h = (dt1 * x1).unsqueeze(-1) * B
     if h0 is not None:
-        h.addcmul_((dt1.unsqueeze(-1) * A).exp_(), h0)
+        # exp2 as in the scan: faster than exp, and the same state comes out of both.
+        h.addcmul_((dt1.unsqueeze(-1) * (A * math.log2(math.e))).exp2_(), h0)
     y = torch.bmm(h, C.transpose(1, 2)).transpose(1, 2)
     if D is not None:
         y = torch.addcmul(y, D, x)
