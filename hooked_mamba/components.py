@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hooked_mamba.hook_points import HookPoint
 from hooked_mamba.ops import causal_conv1d as causal_conv1d
+from hooked_mamba.ops.products import linear as linear
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -52,6 +53,13 @@ def rms_normalize(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """torch's linear layer through :func:`linear`."""
+
+    def forward(self, input: Float[Tensor, "b l i"]) -> Float[Tensor, "b l o"]:
+        return linear(input, self.weight, self.bias)
+
+
 class Embed(nn.Module):
     """Rows of the embedding matrix."""
 
@@ -71,4 +79,4 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l v"]:
-        return at_least_fp32(F.linear(x, self.weight))
+        return at_least_fp32(linear(x, self.weight))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +12,32 @@ import torch
 from hooked_mamba.config import SSMConfig
 from hooked_mamba.positions import PositionSelect
 from hooked_mamba.sites import site_bytes
+
+KEEP_BYTES = 2**31
+"""Freed memory that stays with the process for the next call, at most."""
+
+
+def keep_freed_memory(nbytes: int = KEEP_BYTES) -> bool:
+    """Let the C library (glibc) keep freed memory for the next call; returns whether it does.
+
+    A cache of all default sites of a 130m-sized model at 256 positions is half a gigabyte. By default glibc hands such
+    memory back to the system as soon as it is free, and the next call pays a page fault for every 4 KiB of it: a third
+    of a forward pass. Models call this once when they are made on a CPU, as torch's own allocator keeps memory on a
+    GPU. Nothing is done elsewhere than on Linux with glibc, where the environment sets MALLOC_TRIM_THRESHOLD_ or
+    GLIBC_TUNABLES itself, or with HOOKED_MAMBA_KEEP_MEMORY=0.
+    """
+    chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if sys.platform != "linux" or os.environ.get("HOOKED_MAMBA_KEEP_MEMORY") == "0":
+        return False
+    if any(name in os.environ for name in chosen):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    largest = 32 * 2**20  # glibc refuses more
+    return bool(mallopt(mmap_threshold, largest)) and bool(mallopt(trim_threshold, min(nbytes, 2**31 - 1)))
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_mamba import ops
-from hooked_mamba.components import at_least_fp32, causal_conv1d, rms_normalize
+from hooked_mamba.components import Linear, at_least_fp32, causal_conv1d, linear, rms_normalize
 from hooked_mamba.config import MambaConfig
 from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
 from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
@@ -33,13 +33,13 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         super().__init__()
         self.cfg = cfg
         E, N, R, d = cfg.E, cfg.d_state, cfg.R, cfg.d_model
-        self.in_proj = nn.Linear(d, 2 * E, bias=cfg.use_bias)
+        self.in_proj = Linear(d, 2 * E, bias=cfg.use_bias)
         self.conv1d = nn.Conv1d(E, E, cfg.d_conv, groups=E, bias=cfg.conv_bias)
-        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, E)
+        self.x_proj = Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = Linear(R, E)
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
-        self.out_proj = nn.Linear(E, d, bias=cfg.use_bias)
+        self.out_proj = Linear(E, d, bias=cfg.use_bias)
 
         self.hook_in_proj = HookPoint()
         self.hook_x_pre = HookPoint()
@@ -83,7 +83,7 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         if self.cfg.mixer_norms:
             dt_low, B, C = (rms_normalize(v, self.cfg.mixer_norm_eps) for v in (dt_low, B, C))
         dt_low = self.hook_dt_low(dt_low)
-        dt_pre = self.hook_dt_pre(at_least_fp32(F.linear(dt_low, self.dt_proj.weight)) + self.dt_proj.bias)
+        dt_pre = self.hook_dt_pre(at_least_fp32(linear(dt_low, self.dt_proj.weight)) + self.dt_proj.bias)
         dt = self.hook_dt(real(F.softplus(dt_pre)))
         B = self.hook_B(B)
         C = self.hook_C(C)
@@ -159,10 +159,10 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random weights as the paper's code draws them: A = -(1..N), dt log-uniform, projections Kaiming-uniform."""
         cfg = self.cfg
-        for linear in (self.in_proj, self.x_proj, self.out_proj):
-            uniform_fan_in(linear.weight, linear.in_features, generator)
-            if linear.bias is not None:
-                linear.bias.zero_()
+        for layer in (self.in_proj, self.x_proj, self.out_proj):
+            uniform_fan_in(layer.weight, layer.in_features, generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
         self.out_proj.weight /= math.sqrt(cfg.n_layers)
         for parameter in self.conv1d.parameters():
             uniform_fan_in(parameter, cfg.d_conv, generator)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_mamba import ops
-from hooked_mamba.components import RMSNorm, at_least_fp32, causal_conv1d
+from hooked_mamba.components import Linear, RMSNorm, at_least_fp32, causal_conv1d
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
 from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
@@ -34,13 +34,13 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         super().__init__()
         self.cfg = cfg
         E, H, d = cfg.E, cfg.H, cfg.d_model
-        self.in_proj = nn.Linear(d, E + cfg.conv_dim + H, bias=cfg.use_bias)
+        self.in_proj = Linear(d, E + cfg.conv_dim + H, bias=cfg.use_bias)
         self.conv1d = nn.Conv1d(cfg.conv_dim, cfg.conv_dim, cfg.d_conv, groups=cfg.conv_dim, bias=cfg.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
         self.norm = RMSNorm(E, cfg.gated_norm_eps, groups=cfg.norm_groups)
-        self.out_proj = nn.Linear(E, d, bias=cfg.use_bias)
+        self.out_proj = Linear(E, d, bias=cfg.use_bias)
 
         self.hook_in_proj = HookPoint()
         self.hook_x_pre = HookPoint()

@@ -1,0 +1,64 @@
+"""Matrix products of linear layers: on a CPU in float32 through oneDNN, elsewhere torch's own.
+
+torch multiplies float32 matrices on a CPU with MKL, which on AMD processors runs at half the speed of oneDNN. torch
+brings oneDNN along and calls it in compiled models, through the operator used here; it has no gradient of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+SMALL = 2**20
+"""Multiplications below which the choice does not matter and torch's own product is taken."""
+
+
+def linear(
+    x: Float[Tensor, "b l i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "b l o"]:
+    """x W^T + bias.
+
+    oneDNN is not taken inside torch.compile, nor with `torch.backends.mkldnn.flags(enabled=False)`.
+    """
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    out = _Product.apply(x, weight)
+    return out if bias is None else out + bias
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= SMALL
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, by rows of x."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], None)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T; dx = dy W; dW = dy^T x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = _product(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = _product(dy.flatten(0, 1).t(), x.flatten(0, 1).t()) if ctx.needs_input_grad[1] else None
+        return dx, dw

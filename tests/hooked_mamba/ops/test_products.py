@@ -1,0 +1,58 @@
+"""Linear layers: oneDNN and torch's own product give the same values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hooked_mamba.ops import products
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """oneDNN however small the product."""
+    monkeypatch.setattr(products, "SMALL", 0)
+    if not products._by_onednn(torch.zeros(1, 1, 1), torch.zeros(1, 1)):
+        pytest.skip("this build of torch has no oneDNN")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 1, 4, 9), (3, 33, 96, 130), (1, 1, 1, 1)])
+def test_values_and_gradients(always, shape, with_bias):
+    b, l, i, o = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, weight, bias, dy = (
+        torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((b, l, i), (o, i), (o,), (b, l, o))
+    )
+    results = []
+    for dtype, product in ((torch.float64, F.linear), (torch.float32, products.linear)):
+        inputs = [t.to(dtype).requires_grad_() for t in ((x, weight, bias) if with_bias else (x, weight))]
+        out = product(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, dy.to(dtype))])
+    for exact, mine in zip(*results, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others(always):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 40, 64, generator=generator), torch.randn(96, 64, generator=generator)
+    whole = products.linear(x, weight)
+    changed = x.clone()
+    changed[:, 20:] = 0
+    assert torch.equal(products.linear(changed, weight)[:, :20], whole[:, :20])
+
+
+def test_inputs_in_any_layout(always):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 64, 40, generator=generator).transpose(1, 2)
+    weight = torch.randn(64, 96, generator=generator).t()
+    torch.testing.assert_close(products.linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_only_where_it_fits(always):
+    x, weight = torch.ones(1, 2, 3), torch.ones(4, 3)
+    assert not products._by_onednn(x.double(), weight.double())
+    assert not products._by_onednn(x.bfloat16(), weight.bfloat16())
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert not products._by_onednn(x, weight)
+    assert torch.equal(products.linear(x.double(), weight.double()), torch.full((1, 2, 4), 3.0, dtype=torch.float64))
