@@ -19,8 +19,8 @@ test: .venv/.installed ## the tests, without those that take minutes
 test-all: .venv/.installed ## the slow tests as well
 	$(RUN) pytest -m "not gpu and not peer"
 
-bench: .venv/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
-	$(RUN) tests.benchmarks
+bench: .venv/.installed .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
+	PYTHONPATH=.venv/peers $(RUN) tests.benchmarks $(ARGS)
 
 lint: .venv/.installed ## formatting, lint rules and types
 	$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
@@ -33,4 +33,8 @@ format: .venv/.installed ## rewrite the code as `make lint` wants it
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/peers/.installed: tests/benchmarks/requirements.txt .venv/.installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peers -r $<
 	touch $@
