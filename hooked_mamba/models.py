@@ -246,6 +246,8 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens b l of any input, checked, and the mask of a padded list of texts."""
         if not isinstance(input, Tensor):
+            if not hasattr(input, "__len__"):
+                raise TypeError(f"expected text or token ids, got {type(input).__name__}: {input!r}")
             if not isinstance(input, str) and len(input) == 0:
                 raise ValueError(f"the input is empty: {input!r}")
             if isinstance(input, str) or (isinstance(input, Sequence) and all(isinstance(t, str) for t in input)):
@@ -253,7 +255,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
                 return tokens, None if bool(mask.all()) else mask
             input = torch.as_tensor(input, device=self.device)
         tokens = input[None] if input.ndim == 1 else input
-        if tokens.ndim != 2 or tokens.is_floating_point():
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype is torch.bool:
             raise ValueError(
                 f"expected text or token ids of shape [batch, position], got {tokens.dtype} {list(input.shape)};"
                 " a residual stream needs start_at_layer"
@@ -266,7 +268,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
                 raise IndexError(
                     f"token id {low if low < 0 else high} is out of range: the vocabulary has {self.cfg.d_vocab} rows"
                 )
-        return tokens.to(self.device), None
+        return tokens.to(self.device, torch.long), None
 
     # Helpers -------------------------------------------------------------------------------------------------
 
@@ -301,6 +303,8 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[2] != self.cfg.d_model:
             got = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
             raise ValueError(f"start_at_layer takes a residual stream [batch, position, {self.cfg.d_model}], got {got}")
+        if 0 in resid.shape or not resid.is_floating_point():
+            raise ValueError(f"the residual stream is {resid.dtype} {list(resid.shape)}, expected floats, one or more")
         return resid
 
     def _check_state(self, state: ModelState, batch: int) -> None:

@@ -100,3 +100,18 @@ def test_a_tokenizer_of_another_model(model):
         IndexError, match=rf"token id {model.cfg.d_vocab} and the vocabulary has {model.cfg.d_vocab} rows"
     ):
         model("text")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_token_ids_of_any_integer_type(model, tokens, dtype):
+    assert torch.equal(model(tokens.to(dtype), return_type="loss"), model(tokens, return_type="loss"))
+
+
+def test_what_is_no_input(model, tokens):
+    with pytest.raises(TypeError, match="expected text or token ids, got NoneType"):
+        model(None)
+    with pytest.raises(ValueError, match=r"expected text or token ids of shape .*, got torch.bool"):
+        model(tokens > 3)
+    for resid in (torch.zeros(1, 0, model.cfg.d_model), torch.zeros(1, 2, model.cfg.d_model, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"the residual stream is torch\.\w+ \[1, (0|2), .*expected floats"):
+            model(resid, start_at_layer=0)
