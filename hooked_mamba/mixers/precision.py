@@ -25,7 +25,9 @@ class KeepsFloat32:
         for name, before in kept.items():
             parameter: nn.Parameter = self.get_parameter(name)  # type: ignore[attr-defined]
             if parameter.dtype in (torch.bfloat16, torch.float16):
+                grad, parameter.grad = parameter.grad, None
                 parameter.data = before.to(device=parameter.device, dtype=torch.float32)
+                parameter.grad = None if grad is None else grad.float()
         return self
 
 

@@ -115,3 +115,10 @@ def test_what_is_no_input(model, tokens):
     for resid in (torch.zeros(1, 0, model.cfg.d_model), torch.zeros(1, 2, model.cfg.d_model, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"the residual stream is torch\.\w+ \[1, (0|2), .*expected floats"):
             model(resid, start_at_layer=0)
+
+
+def test_gradients_follow_the_weights_that_stay_float32(model, tokens):
+    model(tokens, return_type="loss").backward()
+    model.bfloat16()
+    assert all(p.grad.dtype is p.dtype for p in model.parameters())
+    torch.optim.AdamW(model.parameters()).step()
