@@ -114,9 +114,9 @@ def check_against_hf(cfg: MambaConfig | Mamba2Config, seed: int, strict: bool = 
         mine, theirs = model(tokens), hf(tokens).logits
     if strict:
         assert relative(mine, theirs) < FP32
-    else:  # among hundreds of models a few are badly conditioned, and transformers is as far from the truth as we
+    else:  # among hundreds of models a few are badly conditioned (norms of one channel): both are off there
         expected = reference.forward(model.cfg, arrays(model.state_dict()), tokens.numpy()).logits
-        assert relative(mine, expected) < max(FP32, 2 * relative(theirs, expected))
+        assert relative(mine, expected) < max(FP32, 8 * relative(theirs, expected))
         assert relative(mine, theirs) < 1e-4
 
 

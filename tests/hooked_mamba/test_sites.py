@@ -356,7 +356,7 @@ def check_bits(family: str, dtype: torch.dtype, backend: str, lengths: dict, mon
 
 
 BACKENDS = ["torch", "naive", "numba"]
-FEW = {7: (1, 3), 8: (0, 6), 9: (1, 7), 64: (5, 62), 65: (9, 63, 64)}
+FEW = {7: (1, 3), 8: (0, 6), 9: (1, 7), 64: (5, 61, 62), 65: (9, 63, 64)}
 MANY = {n: range(n) for n in (1, 2, 3, 7, 8, 9, 15, 16, 17)} | {
     n: (0, 1, 2, 7, 8, 9, 31, 61, 62, n // 2, n - 2, n - 1) for n in (63, 64, 65, 127, 128, 129, 200)
 }
