@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 families = st.sampled_from(FAMILIES)
 seeds = st.integers(0, 1000)
-few = settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+few = settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 _models: dict = {}
 
@@ -236,7 +236,7 @@ def padded(tokens: list[Tensor], width: int, layout, vocab: int, seed: int) -> t
     return batch, mask
 
 
-@settings(few, max_examples=8)
+@settings(few, max_examples=30)
 @given(families, seeds, padded_batches(), padded_batches(), st.booleans())
 def test_padded_rows_are_what_they_are_alone(family, seed, first, second, materialised):
     """Logits, every site at real positions, the state, and a padded second chunk from that state."""
@@ -268,6 +268,25 @@ def test_padded_rows_are_what_they_are_alone(family, seed, first, second, materi
         assert relative(logits2[i, there], whole[0, a:]) < 1e-12
         for name, value in sites_whole.items():
             assert relative(sites2[name][i, there], value[0, a:]) < 1e-12, name
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_edits_in_a_padded_row_are_those_of_the_row_alone(family):
+    """A hook that scales every position alike, at each site in turn: left padding gives nothing to scale."""
+    model = model_of(family)
+    row = tokens_for(model, 1, 5, seed=2)
+    batch, mask = padded([row[0]], 8, [(3, 5)], model.cfg.d_vocab, 0)
+    for name in model.hook_dict:
+        if name != "hook_tokens":
+            hooks = [(name, lambda v, hook: 1.3 * v)]
+            alone = model.run_with_hooks(row, fwd_hooks=hooks)
+            assert relative(model.run_with_hooks(batch, attention_mask=mask, fwd_hooks=hooks)[:, 3:], alone) < 1e-12, (
+                name
+            )
+    for t in range(5):
+        alone = model.run_with_hooks(row, fwd_hooks=[(f"blocks.0.mixer.hook_h.{t}", lambda h, hook: h + 1)])
+        hooks = [(f"blocks.0.mixer.hook_h.{t + 3}", lambda h, hook: h + 1)]
+        assert relative(model.run_with_hooks(batch, attention_mask=mask, fwd_hooks=hooks)[:, 3:], alone) < 1e-12, t
 
 
 @pytest.mark.parametrize("materialised", [False, True])

@@ -266,6 +266,24 @@ def test_edits_in_the_other_variants(family):
             check_edits(model, tokens, {name: draw_edit(name, "scale")})
 
 
+@pytest.mark.parametrize("family", FLOAT_SITES)
+def test_edits_in_a_later_chunk(family):
+    """From a memory that is not empty, at every site: logits and the memory that is left."""
+    model = model_of(family)
+    tokens = tokens_for(model, rows=2, length=LENGTH + 5, seed=12)
+    _, state = model(tokens[:, :5], return_state=True)
+    memory = {"conv": [layer.conv.numpy() for layer in state], "ssm": [layer.ssm.numpy() for layer in state]}
+    weights, later = arrays(model.state_dict()), tokens[:, 5:]
+    for name in [*FLOAT_SITES[family], "blocks.0.mixer.hook_h.0", f"blocks.1.mixer.hook_h.{LENGTH - 1}"]:
+        edit, hook = draw_edit(name, kind_for(name))
+        expected = reference.forward(model.cfg, weights, later.numpy(), {name: edit}, **memory)
+        logits, end = model.run_with_hooks(later, fwd_hooks=[(name, hook)], initial_state=state, return_state=True)
+        assert relative(logits, expected.logits) < EXACT, name
+        for layer, conv, ssm in zip(end, expected.conv, expected.ssm, strict=True):
+            assert relative(layer.conv, conv) < EXACT, name
+            assert relative(layer.ssm, ssm) < EXACT, name
+
+
 # Editing states ----------------------------------------------------------------------------------------------
 
 
