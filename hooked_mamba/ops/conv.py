@@ -20,9 +20,11 @@ def causal_conv1d(
     """Convolve; see `hooked_mamba.ops.causal_conv1d`."""
     taps = weight.shape[-1]
     length = x.shape[1] - taps + 1
-    kernel = weight[:, 0].t()
+    kernel = (
+        weight[:, 0].t().contiguous()
+    )  # a row of taps after the other: products with strided ones take five times as long
     # Shifted products stay in the layout of x; F.conv1d would transpose there and back.
     out = x[:, :length] * kernel[0] if bias is None else torch.addcmul(bias, x[:, :length], kernel[0])
     for k in range(1, taps):
-        out = torch.addcmul(out, x[:, k : k + length], kernel[k])
+        out.addcmul_(x[:, k : k + length], kernel[k])
     return out
