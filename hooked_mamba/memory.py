@@ -35,9 +35,13 @@ def keep_freed_memory(nbytes: int = KEEP_BYTES) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    largest = 32 * 2**20  # glibc refuses more
-    return bool(mallopt(mmap_threshold, largest)) and bool(mallopt(trim_threshold, min(nbytes, 2**31 - 1)))
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_TRIM_THRESHOLD, ... of malloc.h
+    settings = {
+        trim_threshold: min(nbytes, 2**31 - 1),
+        top_pad: 2**28,  # grow by so much at once, which costs nothing until it is touched: room for large logits
+        mmap_threshold: 2**25,  # the most that glibc takes; what is larger is mapped anew where the heap has no room
+    }
+    return all(mallopt(name, value) for name, value in settings.items())
 
 
 def available_bytes(device: torch.device) -> int | None:
