@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 SMALL = 2**20
 """Multiplications below which the choice does not matter and torch's own product is taken."""
 
@@ -26,7 +25,8 @@ def linear(
     """
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    out = _Product.apply(x, weight)
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    out = _Product.apply(x, weight) if wants_gradient else _product(x, weight)
     return out if bias is None else out + bias
 
 
