@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.hook_points import Hook, HookFunction, HookPoint, Reader, StateHookPoint
+from hooked_mamba.hook_points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
 from hooked_mamba.names import NamesFilter, match_names, split_state_point, unalias, unknown_name
 from hooked_mamba.positions import PositionSelect, PosSlice
 
@@ -185,7 +185,8 @@ class HookedRoot(nn.Module):
             Drop the batch axis; an error if the batch is larger than one.
         incl_bwd
             Also call `backward()` on the output, which must be one number (`return_type="loss"`), and keep the
-            gradients as `<name>_grad`.
+            gradients as `<name>_grad`. Without a filter, sites that the fused scan does without (Mamba-2's A_bar and
+            B_bar) are kept but not their gradients, which would form every state of every layer: name them for that.
         reset_hooks_end, clear_contexts, fwd_hooks, bwd_hooks
             As in :meth:`hooks`. What is cached is what the hooks made of it.
         pos_slice
@@ -218,7 +219,12 @@ class HookedRoot(nn.Module):
         # A single state has no position axis to choose from.
         choice = {name: PositionSelect() if split_state_point(name) else select for name in points}
         readers = [(point, Reader(keeper(name), choice[name])) for name, point in points.items()]
-        gradients = [(name, gradient_keeper(name)) for name in points if name != "hook_tokens"] if incl_bwd else []
+        differentiated = [
+            name
+            for name, point in points.items()
+            if name != "hook_tokens" and not (names_filter is None and isinstance(point, LazyHookPoint))
+        ]
+        gradients = [(name, gradient_keeper(name)) for name in differentiated] if incl_bwd else []
         try:
             for point, reader in readers:
                 point.readers.append(reader)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -51,17 +53,28 @@ def available_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
+    found = [n for n in (_of_machine(), _of_container()) if n is not None]
+    return min(found, default=None)
+
+
+def _of_machine() -> int | None:
+    """What the kernel says is to be had without swapping; the whole memory where it does not say."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return None
+
+
+def _of_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit (cgroup version 2) leaves; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        limit = (folder / "memory.max").read_text().strip()
+        if limit != "max":
+            return max(0, int(limit) - int((folder / "memory.current").read_text()))
+    return None
 
 
 def check_cache_fits(

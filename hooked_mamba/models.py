@@ -190,7 +190,8 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
         loss_per_token
             Losses b l-1 instead of their mean.
         prepend_bos
-            For text: put the BOS token in front. Default False, unlike TransformerLens.
+            For text: put the BOS token in front. By default only a tokenizer that does so by itself puts one there,
+            and these models' do not, unlike in TransformerLens; False forbids it to every tokenizer.
         padding_side
             For lists: "right" (default) or "left". Either gives each row what it would get alone.
         start_at_layer, stop_at_layer
