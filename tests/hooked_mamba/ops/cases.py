@@ -82,8 +82,17 @@ def outcome(
     return results
 
 
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest error of every tensor, against its largest number or 1, the size of the inputs."""
+def assert_close(
+    got: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    tolerance: float,
+    loop: Callable[[], dict[str, Tensor]] | None = None,
+) -> None:
+    """Largest error of every tensor, against its largest number or 1, the size of the inputs.
+
+    `loop` gives the naive loop's own results in the precision under test: where sums cancel so much that they miss
+    the tolerance, it is enough to err no more than they do.
+    """
     assert got.keys() == expected.keys()
     for name, value in got.items():
         reference = expected[name]
@@ -92,13 +101,21 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
         error = (value.double() - reference).abs().max().item()
         # The gradient to A sums terms of both signs over the batch and all positions: the loop loses as much there.
         allowed = tolerance * (5 if name == "to A" else 1)
-        assert error <= allowed * max(reference.abs().max().item(), 1), (name, error)
+        bound = allowed * max(reference.abs().max().item(), 1)
+        if error > bound and loop is not None:
+            bound = (loop()[name].double() - reference).abs().max().item()
+        assert error <= bound, (name, error)
 
 
 def assert_agrees(op: Callable, inputs: dict[str, Tensor], dtype: torch.dtype, backend: str, **options) -> None:
     """Hold a backend against the naive loop in float64."""
     expected = outcome(op, inputs, torch.float64, "naive", **options)
-    assert_close(outcome(op, inputs, dtype, backend, **options), expected, TOLERANCE[dtype])
+    assert_close(
+        outcome(op, inputs, dtype, backend, **options),
+        expected,
+        TOLERANCE[dtype],
+        loop=lambda: outcome(op, inputs, dtype, "naive", **options),
+    )
 
 
 def some_positions(kind: str | None, l: int) -> list[int] | str | None:
