@@ -146,8 +146,10 @@ class Generation:
                 row = logits[:, -1] if made else logits[torch.arange(len(tokens)), last]
                 row = row.clone()
                 row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
-                seen = torch.cat([tokens, *(t[:, None] for t in made)], 1)
-                seen_mask = torch.nn.functional.pad(real, (0, len(made)), value=1)
+                seen = seen_mask = None
+                if freq_penalty:  # the whole text so far, made anew at every step: only where somebody counts it
+                    seen = torch.cat([tokens, *(t[:, None] for t in made)], 1)
+                    seen_mask = torch.nn.functional.pad(real, (0, len(made)), value=1)
                 heat = temperature if do_sample else 0.0
                 new = sample_logits(row, top_k, top_p, heat, freq_penalty, seen, seen_mask, generator)
                 if stops:

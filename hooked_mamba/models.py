@@ -313,7 +313,7 @@ class HookedSSM(TextMethods, Generation, SharedWeights, HookedRoot, Stack):
             raise TypeError(f"initial_state must be a ModelState as return_state gives it, got {type(state).__name__}")
         if len(state) != self.cfg.n_layers:
             raise ValueError(f"initial_state has {len(state)} layers, the model has {self.cfg.n_layers}")
-        for i, (mine, expected) in enumerate(zip(state, self.initial_state(batch), strict=True)):
+        for i, (mine, expected) in enumerate(zip(state, self.initial_state(batch, "meta"), strict=True)):
             for part in ("conv", "ssm"):
                 got, want = getattr(mine, part).shape, getattr(expected, part).shape
                 if got != want:

@@ -22,7 +22,7 @@ class Mixer(Protocol):
         self, resid: Tensor, state: LayerState, padding: Padding | None = None
     ) -> tuple[Tensor, LayerState]: ...
 
-    def initial_state(self, batch: int) -> LayerState: ...
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState: ...
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None: ...
 
@@ -89,9 +89,9 @@ class Stack(nn.Module):
         """The mixer of one block."""
         return cast(Mixer, self.blocks[layer].mixer)
 
-    def initial_state(self, batch: int) -> ModelState:
-        """The memory of a model that has read nothing yet."""
-        return ModelState(tuple(self.mixer(i).initial_state(batch) for i in range(self.cfg.n_layers)))
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> ModelState:
+        """The memory of a model that has read nothing yet, where the weights are; on "meta" its shapes alone."""
+        return ModelState(tuple(self.mixer(i).initial_state(batch, device) for i in range(self.cfg.n_layers)))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

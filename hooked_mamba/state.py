@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +101,15 @@ class Padding:
         """x with exact zeros at padded positions."""
         mask = self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2))
         return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def zero_padding(padding: Padding | None) -> Callable[[Tensor], Tensor]:
+    """`padding.zero`, or for a batch without padding what leaves a tensor as it is."""
+    return padding.zero if padding is not None else _unchanged
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def with_history(

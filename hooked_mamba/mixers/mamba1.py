@@ -21,7 +21,7 @@ from hooked_mamba.config import MambaConfig
 from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
 from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
-from hooked_mamba.state import LayerState, Padding, with_history
+from hooked_mamba.state import LayerState, Padding, with_history, zero_padding
 
 
 class Mamba1Mixer(KeepsFloat32, nn.Module):
@@ -68,7 +68,7 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
-        real = padding.zero if padding is not None else _unchanged
+        real = zero_padding(padding)
 
         xz = self.hook_in_proj(self.in_proj(resid))
         x = self.hook_x_pre(real(xz[..., :E]))
@@ -147,12 +147,12 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         """Continuous-time decay rates, negative."""
         return -torch.exp(at_least_fp32(self.A_log))
 
-    def initial_state(self, batch: int) -> LayerState:
-        """The empty memory."""
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:
+        """The empty memory, where the weights are; on "meta" its shapes alone."""
         cfg, weight = self.cfg, self.in_proj.weight
         return LayerState(
-            weight.new_zeros(batch, cfg.d_conv - 1, cfg.E),
-            self.A_log.new_zeros(batch, cfg.E, cfg.d_state),
+            weight.new_zeros(batch, cfg.d_conv - 1, cfg.E, device=device),
+            self.A_log.new_zeros(batch, cfg.E, cfg.d_state, device=device),
         )
 
     @torch.no_grad()
@@ -170,7 +170,3 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         self.dt_proj.bias.copy_(initial_dt_bias(cfg, self.dt_proj.bias, generator))
         self.A_log.copy_(torch.arange(1, cfg.d_state + 1).to(self.A_log).log().expand_as(self.A_log))
         self.D.fill_(1)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

@@ -22,7 +22,7 @@ from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
 from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
-from hooked_mamba.state import LayerState, Padding, with_history
+from hooked_mamba.state import LayerState, Padding, with_history, zero_padding
 
 
 class Mamba2Mixer(KeepsFloat32, nn.Module):
@@ -68,7 +68,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
         cfg = self.cfg
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
-        real = padding.zero if padding is not None else _unchanged
+        real = zero_padding(padding)
 
         zxBCdt = self.hook_in_proj(self.in_proj(resid))
         z, xBC, dt_pre = zxBCdt.split([E, cfg.conv_dim, H], -1)
@@ -153,12 +153,12 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         """Continuous-time decay rates, negative, one a head."""
         return -torch.exp(at_least_fp32(self.A_log))
 
-    def initial_state(self, batch: int) -> LayerState:
-        """The empty memory."""
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:
+        """The empty memory, where the weights are; on "meta" its shapes alone."""
         cfg, weight = self.cfg, self.in_proj.weight
         return LayerState(
-            weight.new_zeros(batch, cfg.d_conv - 1, cfg.conv_dim),
-            self.A_log.new_zeros(batch, cfg.H, cfg.P, cfg.d_state),
+            weight.new_zeros(batch, cfg.d_conv - 1, cfg.conv_dim, device=device),
+            self.A_log.new_zeros(batch, cfg.H, cfg.P, cfg.d_state, device=device),
         )
 
     @torch.no_grad()
@@ -176,7 +176,3 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         self.A_log.uniform_(*cfg.A_init_range, generator=generator).log_()
         self.D.fill_(1)
         self.norm.weight.fill_(1)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
