@@ -19,7 +19,10 @@ MAMBA2: tuple[dict[str, Any], ...] = (
     {"name": "l2-mambacoder", "layer": 2, "d_sae": D_SAE, "k": 32},
 )
 
-PRESETS = {"tinystories-4l": MAMBA1, "tinystories-mamba2-4l": MAMBA2}
+CONTROL = tuple(spec for spec in MAMBA1 if spec["name"] != "l2-selection")
+"""For the model of real text alone, on which the case study repeats its claims."""
+
+PRESETS = {"tinystories-4l": MAMBA1, "tinystories-4l-real": CONTROL, "tinystories-mamba2-4l": MAMBA2}
 """Bundled model -> its dictionaries."""
 
 
