@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.analysis.captured import captured
+from hooked_mamba.analysis.captured import Padded, captured, padding_under_way
+from hooked_mamba.analysis.columns import Columns, column_mask, columns_before
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.hook_points import HookPoint
 from hooked_mamba.models import HookedSSM
-from saes.columns import Columns, column_mask, columns_before
 from saes.config import CoderConfig
 from saes.targets import LOCAL, sites_of, stream_values, streams_of
 
@@ -50,7 +50,7 @@ def rewritten(model: HookedSSM, rewrites: Sequence[Rewrite], positions: Columns 
     needed = [site for rewrite in rewrites for site in _inputs(model, rewrite.cfg)]
     with ExitStack() as stack:
         cache = stack.enter_context(captured(model, dict.fromkeys(needed)))
-        padding = stack.enter_context(_padding_of(model))
+        padding = stack.enter_context(padding_under_way(model))
         hooks = [_hook(model, rewrite, cache, padding, positions) for rewrite in rewrites]
         stack.enter_context(model.hooks(hooks))
         yield
@@ -63,7 +63,7 @@ def _inputs(model: HookedSSM, cfg: CoderConfig) -> list[str]:
 
 
 def _hook(
-    model: HookedSSM, rewrite: Rewrite, cache: ActivationCache, padding: _Padded, positions: Columns
+    model: HookedSSM, rewrite: Rewrite, cache: ActivationCache, padding: Padded, positions: Columns
 ) -> tuple[str, Callable[..., Tensor | None]]:
     cfg = rewrite.cfg
     x_stream, y_stream = streams_of(cfg)
@@ -81,28 +81,9 @@ def _hook(
         new = new.to(value.dtype)
         batch, length = value.shape[:2]
         mask = column_mask(positions, batch, length, columns_before(model), value.device)
-        if site.startswith("blocks.") and padding.mask is not None:
-            mask = padding.mask if mask is None else mask & padding.mask
+        if site.startswith("blocks.") and padding.padding is not None:
+            real = padding.padding.mask
+            mask = real if mask is None else mask & real
         return (new if mask is None else torch.where(mask.unsqueeze(2), new, whole)).reshape(value.shape)
 
     return site, edit
-
-
-class _Padded:
-    """The mask of the pass under way, as its blocks get it; None where nothing is padded."""
-
-    mask: Tensor | None = None
-
-
-@contextmanager
-def _padding_of(model: HookedSSM) -> Iterator[_Padded]:
-    padded = _Padded()
-
-    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        padding = kwargs.get("padding", args[2] if len(args) > 2 else None)
-        padded.mask = None if padding is None else padding.mask
-
-    with ExitStack() as stack:
-        for block in model.blocks:
-            stack.callback(block.register_forward_pre_hook(before_block, with_kwargs=True).remove)
-        yield padded

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.analysis.columns import Columns
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
-from saes.columns import Columns
 from saes.config import CoderConfig
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.rewriting import Rewrite, rewritten
@@ -81,7 +81,7 @@ def splice(
     features
         Edits of latents by coder's name; with one coder the edit alone.
     positions
-        Columns to replace; None: all. See `saes.columns.Columns` for what they mean in `generate`.
+        Columns to replace; None: all. See `hooked_mamba.analysis.columns.Columns` for what they mean in `generate`.
     record
         Keep the latents in `spliced.latents`.
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hooked_mamba.analysis.columns import Columns
 from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
-from saes.columns import Columns
 from saes.naming import check_fits
 from saes.rewriting import Rewrite, rewritten
 from saes.splicing import Edit, Spliced, check_features, decoded_change, splice

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import SSMConfig
 from hooked_mamba.hook_points import Reader
 from hooked_mamba.hooked_root import HookedRoot
 from hooked_mamba.positions import PositionSelect
+from hooked_mamba.stack import Stack
+from hooked_mamba.state import Padding
 
 Positions = int | Iterable[int] | Tensor | None
 """Columns: one, several, a mask b l of bools (its own columns for each row), or None for all."""
@@ -43,6 +45,26 @@ def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCach
     finally:
         for point, reader in readers:
             point.readers.remove(reader)
+
+
+class Padded:
+    """The padding of the pass under way, as its blocks get it; None where nothing is padded."""
+
+    padding: Padding | None = None
+
+
+@contextmanager
+def padding_under_way(model: Stack) -> Iterator[Padded]:
+    """What is padded in each forward pass inside the `with`."""
+    padded = Padded()
+
+    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        padded.padding = kwargs.get("padding", args[2] if len(args) > 2 else None)
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(before_block, with_kwargs=True).remove)
+        yield padded
 
 
 def position_mask(positions: Positions, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saes.columns import columns_before
+from hooked_mamba.analysis.columns import columns_before
 from saes.steering import ablate, scale_features, set_features, steer
 from tests.hooked_mamba.tiny import tokens_for
 from tests.saes.models import mambacoder_on, sae_on, tiny

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mamba.analysis.captured import position_mask
 from hooked_mamba.hook_points import StateHookPoint
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.hooked_root import HookedRoot
 
 Columns = int | slice | Iterable[int] | Tensor | None
 """One, several, a slice, a mask b l of bools (its own columns for each row), or None for all.
@@ -21,7 +21,7 @@ for the prompt.
 """
 
 
-def columns_before(model: HookedSSM) -> int | None:
+def columns_before(model: HookedRoot) -> int | None:
     """Columns of earlier calls while `generate` runs; None outside of it."""
     for point in model.hook_dict.values():
         if isinstance(point, StateHookPoint):
@@ -54,7 +54,7 @@ def column_mask(
         if any(bound is not None and bound < 0 for bound in (columns.start, columns.stop, columns.step)):
             raise ValueError(f"while generating there is no end yet to count from: {columns}")
         start, step = columns.start or 0, columns.step or 1
-        stop = before + length if columns.stop is None else columns.stop
+    XX
         return _these([t - before for t in range(start, stop, step)], batch, length, device)
     is_mask = isinstance(columns, Tensor) and columns.dtype == torch.bool
     if before is None or (is_mask and before == 0):
