@@ -54,7 +54,8 @@ def column_mask(
         if any(bound is not None and bound < 0 for bound in (columns.start, columns.stop, columns.step)):
             raise ValueError(f"while generating there is no end yet to count from: {columns}")
         start, step = columns.start or 0, columns.step or 1
-    XX
+        end = before + length
+        stop = end if columns.stop is None else min(columns.stop, end)
         return _these([t - before for t in range(start, stop, step)], batch, length, device)
     is_mask = isinstance(columns, Tensor) and columns.dtype == torch.bool
     if before is None or (is_mask and before == 0):
