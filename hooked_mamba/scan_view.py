@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba import ops
+from hooked_mamba.ops.interface import ScanOut, StateEdits
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,40 @@ def _of_lanes(v: Tensor, view: ScanView) -> Tensor:
     return v if G in (1, view.n_lanes) else v.repeat_interleave(view.n_lanes // G, 2)
 
 
-def run_scan(view: ScanView) -> Float[Tensor, "b l H P"]:
-    """y_t = C h_t + D u_t over the view's own input, from an empty state, in linear time."""
+def run_scan(
+    view: ScanView, h0: Float[Tensor, "b ..."] | None = None, *, frozen: bool = False
+) -> Float[Tensor, "b l H P"]:
+    """y_t = C h_t + D u_t over the view's own input, in linear time.
+
+    Parameters
+    ----------
+    h0
+        The state before the first position, b E N (Mamba-2: b H P N); None: an empty one.
+    frozen
+        Whether gradients flow to u and h0 alone.
+    """
+    return scan_out(view, h0, frozen=frozen).y
+
+
+def scan_out(
+    view: ScanView,
+    h0: Float[Tensor, "b ..."] | None = None,
+    *,
+    states_at: Sequence[int] | None = None,
+    edits: StateEdits | None = None,
+    frozen: bool = False,
+) -> ScanOut:
+    """The same with its states, b H P N (and b S H P N) in both families; so are the scales and additions of edits."""
+    if h0 is not None:
+        h0 = h0.reshape(*view.u.shape[:1], *view.u.shape[2:], -1)
     if view.A.shape[1] == 1:
-        return ops.ssd(view.u, view.dt, view.A[:, 0], view.B, view.C, view.D).y
+        A, B, C = view.A[:, 0], view.B, view.C
+        return ops.ssd(view.u, view.dt, A, B, C, view.D, h0=h0, states_at=states_at, edits=edits, frozen=frozen)
+    if edits is not None:
+        scale, add = (None if part is None else part[:, :, :, 0] for part in edits[1:])
+        edits = StateEdits(edits.at, scale, add)
+    h0 = None if h0 is None else h0[:, :, 0]
     u, B, C = view.u[..., 0], view.B[:, :, 0], view.C[:, :, 0]
-    return ops.selective_scan(u, view.dt, view.A, B, C, view.D).y.unsqueeze(-1)
+    out = ops.selective_scan(u, view.dt, view.A, B, C, view.D, h0=h0, states_at=states_at, edits=edits, frozen=frozen)
+    states = None if out.states is None else out.states.unsqueeze(3)
+    return ScanOut(out.y.unsqueeze(-1), out.h_last.unsqueeze(2), states)
