@@ -1,0 +1,70 @@
+"""All stages of one model, and where its own concept fails, of the best of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from circuits import Graph
+from demos.hunger import ablation, activation, circuit, geometry, natural, planted, selection, steering, swap
+from demos.hunger.claims import ESSENTIAL, judge
+from demos.hunger.concepts import CONCEPTS, HUNGRY, OTHERS, Concept
+from demos.hunger.stages import Found, Stages, source_hash
+from demos.hunger.subject import Subject
+
+STAGES = 11
+"""Of one concept, its selection left out: see :func:`study`."""
+
+
+def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found:
+    """Everything about one model.
+
+    Parameters
+    ----------
+    folder
+        Stages go to `folder / model / concept`.
+    """
+    key = subject.key() | {"code": source_hash()}
+    shared = Stages(folder / subject.name, key, bar)
+    rest = shared.run("natural", lambda: natural.measure(subject))
+    found: Found = {
+        "planted": shared.run("planted", lambda: planted.measure(subject.name, subject.options.told)),
+        "metrics": subject.metrics,
+        "concepts": {},
+    }
+    stages = {c.name: Stages(shared.folder / c.name, key, bar) for c in CONCEPTS}
+    chosen = {c.name: stages[c.name].run("selection", lambda c=c: selection.find(subject, c, rest)) for c in CONCEPTS}
+    found["selection"] = {name: {k: v for k, v in one.items() if k != "tried"} for name, one in chosen.items()}
+    found["concepts"][HUNGRY.name] = study(subject, HUNGRY, chosen[HUNGRY.name], rest, stages[HUNGRY.name])
+    failed = [c["name"] for c in found["concepts"][HUNGRY.name]["claims"] if c["name"] in ESSENTIAL and not c["holds"]]
+    if failed:
+        # By what the half to find on says, so that the other half still judges.
+        best = max(OTHERS, key=lambda c: (chosen[c.name]["auc"], chosen[c.name]["effect"]))
+        found["concepts"][best.name] = study(subject, best, chosen[best.name], rest, stages[best.name])
+    return found
+
+
+def study(subject: Subject, concept: Concept, chosen: Found, rest: Found, stages: Stages) -> Found:
+    """All stages of one concept, and its claims."""
+    how = geometry.method()
+    results: dict[str, Any] = {
+        "chosen": chosen,
+        "metrics": subject.metrics[chosen["coder"]],
+        "pairs": stages.run("pairs", lambda: selection.describe(subject, concept)),
+        "scored": stages.run("scored", lambda: selection.score(subject, concept, chosen)),
+        "activation": stages.run("activation", lambda: activation.measure(subject, concept, chosen, rest)),
+        "geometry": stages.run("geometry", lambda: geometry.measure(subject, concept, chosen, rest)),
+        "picture": stages.run(f"picture-{how}", lambda: geometry.picture(subject, concept, chosen, how)),
+        "steering": stages.run("steering", lambda: steering.measure(subject, concept, chosen, rest)),
+        "circuit": stages.run("circuit", lambda: circuit.measure(subject, concept, chosen)),
+        "swap": stages.run("swap", lambda: swap.measure(subject, concept, chosen)),
+    }
+    named = results["circuit"]["named"]
+    results["ablation"] = stages.run(
+        "ablation", lambda: ablation.measure(subject, concept, chosen, (named[0], named[1]))
+    )
+    results["claims"] = [claim.to_dict() for claim in judge(results)]
+    return results

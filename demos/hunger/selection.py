@@ -1,0 +1,127 @@
+"""Which latent reads like the feeling: found on one half of the pairs, scored on the other.
+
+1. On the half to find on, each latent of each layer is a detector: the area under its curve at the last token. Layer 0
+   is left out: its MambaCoder reads the last token alone, which all sentences share.
+2. The best few by that are tried: set to its natural maximum at the last token of the sentences without a cue, how
+   much more likely does a latent make the word? The one that does most is taken.
+3. On the other half, whose frames and words it has not seen, its area is the result. The best detector by a single
+   token, found and scored on the same halves, is the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from demos.hunger import stats
+from demos.hunger.concepts import Concept, HalfName, Pair
+from demos.hunger.stages import Found
+from demos.hunger.subject import Ends, Sentences, Subject, ends
+from saes import feature_logits, set_features
+
+
+def describe(subject: Subject, concept: Concept) -> Found:
+    """The pairs, and what their halves share."""
+    halves = {half: concept.pairs(half, subject.options.words) for half in ("find", "score")}
+    find, score = concept.find, concept.score
+    shared = set(find.cues) & set(score.cues) | set(find.others) & set(score.others)
+    frames = {f for pair in find.frames for f in pair} & {f for pair in score.frames for f in pair}
+    return {
+        "counts": {half: len(pairs) for half, pairs in halves.items()},
+        "shared_words": sorted(shared),
+        "shared_frames": sorted(frames),
+        "examples": {
+            half: [[p.cue, p.other] for p in pairs[:: max(1, len(pairs) // 5)]] for half, pairs in halves.items()
+        },
+    }
+
+
+def natural_maximum(natural: Found, coder: str, z: Float[Tensor, "b F"]) -> Float[Tensor, " F"]:
+    """Each latent's largest value in the model's own stories and in the sentences z is of."""
+    return torch.maximum(torch.tensor(natural["coders"][coder]["largest"]), z.amax(0))
+
+
+def sides(subject: Subject, pairs: Sequence[Pair]) -> tuple[Sentences, Sentences]:
+    """Sentences with and without a cue."""
+    return Sentences.of(subject.model, [p.cue for p in pairs]), Sentences.of(subject.model, [p.other for p in pairs])
+
+
+def find(subject: Subject, concept: Concept, natural: Found) -> Found:
+    """Steps 1 and 2, on the half to find on alone."""
+    cues, others = sides(subject, concept.pairs("find", subject.options.words))
+    with_cue, without = ends(subject, cues), ends(subject, others)
+    word = subject.token(concept.word)
+    candidates = []
+    maxima: dict[str, Tensor] = {}
+    for name, coder in subject.coders.items():
+        if not coder.cfg.layer:
+            continue
+        z = coder.encode(torch.cat([with_cue.x[name], without.x[name]]))
+        maxima[name] = natural_maximum(natural, name, z)
+        positive, negative = z.chunk(2)
+        area = stats.auc(positive, negative)
+        gap = (positive.mean(0) - negative.mean(0)) / z.std(0).clamp_min(1e-6)
+        candidates += [(-float(area[f]), -float(gap[f]), name, f) for f in range(coder.cfg.d_sae)]
+    tried = []
+    for area, _, name, f in sorted(candidates)[: subject.options.shortlist]:
+        strength = float(maxima[name][f])
+        with set_features(subject.model, subject.coders[name], {f: strength}, positions=-1):
+            after = ends(subject, others)
+        effect = float((after.log_p[:, word] - without.log_p[:, word]).mean())
+        tried.append({"coder": name, "feature": f, "auc": -area, "maximum": strength, "effect": effect})
+    best = max(tried, key=lambda one: one["effect"])
+    return {"tried": tried, **best, "baseline": best_token(cues, others)}
+
+
+def occurrence(sentences: Sentences, token: int) -> Float[Tensor, " b"]:
+    """1 where a token is in a sentence."""
+    return ((sentences.tokens == token) & sentences.mask.bool()).any(1).double()
+
+
+def best_token(cues: Sentences, others: Sentences) -> Found:
+    """The single token that tells the two kinds apart best, and whether it speaks for the cue or against it."""
+    both = torch.cat([cues.tokens[cues.mask.bool()], others.tokens[others.mask.bool()]]).unique().tolist()
+    areas = [float(stats.auc(occurrence(cues, t), occurrence(others, t))) for t in both]
+    best = max(range(len(both)), key=lambda i: abs(areas[i] - 0.5))
+    sign = 1 if areas[best] >= 0.5 else -1
+    return {"token": both[best], "sign": sign, "auc": areas[best] if sign > 0 else 1 - areas[best]}
+
+
+def activations(subject: Subject, found: Found, seen: Ends) -> Float[Tensor, " b"]:
+    """The chosen latent at the last token."""
+    return subject.coders[found["coder"]].encode(seen.x[found["coder"]])[:, found["feature"]]
+
+
+def score(subject: Subject, concept: Concept, found: Found, half: HalfName = "score") -> Found:
+    """Step 3."""
+    options = subject.options
+    pairs = concept.pairs(half, options.words)
+    cues, others = sides(subject, pairs)
+    with_cue, without = ends(subject, cues), ends(subject, others)
+    positive, negative = activations(subject, found, with_cue), activations(subject, found, without)
+    token, sign = found["baseline"]["token"], found["baseline"]["sign"]
+    base = sign * occurrence(cues, token), sign * occurrence(others, token)
+
+    def area(chosen: Tensor) -> float:
+        return float(stats.auc(positive[chosen], negative[chosen]))
+
+    def more(chosen: Tensor) -> float:
+        return area(chosen) - float(stats.auc(base[0][chosen], base[1][chosen]))
+
+    word, against = subject.token(concept.word), subject.token(concept.against)
+    said = feature_logits(subject.model, subject.coders[found["coder"]], found["feature"], k=12)
+    return {
+        "pairs": len(pairs),
+        "auc": stats.bootstrap(area, len(pairs), options.resamples, options.seed),
+        "baseline": float(stats.auc(*base)),
+        "baseline_token": subject.model.to_single_str_token(token),
+        "more": stats.bootstrap(more, len(pairs), options.resamples, options.seed),
+        "activations": {"cue": positive.tolist(), "other": negative.tolist()},
+        "sentences": {"cue": [p.cue for p in pairs], "other": [p.other for p in pairs]},
+        "model_auc": float(stats.auc(with_cue.lead(word, against), without.lead(word, against))),
+        "promoted": [[token, value] for token, value in said.promoted[0]],
+        "suppressed": [[token, value] for token, value in said.suppressed[0]],
+    }
