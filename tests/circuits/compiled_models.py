@@ -5,8 +5,9 @@ latch      ... ? -> the last marked value. With `via="marker"` the marker stands
 induction  ... a b ... a -> b, in two layers: the first copies each token to its successor, the second stores values
            under their predecessors.
 
-Distractors are channels that read fillers and values and write into the space that the logits read. Rotations turn the
-residual stream's basis, permutations the channels' order; both leave what the model computes as it is.
+Distractors are channels that read fillers and values (in induction every token) and write into the space that the
+logits read. Rotations turn the residual stream's basis, permutations the channels' order; both leave what the model
+computes as it is.
 """
 
 from __future__ import annotations
@@ -231,39 +232,98 @@ def induction_cases(n: int, seed: int) -> list[Case]:
     return cases
 
 
-def induction(seed: int, turned: bool = False) -> Compiled:
-    """Two layers of Mamba-1. Stream: the token, its predecessor, what the logits read, a constant."""
+def induction(family: str, seed: int, distractors: bool = False, turned: bool = False) -> Compiled:
+    """Two layers in either family. Stream: the token, its predecessor, what the logits read, a constant, noise."""
     n = INDUCTION_TOKENS
-    cfg = MambaConfig(
-        d_model=3 * n + 1, n_layers=2, d_vocab=n, d_conv=K, d_inner=2 * n, d_state=n, dt_rank=1, tie_embeddings=False
-    )
-    model: Any = HookedMamba(cfg, seed=0).double()
+    common: dict[str, Any] = {
+        "d_model": 3 * n + 1 + NOISE, "n_layers": 2, "d_vocab": n, "d_conv": K, "tie_embeddings": False, "d_state": n,
+    }  # fmt: skip
+    model: Any
+    if family == "mamba":
+        model = HookedMamba(MambaConfig(**common, d_inner=3 * n, dt_rank=1), seed=0)
+    else:
+        model = HookedMamba2(Mamba2Config(**common, d_inner=2 * n, head_dim=n, n_groups=2, norm_groups=1), seed=0)
+    model = model.double()
     generator = torch.Generator().manual_seed(seed)
-    token, before, read, one = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n), 3 * n
+    read, one = slice(2 * n, 3 * n), 3 * n
     with torch.no_grad():
         _zero(model)
         eye = torch.eye(n, dtype=torch.float64)
-        model.embed.weight[:, token] = eye
+        noise = torch.randn(n, NOISE, generator=generator, dtype=torch.float64)
+        model.embed.weight[:, :n] = (0.8 if distractors else 1) * eye
         model.embed.weight[:, one] = 1
+        if distractors:
+            model.embed.weight[:, one + 1 :] = 0.6 * noise / noise.norm(dim=1, keepdim=True)
         model.unembed.weight[:, read] = 5 * eye
         first, second = (block.mixer for block in model.blocks)
-        first.in_proj.weight[:n, token] = eye
-        first.conv1d.weight[:n, 0, K - 2] = 1  # the token before
-        first.D[:n] = 1
-        first.out_proj.weight[before, :n] = 3 * eye
-        second.in_proj.weight[:n, token] = eye
-        second.in_proj.weight[n : 2 * n, before] = eye
-        second.conv1d.weight[:, 0, K - 1] = 1
-        second.x_proj.weight[1 : 1 + n, n:] = eye  # B: stored under its predecessor
-        second.x_proj.weight[1 + n :, :n] = eye  # C: asked for by the token itself
-        second.dt_proj.bias.fill_(1)
-        second.A_log.fill_(-7)
-        second.out_proj.weight[read, :n] = 3 * eye
-        for mixer in (first, second):
-            mixer.in_proj.weight[2 * n :, one] = 1
-        channels = torch.arange(2 * n)
+        (_induction_mamba if family == "mamba" else _induction_mamba2)(first, second, generator, distractors)
+        channels = torch.arange(model.cfg.E)
         if turned:
             rotate(model, generator)
             permute(first, generator)
             channels = permute(second, generator)
     return Compiled(model, channels.argsort()[:n].tolist())
+
+
+def _induction_mamba(first: Any, second: Any, generator: torch.Generator, distractors: bool) -> None:
+    """Channels: values, keys, distractors."""
+    n = INDUCTION_TOKENS
+    token, before, read, one = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n), 3 * n
+    eye = torch.eye(n, dtype=torch.float64)
+    first.in_proj.weight[:n, token] = eye
+    first.conv1d.weight[:n, 0, K - 2] = 1  # the token before
+    first.D[:n] = 1
+    first.out_proj.weight[before, :n] = 0.1 * eye
+    second.in_proj.weight[:n, token] = eye
+    second.in_proj.weight[n : 2 * n, before] = eye
+    second.conv1d.weight[:, 0, K - 1] = 1
+    second.x_proj.weight[1 : 1 + n, n : 2 * n] = eye  # B: stored under its predecessor
+    second.x_proj.weight[1 + n :, :n] = eye  # C: asked for by the token itself
+    second.dt_proj.bias.fill_(1)
+    second.A_log.fill_(-7)
+    second.out_proj.weight[read, :n] = 3 * eye
+    for mixer in (first, second):
+        mixer.in_proj.weight[3 * n :, one] = 1
+        if distractors:
+            _distract(mixer, mixer.in_proj.weight[: 3 * n], slice(2 * n, 3 * n), 0.02, generator)
+            mixer.D[2 * n :] = 1
+
+
+def _induction_mamba2(first: Any, second: Any, generator: torch.Generator, distractors: bool) -> None:
+    """Two heads with groups of their own: values, distractors. B and C come through the convolution and SiLU, which
+    leaves zeros zero, so that a key matches itself alone; what a layer writes has one size, by the norm behind its
+    gate."""
+    n, E, H = INDUCTION_TOKENS, 2 * INDUCTION_TOKENS, 2
+    token, before, read, one = slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n), 3 * n
+    eye = torch.eye(n, dtype=torch.float64)
+    for mixer in (first, second):
+        z, x, B, C, _ = mixer.in_proj.weight.split([E, E, 2 * n, 2 * n, H])
+        x_taps, B_taps, C_taps = mixer.conv1d.weight[:, 0].split([E, 2 * n, 2 * n])
+        z[:, one] = 1
+        x[:n, token] = eye
+        B[n:, one] = C[n:, one] = 1  # the distractors read all that came before
+        B_taps[:, K - 1] = C_taps[:, K - 1] = 1
+        mixer.A_log.fill_(-7)
+        if mixer is first:
+            x_taps[:n, K - 2] = 1  # the token before
+            mixer.D[0] = 1
+            mixer.dt_bias[0] = -20
+            mixer.out_proj.weight[before, :n] = 0.3 * eye
+        else:
+            x_taps[:n, K - 1] = 1
+            B[:n, before] = eye  # stored under its predecessor
+            C[:n, token] = eye  # asked for by the token itself
+            mixer.dt_bias[0] = 1
+            mixer.out_proj.weight[read, :n] = eye
+        mixer.dt_bias[1] = -8
+        if distractors:
+            _distract(mixer, x, slice(n, 2 * n), 0.05, generator)
+            mixer.D[1] = 1
+
+
+def _distract(mixer: Any, x: Tensor, noisy: slice, size: float, generator: torch.Generator) -> None:
+    """Channels that read tokens' noise through taps of their own and write into what the logits read."""
+    n, dtype = INDUCTION_TOKENS, x.dtype
+    x[noisy, 3 * n + 1 :] = torch.randn(n, NOISE, generator=generator, dtype=dtype)
+    mixer.conv1d.weight[noisy, 0] = torch.randn(n, K, generator=generator, dtype=dtype)
+    mixer.out_proj.weight[2 * n : 3 * n, noisy] = size * torch.randn(n, n, generator=generator, dtype=dtype)
