@@ -110,3 +110,15 @@ def layer_list(model: HookedRoot, layers: int | Iterable[int] | None) -> list[in
         if not -n <= i < n:
             raise IndexError(f"layer {i} is out of range for a model of {n} layers")
     return sorted({i % n for i in chosen})
+
+
+def channel_list(model: HookedRoot, channels: int | Iterable[int] | None) -> tuple[int, ...] | None:
+    """Channels as non-negative ints; None: all."""
+    if channels is None:
+        return None
+    E = cast(SSMConfig, model.cfg).E
+    chosen = [channels] if isinstance(channels, int) else [int(e) for e in channels]
+    for e in chosen:
+        if not -E <= e < E:
+            raise IndexError(f"channel {e} is out of range: a mixer of this model has {E}, 0 to {E - 1}")
+    return tuple(dict.fromkeys(e % E for e in chosen))

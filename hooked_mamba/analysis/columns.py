@@ -21,6 +21,11 @@ for the prompt.
 """
 
 
+def kept(columns: Columns) -> Columns:
+    """Columns that can be gone through more than once."""
+    return columns if columns is None or isinstance(columns, int | slice | Tensor) else [int(t) for t in columns]
+
+
 def columns_before(model: HookedRoot) -> int | None:
     """Columns of earlier calls while `generate` runs; None outside of it."""
     for point in model.hook_dict.values():

@@ -1,120 +1,240 @@
 """Cuts of the value path that hold at the same time, so that a pair cut twice is not subtracted twice.
 
-The scan is linear in u, so every cut is a cut of u: the token cuts take input_of(tokens) away from it, the scan cuts
-what is left at their positions. For a target t, A its read cuts and W the write cuts of the layer,
+The scan is linear in u, so a cut takes away a part of u: a scan cut the terms u_s at its cells (position, channel), a
+token cut what the tokens at its cells send through the convolution's taps.
 
-    y_t = C_t h_t(what A and W leave of u) + D (what A leaves of u_t)
+1. u is taken apart into pieces by which cuts take them away.
+2. Each piece goes through a scan of its own, with the same dt, A, B, C.
+3. A target t loses the scans of all pieces that some cut takes from t.
 
-and a cut takes away what the cuts before it have left. Targets with different A are scanned apart.
+What a write cut takes is never in the state, so that of its pieces only the skip D u is there to be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.analysis.captured import Positions, position_mask
-from hooked_mamba.scan_view import run_scan
+from hooked_mamba.analysis.columns import Columns, column_mask
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.ops.interface import StateEdits
+from hooked_mamba.scan_view import ScanView, scan_out
 from hooked_mamba.ssm_decomposition import Source
+from hooked_mamba.state import Padding
+from hooked_mamba.token_sources import TokenPath
 
-_HELD: WeakKeyDictionary[nn.Module, list[Cut]] = WeakKeyDictionary()
-"""The cuts that hold in a model now, outer ones first."""
+Channels = tuple[int, ...] | None
+"""Channels e of E (in Mamba-2 e = h P + p); None: all."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
     """What one `knockout` takes away."""
 
-    sources: Positions
-    targets: Positions
+    cells: tuple[tuple[Columns, Channels], ...]
+    """Source positions, and the channels that are cut there."""
+    targets: Columns
     layers: frozenset[int]
     source: Source
     cut: Literal["read", "write"]
 
 
-def kept(positions: Positions) -> Positions:
-    """Positions that can be gone through more than once."""
-    return positions if positions is None or isinstance(positions, int | Tensor) else list(positions)
+@dataclass(frozen=True, eq=False)
+class StateChange:
+    """h <- scale h + add, right after a position of one layer: what was written before is scaled with it."""
+
+    layer: int
+    position: int
+    """As `hook_h.{position}` counts."""
+    scale: Float[Tensor, "#H #P #N"]
+    add: Float[Tensor, "*b #H #P #N"] | None = None
+
+
+@dataclass
+class Memory:
+    """What cuts of one layer must know of earlier calls while a model generates."""
+
+    p: Float[Tensor, "b k E"] | None = None
+    """The convolution's last inputs, and which cuts take them away."""
+    codes: Int[Tensor, "b k e"] | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """The state that each piece has left behind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One call of one mixer, as cuts see it."""
+
+    view: ScanView
+    path: TokenPath
+    before: int | None = None
+    """Columns of earlier calls, while generating."""
+    padding: Padding | None = None
+    changes: StateEdits | None = None
+    """What becomes of the state on the way."""
+    memory: Memory = field(default_factory=Memory)
+
+    def mask(self, columns: Columns) -> Bool[Tensor, "b l"]:
+        """Columns as a mask."""
+        b, l = self.view.dt.shape[:2]
+        device = self.view.dt.device
+        found = column_mask(columns, b, l, self.before, device)
+        return torch.ones(b, l, dtype=torch.bool, device=device) if found is None else found
+
+    def cells(self, cut: Cut) -> Bool[Tensor, "b l e"]:
+        """Where a cut takes something away; e = 1 where it does so in all channels."""
+        if len(cut.cells) == 1 and cut.cells[0][1] is None:
+            return self.mask(cut.cells[0][0]).unsqueeze(-1)
+        b, l = self.view.dt.shape[:2]
+        cells = torch.zeros(b, l, self.path.p.shape[2], dtype=torch.bool, device=self.view.dt.device)
+        for columns, channels in cut.cells:
+            index = slice(None) if channels is None else list(channels)
+            cells[:, :, index] |= self.mask(columns).unsqueeze(-1)
+        return cells
+
+
+_HELD: WeakKeyDictionary[nn.Module, list[Cut | StateChange]] = WeakKeyDictionary()
+"""The cuts and changes of states that hold in a model now, outer ones first."""
 
 
 @contextmanager
-def held(model: nn.Module, cut: Cut) -> Iterator[None]:
-    """Make a cut known to those that are nested in it or around it."""
-    cuts = _HELD.setdefault(model, [])
-    cuts.append(cut)
+def held(model: nn.Module, *found: Cut | StateChange) -> Iterator[None]:
+    """Make cuts, and changes of the states that they are carried by, known to all cuts of the model."""
+    there = _HELD.setdefault(model, [])
+    there.extend(found)
     try:
         yield
     finally:
-        cuts.remove(cut)
+        for one in found:
+            there.remove(one)
 
 
 def in_force(model: nn.Module, layer: int, kind: Literal["read", "write"], before: Cut | None = None) -> list[Cut]:
     """The cuts of one kind in one layer; with `before`, those that began earlier."""
-    cuts = _HELD.get(model, [])
+    cuts = [one for one in _HELD.get(model, []) if isinstance(one, Cut)]
     first = cuts[: cuts.index(before)] if before in cuts else cuts
     return [cut for cut in first if layer in cut.layers and cut.cut == kind]
 
 
-def taken_input(cache: ActivationCache, layer: int, cut: Cut, others: Iterable[Cut] = ()) -> Float[Tensor, "b l H P"]:
-    """The part of the scan's input that this cut takes away, where others have had their part already."""
-    view = cache.scan_view(layer)
-    b, l = view.dt.shape[:2]
-    found = list(others)
-    tokens, terms = (
-        _union([position_mask(c.sources, b, l, view.dt.device) for c in found if c.source == kind])
-        for kind in ("token", "scan")
-    )
-    mine = position_mask(cut.sources, b, l, view.dt.device)
-
-    def input_of(mask: Tensor) -> Tensor:
-        return cache.token_path(layer).input_of(mask).reshape(view.u.shape).to(view.u.dtype)
-
-    if cut.source == "scan":
-        mine = mine if terms is None else mine & ~terms
-        left = view.u if tokens is None else view.u - input_of(tokens)
-        return left * mine[..., None, None]
-    taken = input_of(mine if tokens is None else mine & ~tokens)
-    return taken if terms is None else taken * ~terms[..., None, None]
+def changes_in(model: nn.Module, layer: int, length: int, before: int | None) -> StateEdits | None:
+    """What becomes of the states of one layer in a call of `length` columns."""
+    mine = [one for one in _HELD.get(model, []) if isinstance(one, StateChange) and one.layer == layer]
+    return state_edits(mine, length, before)
 
 
-def lost_reads(cache: ActivationCache, layer: int, cut: Cut) -> Float[Tensor, "b l H P"]:
-    """What a read cut takes from y; 0 at positions that are no targets of it."""
-    model = cache.model
-    view = cache.scan_view(layer)
-    b, l = view.dt.shape[:2]
-    device = view.dt.device
-    mine = position_mask(cut.targets, b, l, device)
-    earlier, writes = in_force(model, layer, "read", cut), in_force(model, layer, "write")
-    lost = torch.zeros_like(view.u, dtype=torch.promote_types(view.u.dtype, view.dt.dtype))
-    for where, also in _patterns([position_mask(c.targets, b, l, device) for c in earlier], mine):
-        others = [earlier[i] for i in also]
-        values = taken_input(cache, layer, cut, [*others, *writes])
-        gone = run_scan(view.with_input(values))
-        if writes:  # they leave the skip alone, and so it is still there to be cut
-            gone = gone + (taken_input(cache, layer, cut, others) - values) * view.D[:, None]
-        lost = torch.where(where[..., None, None], gone.to(lost.dtype), lost)
+def state_edits(changes: Sequence[StateChange], length: int, before: int | None = None) -> StateEdits | None:
+    """Changes of one layer in a call of `length` columns, those of one position one after the other.
+
+    Additions are left out: what cuts take away is no part of them.
+    """
+    scales: dict[int, Tensor] = {}
+    for change in changes:
+        t = change.position
+        column = t + length if t < 0 else t - (before or 0)
+        if 0 <= column < length:
+            scales[column] = change.scale * scales[column] if column in scales else change.scale
+    if not scales:
+        return None
+    at = sorted(scales)
+    return StateEdits(at, torch.stack(torch.broadcast_tensors(*(scales[t] for t in at))).unsqueeze(0))
+
+
+def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]:
+    """The part of u that each set of cuts takes away; sets are numbers whose bits are places in `cuts`.
+
+    What remembers earlier calls is brought up to date.
+    """
+    by_token = _codes(cuts, call, "token")
+    by_scan = _codes(cuts, call, "scan")
+    path, memory = call.path, call.memory
+    K = path.taps.shape[1]
+    b, _, E = path.p.shape
+    p_before = path.p.new_zeros(b, K - 1, E) if memory.p is None else memory.p
+    codes_before = by_token.new_zeros(b, K - 1, by_token.shape[2]) if memory.codes is None else memory.codes
+    p, codes = torch.cat([p_before, path.p], 1), torch.cat([codes_before, by_token], 1)
+    rest = at_least_fp32(call.view.u.flatten(2))
+    parts: dict[int, Tensor] = {}
+    for code in codes.unique().tolist():
+        if code:
+            parts[code] = path.sigma * path.mix(p * (codes == code))[:, K - 1 :]
+            rest = rest - parts[code]
+    parts[0] = rest
+    found: dict[int, Tensor] = {}
+    for token_code, part in parts.items():
+        for scan_code in by_scan.unique().tolist():
+            both = token_code | scan_code
+            if both:
+                found[both] = found.get(both, 0.0) + part * (by_scan == scan_code)
+    memory.p, memory.codes = _last(p, K - 1, call.padding), _last(codes, K - 1, call.padding)
+    return found
+
+
+def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Float[Tensor, "b l E"]:
+    """What read cuts take from y; with `number`, what that one of them takes and none before it.
+
+    Parameters
+    ----------
+    cuts
+        Those that hold in the layer, write cuts among them.
+    """
+    view = call.view
+    H, P = view.u.shape[2:]
+    lost = torch.zeros_like(call.path.sigma)
+    reads = [i for i, cut in enumerate(cuts) if cut.cut == "read" and number in (None, i)]
+    earlier = [i for i, cut in enumerate(cuts[:number]) if cut.cut == "read"] if number is not None else []
+    targets = {i: call.mask(cuts[i].targets) for i in {*reads, *earlier}}
+    written = sum(1 << i for i, cut in enumerate(cuts) if cut.cut == "write")
+    inputs = pieces(cuts, call)
+    for code in {**inputs, **call.memory.states}:
+        mine = [targets[i] for i in reads if code >> i & 1]
+        if not mine:
+            continue
+        where = torch.stack(mine).any(0)
+        for i in earlier:
+            if code >> i & 1:
+                where = where & ~targets[i]
+        u = inputs.get(code, torch.zeros_like(lost)).unflatten(2, (H, P)).to(view.u.dtype)
+        if code & written:
+            y = u * view.D[:, None]
+        elif call.before is None and not bool(where.any()):
+            continue
+        else:
+            out = scan_out(replace(view, u=u), call.memory.states.get(code), edits=call.changes)
+            y, call.memory.states[code] = out.y, out.h_last
+        lost = torch.where(where.unsqueeze(-1), lost + y.flatten(2).to(lost.dtype), lost)
     return lost
 
 
-def _patterns(
-    targets: Sequence[Bool[Tensor, "b l"]], mine: Bool[Tensor, "b l"]
-) -> Iterator[tuple[Bool[Tensor, "b l"], list[int]]]:
-    """Targets that share the same earlier cuts, and which those are."""
-    if not targets:
-        yield mine, []
-        return
-    stacked = torch.stack(list(targets), -1)
-    for pattern in stacked[mine].unique(dim=0):
-        yield mine & (stacked == pattern).all(-1), pattern.nonzero().flatten().tolist()
+def lost_writes(cuts: Sequence[Cut], call: Pass, number: int) -> Float[Tensor, "b l E"]:
+    """The part of u that one of several write cuts takes, and none before it."""
+    lost = torch.zeros_like(call.path.sigma)
+    for code, part in pieces(cuts, call).items():
+        if code >> number & 1 and not code & ((1 << number) - 1):
+            lost = lost + part
+    return lost
 
 
-def _union(masks: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(masks)).any(0) if masks else None
+def _codes(cuts: Sequence[Cut], call: Pass, source: Source) -> Int[Tensor, "b l e"]:
+    """At each cell, the cuts of one kind of source that take it away."""
+    b, l = call.view.dt.shape[:2]
+    code = torch.zeros(b, l, 1, dtype=torch.long, device=call.view.dt.device)
+    for i, cut in enumerate(cuts):
+        if cut.source == source:
+            code = code + call.cells(cut).long() * (1 << i)
+    return code
+
+
+def _last(x: Tensor, k: int, padding: Padding | None) -> Tensor:
+    """The k columns that stand before the next call, of those of this call with k before them."""
+    first = x.new_full((len(x),), x.shape[1] - k, dtype=torch.long)
+    if padding is not None:
+        first = first - padding.right
+    columns = first[:, None] + torch.arange(k, device=x.device)
+    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -21,28 +21,31 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mamba.analysis.captured import Positions, captured, layer_list, position_mask
-from hooked_mamba.analysis.cuts import Cut, held, in_force, kept, lost_reads, taken_input
+from hooked_mamba.analysis.captured import Positions, captured, channel_list, layer_list, padding_under_way
+from hooked_mamba.analysis.columns import Columns, columns_before, kept
+from hooked_mamba.analysis.cuts import Cut, Memory, Pass, changes_in, held, in_force, lost_reads, lost_writes
 from hooked_mamba.ssm_decomposition import Source
 
 
 @contextmanager
 def knockout(
     model: Any,
-    sources: Positions,
-    targets: Positions = None,
+    sources: Columns,
+    targets: Columns = None,
     layers: int | Iterable[int] | None = None,
     source: Source = "token",
     cut: Literal["read", "write"] = "read",
+    channels: int | Sequence[int] | None = None,
 ) -> Iterator[Any]:
-    """Cut the flow from sources to targets in every forward pass inside the `with`.
+    """Cut the flow from sources to targets in every forward pass inside the `with`, also in `generate`.
 
     Parameters
     ----------
     model
         A HookedMamba or HookedMamba2; other hooks work as always.
     sources, targets
-        Positions (columns of the call): an int, several, a mask b l with each row's own, or None for all.
+        Positions (columns of the call): an int, several, a slice, a mask b l with each row's own, or None for all.
+        For `generate` see `hooked_mamba.analysis.columns.Columns`: what was read in earlier calls stays cut.
     layers
         None: all.
     source
@@ -51,6 +54,8 @@ def knockout(
         "read": the targets do not see the sources' values; states stay as they are. "write": the values are never
         written into the state, so that no position sees them and the returned state lacks them; then `targets` must
         be None. The skip D u is a read: "write" leaves it.
+    channels
+        Channels e of E (in Mamba-2 e = h P + p); None: all.
 
     Contexts may be nested, of any kind and in any order: what two of them cut is cut once.
 
@@ -58,6 +63,8 @@ def knockout(
     ------
     ValueError
         Unknown `source` or `cut`, or targets together with cut="write".
+    IndexError
+        A layer or a channel that does not exist.
     """
     if source not in ("token", "scan"):
         raise ValueError(f"source must be 'token' or 'scan', got {source!r}")
@@ -66,27 +73,48 @@ def knockout(
     if cut == "write" and targets is not None:
         raise ValueError("cut='write' takes the value from all later positions: leave targets out, or use cut='read'")
     chosen = layer_list(model, layers)
+    cells = (kept(sources), channel_list(model, channels))
+    with cutting(model, Cut((cells,), kept(targets), frozenset(chosen), source, cut)):
+        yield model
+
+
+@contextmanager
+def cutting(model: Any, mine: Cut) -> Iterator[None]:
+    """One cut in every forward pass inside the `with`."""
+    chosen = sorted(mine.layers)
     names = [f"blocks.{i}.mixer.hook_{site}" for i in chosen for site in ("x_pre", "conv", "x", "dt", "B", "C")]
-    mine = Cut(kept(sources), kept(targets), frozenset(chosen), source, cut)
+    memories: dict[int, Memory] = {}
+
+    def call_of(layer: int) -> Pass:
+        view, path, before = cache.scan_view(layer), cache.token_path(layer), columns_before(model)
+        if not before:  # a new text
+            memories[layer] = Memory()
+        changes = changes_in(model, layer, view.length, before)
+        return Pass(view, path, before, padded.padding, changes, memories[layer])
 
     def lose_reads(y: Tensor, hook: Any) -> Tensor:
-        return y - lost_reads(cache, hook.layer(), mine).reshape(y.shape).to(y.dtype)
+        i = hook.layer()
+        earlier = in_force(model, i, "read", mine)
+        lost = lost_reads([*earlier, mine, *in_force(model, i, "write")], call_of(i), len(earlier))
+        return y - lost.reshape(y.shape).to(y.dtype)
 
     def lose_writes(Bx: Tensor, hook: Any) -> Tensor:
         i = hook.layer()
-        view = cache.scan_view(i)
-        if source == "scan":  # nothing is left there, to the last bit
-            b, l = Bx.shape[:2]
-            gone = position_mask(mine.sources, b, l, Bx.device)
-            return Bx.masked_fill(gone.reshape(b, l, *(1,) * (Bx.ndim - 2)), 0)
-        lost = view.dt.unsqueeze(-1) * taken_input(cache, i, mine, in_force(model, i, "write", mine))
+        call = call_of(i)
+        if mine.source == "scan":  # nothing is left there, to the last bit
+            gone = call.cells(mine).expand(*Bx.shape[:2], call.path.p.shape[2])
+            return Bx.masked_fill(gone.reshape(*Bx.shape[:-1], 1), 0)
+        earlier = in_force(model, i, "write", mine)
+        view = call.view
+        lost = lost_writes([*earlier, mine], call, len(earlier)).reshape(view.u.shape).to(view.u.dtype)
         B = view.B.repeat_interleave(view.n_lanes // view.B.shape[2], 2)
-        return Bx - torch.einsum("blhp,blhn->blhpn", lost, B.to(lost.dtype)).reshape(Bx.shape)
+        written = torch.einsum("blhp,blhn->blhpn", view.dt.unsqueeze(-1) * lost, B.to(view.dt.dtype))
+        return Bx - written.reshape(Bx.shape)
 
-    site, edit = ("hook_y", lose_reads) if cut == "read" else ("hook_Bx", lose_writes)
+    site, edit = ("hook_y", lose_reads) if mine.cut == "read" else ("hook_Bx", lose_writes)
     hooks = [(f"blocks.{i}.mixer.{site}", edit) for i in chosen]
-    with captured(model, names) as cache, held(model, mine), model.hooks(hooks):
-        yield model
+    with captured(model, names) as cache, padding_under_way(model) as padded, held(model, mine), model.hooks(hooks):
+        yield
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def test_a_write_that_never_happens_is_read_by_nobody(family, source):
 
 
 class DenseCuts(DenseCut):
-    """Several cuts (sources, targets, source, cut) at once: every term goes once, whoever cuts it."""
+    """Several cuts (sources, targets, source, cut, channels) at once: every term goes once, whoever cuts it."""
 
     def __init__(self, model, layer, cuts):
         super().__init__(model, layer, (), (), "token")
@@ -133,9 +133,10 @@ class DenseCuts(DenseCut):
     def removed(self, b, s, e, cuts):
         """The part of u_s that is gone."""
         x = self.seen["x"]
-        if any(source == "scan" and s in sources for sources, _, source, _ in cuts):
+        cuts = [cut for cut in cuts if len(cut) < 5 or e in cut[4]]
+        if any(cut[2] == "scan" and s in cut[0] for cut in cuts):
             return x.reshape(*x.shape[:2], -1)[b, s, e]
-        gone = {token for sources, _, source, _ in cuts if source == "token" for token in sources}
+        gone = {token for cut in cuts if cut[2] == "token" for token in cut[0]}
         taps = self.model.blocks[self.layer].mixer.conv1d.weight[:, 0].numpy()
         K = taps.shape[1]
         through = sum(
@@ -170,6 +171,9 @@ NESTED = {
     "writes, scan first": [([2, 3], None, "scan", "write"), ([1, 2], None, "token", "write")],
     "write inside read": [([2, 3], [3, 5], "scan", "read"), ([3], None, "scan", "write")],
     "read inside write": [([2], None, "token", "write"), ([2, 3], [2, 3, 5], "token", "read")],
+    "channels": [([2], [4, 6], "scan", "read", [1, 3]), ([1], [3, 4], "token", "read", [0, 1])],
+    "channels are written": [([2], None, "token", "write", [1, 2]), ([1, 2], [3, 4], "token", "read", [2, 3])],
+    "a channel is written": [([2], None, "scan", "write", [3]), ([2], [2, 4], "scan", "read", [2, 3])],
     "all kinds": [([2], [4, 6], "scan", "read"), ([1], None, "token", "write"), ([1, 4], [4, 5], "token", "read")],
 }
 
@@ -183,12 +187,79 @@ def test_nested_knockouts_cut_every_term_once(family, name):
     expected = forward(model.cfg, arrays(model.state_dict()), tokens.numpy(), edits).logits
     plain = model(tokens)
     with ExitStack() as stack:
-        for sources, targets, source, cut in NESTED[name]:
-            stack.enter_context(knockout(model, iter(sources), targets and iter(targets), source=source, cut=cut))
+        for sources, targets, source, cut, *channels in NESTED[name]:
+            which = {"source": source, "cut": cut, "channels": channels[0] if channels else None}
+            stack.enter_context(knockout(model, iter(sources), targets and iter(targets), **which))
         got = model(tokens)
     assert relative(got, expected) < 1e-12
     assert relative(got, plain.numpy()) > 1e-3
     assert torch.equal(model(tokens), plain)
+
+
+GENERATED = {
+    "token": [{"sources": [1, 3], "targets": slice(4, None)}],
+    "scan, new sources too": [{"sources": slice(3, 7), "targets": slice(5, None, 2), "source": "scan", "channels": 3}],
+    "nested": [
+        {"sources": [1, 3, 5], "targets": [5, 6, 7], "layers": 1},
+        {"sources": [2, 3], "targets": slice(6, None), "source": "scan"},
+        {"sources": [4], "source": "token", "cut": "write", "channels": [0, 2]},
+    ],
+}
+
+
+def generated(model, tokens, cuts, mask=None):
+    """Tokens, and the logits of every column that generating passed."""
+    seen = []
+    with ExitStack() as stack:
+        for cut in cuts:
+            stack.enter_context(knockout(model, **cut))
+        stack.enter_context(model.hooks([("hook_logits", lambda x, hook: seen.append(x.clone()))]))
+        options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "attention_mask": mask}
+        return model.generate(tokens, 5, **options), torch.cat(seen, 1)
+
+
+@every_family
+@pytest.mark.parametrize("name", GENERATED)
+def test_while_generating_everything_that_was_read_stays_cut(family, name):
+    model = model_for(family)
+    tokens = tokens_for(model, rows=2, length=4)
+    made, logits = generated(model, tokens, GENERATED[name])
+    with ExitStack() as stack:
+        for cut in GENERATED[name]:
+            stack.enter_context(knockout(model, **cut))
+        whole = model(made[:, :-1])
+    assert relative(logits, whole.numpy()) < 1e-12
+    assert relative(logits[:, -1], model(made[:, :-1])[:, -1].numpy()) > 1e-4
+
+
+@two_families
+def test_positions_that_are_never_reached_change_nothing(family):
+    model = model_for(family)
+    tokens = tokens_for(model, rows=2, length=4)
+    plain = generated(model, tokens, [])
+    for cut in ({"sources": 1, "targets": 99}, {"sources": 99}, {"sources": []}):
+        assert torch.equal(generated(model, tokens, [cut])[1], plain[1])
+
+
+@two_families
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("source", ["token", "scan"])
+def test_generating_from_padded_prompts(family, side, source):
+    model = model_for(family)
+    tokens = tokens_for(model, rows=2, length=7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    sources = torch.zeros(2, 7, dtype=torch.bool)
+    sources[0, 6] = sources[1, 3] = True
+    cut = {"targets": slice(7, None), "source": source}
+    made, logits = generated(model, tokens, [{"sources": sources, **cut}], mask)
+    for row in range(2):
+        real = mask[row].bool()
+        alone = {"sources": sources[row : row + 1, real], **cut, "targets": slice(int(real.sum()), None)}
+        made_alone, logits_alone = generated(model, tokens[row : row + 1, real], [alone])
+        assert torch.equal(made[row, 7:], made_alone[0, int(real.sum()) :])
+        assert relative(logits[row, 7:], logits_alone[0, int(real.sum()) :]) < 1e-12
 
 
 @two_families
@@ -242,6 +313,8 @@ def test_knockout_leaves_no_hook_and_reports_wrong_arguments():
     with pytest.raises(ValueError, match="leave targets out"), knockout(model, 1, 2, cut="write"):
         pass
     with pytest.raises(IndexError, match="layer 5"), knockout(model, 1, layers=5):
+        pass
+    with pytest.raises(IndexError, match="channel 99 is out of range"), knockout(model, 1, channels=[0, 99]):
         pass
 
 
