@@ -17,10 +17,12 @@ from circuits.graph import Node as Node
 from circuits.influence import influence as influence
 from circuits.influence import prune as prune
 from circuits.influence import scores as scores
+from circuits.integrated import IntegratedGradients as IntegratedGradients
+from circuits.integrated import NodeEffects as NodeEffects
+from circuits.integrated import integrated_gradients as integrated_gradients
+from circuits.integrated import node_effects as node_effects
 from circuits.paths import greedy_path as greedy_path
 from circuits.paths import top_paths as top_paths
-from circuits.rules import RuleAttribution as RuleAttribution
-from circuits.rules import attribute_by as attribute_by
 from circuits.selection import PatchEffects as PatchEffects
 from circuits.selection import patch_effects as patch_effects
 from circuits.targets import Direction as Direction

@@ -23,6 +23,7 @@ from circuits.attribution import Attribution, attribute
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
 from circuits.influence import influence
+from circuits.keep import Keep
 from circuits.targets import Feature, Head, Logit, Target
 from hooked_mamba.memory import available_bytes
 
@@ -68,6 +69,7 @@ def build_graph(
     *,
     max_features: int = 500,
     max_heads: int = 100,
+    keep: Keep | None = None,
     batch: int = 64,
     importance: Sequence[float | int] | None = None,
     verbose: bool = False,
@@ -82,6 +84,8 @@ def build_graph(
         What the graph explains.
     max_features, max_heads
         How many features are traced, and how many heads of mixer and hybrid layers are nodes.
+    keep
+        Exactly which are nodes instead, such as `node_effects(...).largest(200)`.
     batch
         Covectors that go down together.
     importance
@@ -100,7 +104,12 @@ def build_graph(
         raise ValueError(f"a graph is of one prompt, this run has {frozen.batch}: build one for each row")
     chosen = [targets] if isinstance(targets, Target) else list(targets)
     weight = _importance(frozen, chosen, importance)
-    heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
+    if keep is None:
+        heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
+    else:
+        heads = {i: mask.to(frozen.dtype) for i, mask in keep.heads.items() if bool(mask.any())}
+        max_features = sum(int(mask.sum()) for mask in keep.features.values())
+        max_heads = len(keep) - max_features
     columns = Columns.of(frozen, heads)
     _check_fits(len(columns.nodes), max_features + max_heads + len(chosen), frozen.dtype)
 
@@ -117,12 +126,14 @@ def build_graph(
         for i, row, value in zip(head_places, *trace(wanted), strict=True):
             rows[i] = row, float(value)
     candidates = {i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0}
+    if keep is not None:
+        candidates = {i for i in candidates if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]}
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
     traced = 0
     while traced < max_features and candidates:
         reach = _reach(effects, weight, rows, n)
         best = sorted(candidates, key=lambda i: -float(reach[i]))[: min(batch, max_features - traced)]
-        best = [i for i in best if reach[i] > 0]
+        best = best if keep is not None else [i for i in best if reach[i] > 0]
         if not best:
             break
         features = [
@@ -135,7 +146,11 @@ def build_graph(
         traced += len(best)
         bar.update(len(best))
     bar.close()
-    return _assemble(frozen, chosen, weight, columns, effects, values, rows)
+    graph = _assemble(frozen, chosen, weight, columns, effects, values, rows)
+    if keep is not None:
+        return graph
+    # Ends that add to nothing only crowd the picture.
+    return graph.keep(graph.where("target", "embed") | (graph.weights != 0).any(0) | (influence(graph) > 0))
 
 
 def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float | int] | None) -> Tensor:
@@ -224,18 +239,18 @@ def _assemble(
     for place, row in all_rows:
         weights[place, len(first) :] = row[kept]
         remainder[place] = row[left_out].sum()
+        if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss stays in sight
+            remainder[place] = (*first, *inner)[place].value - weights[place].sum()
     importance = torch.cat([weight.to(effects.dtype), effects.new_zeros(len(inner))])
     tokens = tuple(frozen.words)
     about = {
         "model": _plain(frozen.model.cfg.to_dict()),
         "tokens": frozen.tokens[0].tolist(),
+        "selection": frozen.rule.name,
         "modes": {str(i): (frozen.coded[i].mode if i in frozen.coded else "mixer") for i in range(top)},
         "coders": {str(i): _plain(coded.coder.cfg.to_dict()) for i, coded in frozen.coded.items()},
     }
-    graph = Graph((*first, *inner), weights, remainder, tokens, importance, about)
-    # Ends that add to nothing only crowd the picture.
-    useful = graph.where("target", "embed") | (weights != 0).any(0) | (influence(graph) > 0)
-    return graph.keep(useful)
+    return Graph((*first, *inner), weights, remainder, tokens, importance, about)
 
 
 def _plain(value: Any) -> Any:

@@ -88,7 +88,7 @@ class Descent:
         nodes = self.nodes.get(layer)
         passing = None if nodes is None else 1 - nodes
         if coded is None:
-            pulled = mixer.pull(out, rows, passing)
+            pulled = self.frozen.pull(layer, out, rows, passing)
             self.keep(layer, pulled, pulled.pb)
             return pulled.below
         mine: Bool[Tensor, " n"] = torch.zeros(len(rows), dtype=torch.bool, device=out.device)
@@ -98,7 +98,7 @@ class Descent:
         if coded.mode == "hybrid":
             below = self.across(layer, out, by_coder, nodes)
         elif layer in self.read_out:
-            pulled = mixer.pull(by_mixer, rows, passing)
+            pulled = self.frozen.pull(layer, by_mixer, rows, passing)
             below = pulled.below
             self.keep(layer, pulled, pulled.pb)
         else:
@@ -151,7 +151,7 @@ class Descent:
         if stream == "p":
             below, bias = mixer.pull_p(covector, self.rows)
         else:
-            pulled = mixer.pull_u(covector, self.rows)
+            pulled = self.frozen.pull_u(layer, covector, self.rows)
             below, bias = pulled.below, pulled.bias
             self.parts["initial"][layer] = self.parts["initial"][layer] + pulled.initial
         self.parts["biases"][layer] = self.parts["biases"][layer] + bias

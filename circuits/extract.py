@@ -11,12 +11,14 @@ from torch import Tensor
 
 from circuits.build import build_graph
 from circuits.coded_layer import LayerMode
-from circuits.faithfulness import Faithfulness, Metric, faithfulness
+from circuits.faithfulness import Faithfulness, faithfulness
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
-from circuits.influence import Scores, prune, scores
+from circuits.influence import Scores, prune, scores, thin
+from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
-from circuits.targets import Logit, Target
+from circuits.rules import Selection
+from circuits.targets import Logit, Metric, Target
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes.coder import SparseCoder
 
@@ -55,6 +57,8 @@ def extract_circuit(
     mode: LayerMode | dict[int, LayerMode] | None = None,
     metric: Metric | None = None,
     reference: FrozenModel | Sequence[Any] | Tensor | None = None,
+    choose: str = "influence",
+    selection: Selection = "none",
     prune_nodes: float = 0.8,
     prune_edges: float = 0.98,
     check: bool = True,
@@ -77,27 +81,42 @@ def extract_circuit(
         What the checks measure, from logits b l V to a number a row; None: the first target, if it is a logit.
     reference
         Prompts of the same length for ablation and patching, see :func:`faithfulness`.
+    choose
+        How nodes are chosen. "influence": by their share of the graph's paths. "integrated": by what ablating them
+        does to the metric in the real model (:func:`node_effects`), which sees selection and gates too; some then
+        have no edge unless `selection` follows these.
+    selection
+        What paths follow, see :class:`FrozenModel`.
     prune_nodes, prune_edges
-        See :func:`prune`; the budget bounds the nodes as well.
+        See :func:`prune`; the budget bounds the nodes as well. "integrated" prunes edges alone.
     check
         Whether to run the interventions.
 
     Raises
     ------
     ValueError
-        More than one prompt, a budget below 1, or no metric for a target that is no logit.
+        More than one prompt, a budget below 1, an unknown choice, or no metric for a target that is no logit.
     """
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
-    frozen = FrozenModel(model, prompt, coders, mode)
+    if choose not in ("influence", "integrated"):
+        raise ValueError(f"choose must be 'influence' or 'integrated', got {choose!r}")
+    frozen = FrozenModel(model, prompt, coders, mode, selection=selection)
     targets = _targets(frozen, target)
-    whole = build_graph(frozen, targets, max_features=2 * budget, max_heads=budget, verbose=verbose)
-    graph = within(whole, budget, prune_nodes, prune_edges)
+    if reference is not None and not isinstance(reference, FrozenModel):
+        reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode)
+    measure = metric or (_metric(frozen, targets[0]) if check or choose == "integrated" else None)
+    if choose == "integrated":
+        assert measure is not None  # made above
+        keep = node_effects(frozen, measure, reference=reference).largest(budget)
+        whole = build_graph(frozen, targets, keep=keep, verbose=verbose)
+        graph = thin(whole, prune_edges)
+    else:
+        whole = build_graph(frozen, targets, max_features=2 * budget, max_heads=budget, verbose=verbose)
+        graph = within(whole, budget, prune_nodes, prune_edges)
     report = None
     if check:
-        if reference is not None and not isinstance(reference, FrozenModel):
-            reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode)
-        measure = metric or _metric(frozen, targets[0])
+        assert measure is not None
         report = faithfulness(frozen, whole, graph, targets, measure, reference=reference)
     return Circuit(frozen, targets, whole, graph, scores(whole), top_paths(whole), report)
 
@@ -124,11 +143,10 @@ def _targets(frozen: FrozenModel, target: Any) -> list[Target]:
 def _metric(frozen: FrozenModel, target: Target) -> Metric:
     if not isinstance(target, Logit):
         raise ValueError(f"the checks need a metric for {target.label}: pass metric=, or check=False")
-    token, column = frozen.token_id(target.token), frozen.column(target.position)
-    other = None if target.minus is None else frozen.token_id(target.minus)
 
     def measure(logits: Tensor) -> Tensor:
-        row = logits[:, column]
-        return row[:, token] - (row[:, other] if other is not None else torch.logsumexp(row, -1))
+        at = logits[:, frozen.column(target.position)]
+        value = target.of(at, frozen)
+        return value - torch.logsumexp(at, -1) if target.minus is None else value
 
     return measure

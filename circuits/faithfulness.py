@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
-from circuits.targets import Target
-
-Metric = Callable[[Tensor], Tensor]
-"""From logits b l V to one number a row."""
+from circuits.targets import Metric, Target
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class Recovery:
 class Faithfulness:
     """The report."""
 
-    edges: float
+    edges: float | None
     """(a) The largest difference between an edge and the change that it foretells on the frozen model, over the edges
-    of a hundred nodes."""
+    of a hundred nodes; None where edges follow selection too, which no frozen model holds."""
     recovery: Recovery
     features: tuple[float, float] | None
     """(c) Mean change of the metric from turning the circuit's features up, and from their random partners; None
@@ -58,8 +55,9 @@ class Faithfulness:
 
     def __str__(self) -> str:
         random = sum(self.recovery.random) / max(len(self.recovery.random), 1)
+        frozen = "none: they follow selection" if self.edges is None else f"largest difference {self.edges:.1e}"
         lines = [
-            f"(a) edges against removal on the frozen model: largest difference {self.edges:.1e}",
+            f"(a) edges against removal on the frozen model: {frozen}",
             f"(b) {self.recovery.nodes} nodes recover {self.recovery.circuit:.0%} of the metric"
             f" (gradient x activation {self.recovery.gradient:.0%}, random {random:.0%})",
         ]
@@ -94,10 +92,12 @@ def faithfulness(
     randoms, seed
         How many random circuits, and their seed.
     """
-    ends = [i for i, node in enumerate(whole.nodes) if node.kind in ("embed", "error", "feature", "head")]
-    ends = ends[:: max(1, len(ends) // 100)]
-    changes = frozen_changes(frozen, whole, targets, ends)
-    edges = float((changes + whole.weights[:, ends].t()).abs().max())
+    edges = None
+    if frozen.rule.name == "none":
+        ends = [i for i, node in enumerate(whole.nodes) if node.kind in ("embed", "error", "feature", "head")]
+        ends = ends[:: max(1, len(ends) // 100)]
+        changes = frozen_changes(frozen, whole, targets, ends)
+        edges = float((changes + whole.weights[:, ends].t()).abs().max())
     return Faithfulness(
         edges,
         recovery(frozen, graph, metric, reference=reference, randoms=randoms, seed=seed),
@@ -109,14 +109,14 @@ def faithfulness(
 @torch.no_grad()
 def recovery(
     frozen: FrozenModel,
-    graph: Graph,
+    circuit: Graph | Keep,
     metric: Metric,
     *,
     reference: FrozenModel | None = None,
     randoms: int = 5,
     seed: int = 0,
 ) -> Recovery:
-    """Check (b) alone."""
+    """Check (b) alone, of a graph's features and heads, or of any choice of nodes."""
 
     def measure(keep: Keep) -> float:
         with only(frozen, keep, reference) as model:
@@ -129,7 +129,7 @@ def recovery(
     def share(keep: Keep) -> float:
         return (measure(keep) - none) / (whole - none)
 
-    kept = Keep.of_graph(frozen, graph)
+    kept = circuit if isinstance(circuit, Keep) else Keep.of_graph(frozen, circuit)
     active = _sizes(frozen)
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.where(active > 0, torch.rand(active.shape, generator=generator), -1) for _ in range(randoms)]

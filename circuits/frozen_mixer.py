@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_mamba import ActivationCache, ops
+from hooked_mamba import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.scan_view import ScanView, run_scan
@@ -74,7 +73,6 @@ class FrozenMixer:
     b_o: Float[Tensor, " d"]
     before: LayerState
     """Memory before the first position."""
-    is_mamba2: bool
 
     @classmethod
     def of(cls, cache: ActivationCache, layer: int, before: LayerState, mask: Tensor | None) -> FrozenMixer:
@@ -82,8 +80,9 @@ class FrozenMixer:
         model: Any = cache.model
         block = model.blocks[layer]
         mixer, E = block.mixer, model.cfg.E
-        is_mamba2 = isinstance(model.cfg, Mamba2Config)
-        rows = slice(E, 2 * E) if is_mamba2 else slice(0, E)  # in_proj's: z, x, ... in Mamba-2, x, z in Mamba-1
+        rows = (
+            slice(E, 2 * E) if isinstance(model.cfg, Mamba2Config) else slice(0, E)
+        )  # in_proj's: z, x, ... in Mamba-2, x, z in Mamba-1
         weight, bias = at_least_fp32(mixer.in_proj.weight), mixer.in_proj.bias
         W_o = at_least_fp32(mixer.out_proj.weight)
         scale = cache[f"blocks.{layer}.norm.hook_scale"]
@@ -98,7 +97,6 @@ class FrozenMixer:
             W_o=W_o,
             b_o=W_o.new_zeros(W_o.shape[0]) if mixer.out_proj.bias is None else at_least_fp32(mixer.out_proj.bias),
             before=LayerState(at_least_fp32(before.conv[..., :E]), before.ssm),
-            is_mamba2=is_mamba2,
         )
 
     @property
@@ -222,25 +220,20 @@ class FrozenMixer:
 
     def _scan_of(self, u: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
         """The scan, from an empty state, over another input."""
+        return run_scan(self._view_of(u, rows)).flatten(2)
+
+    def _view_of(self, u: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> ScanView:
+        """The scan of some rows over another input."""
         view = self.scan
-        other = ScanView(
-            u.reshape(*u.shape[:2], view.n_lanes, -1), view.dt[rows], view.A,
-            view.B[rows].to(u.dtype), view.C[rows].to(u.dtype), view.D,
-        )  # fmt: skip
-        return run_scan(other).flatten(2)
+        B, C = view.B[rows].to(u.dtype), view.C[rows].to(u.dtype)
+        return ScanView(u.reshape(*u.shape[:2], view.n_lanes, -1), view.dt[rows], view.A, B, C, view.D)
 
     def _adjoint(self, vy: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """ub and the covector on h_0, by the gradient of the scan with dt, A, B and C held."""
-        view = self.scan
         with torch.enable_grad():
             u = self.u[rows].detach().requires_grad_()
             h0 = self.before.ssm[rows].detach().requires_grad_()
-            dt, B, C = view.dt[rows], view.B[rows].to(u.dtype), view.C[rows].to(u.dtype)
-            if self.is_mamba2:
-                x = rearrange(u, "n l (h p) -> n l h p", h=view.n_lanes)
-                y = ops.ssd(x, dt, view.A[:, 0], B, C, view.D, h0=h0, frozen=True).y.flatten(2)
-            else:
-                y = ops.selective_scan(u, dt, view.A, B[:, :, 0], C[:, :, 0], view.D, h0=h0, frozen=True).y
+            y = run_scan(self._view_of(u, rows), h0, frozen=True).flatten(2)
             ub, h0b = torch.autograd.grad(y, (u, h0), vy.to(y.dtype))
         return ub, h0b
 

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.coded_layer import CodedLayer, LayerMode
-from circuits.frozen_mixer import SITES, FrozenMixer
+from circuits.frozen_mixer import SITES, FrozenMixer, Pulled
+from circuits.rules import Rule, Selection, pull
 from circuits.targets import Stream
 from hooked_mamba import ActivationCache, HookedMamba, HookedMamba2
 from hooked_mamba.components import at_least_fp32
@@ -44,6 +45,15 @@ class FrozenModel:
         b l, for padded token ids.
     initial_state
         Memory to go on from; not together with padding.
+    selection
+        What paths follow beside the value path: "none", "half", "shares" (or three shares of C, B and u), "gradient";
+        see `circuits.rules`. All but "none" run blocks anew, and need layers in mode "mixer" or "block".
+
+    Raises
+    ------
+    ValueError
+        An initial state together with padding, coders that do not fit, an unknown selection, or one that a hybrid
+        layer cannot have.
     """
 
     def __init__(
@@ -55,8 +65,10 @@ class FrozenModel:
         *,
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
+        selection: Selection = "none",
     ) -> None:
         self.model = model
+        self.rule = Rule.of(selection)
         self.tokens, found = model.input_to_tokens(input)
         attention_mask = found if attention_mask is None else attention_mask
         padding = None
@@ -82,6 +94,9 @@ class FrozenModel:
         self.logits: Float[Tensor, "b l V"] = logits.detach()
         self._mixers: dict[int, FrozenMixer] = {}
         self.coded = CodedLayer.of_all(self, coders, mode)
+        hybrid = [i for i, coded in self.coded.items() if coded.mode == "hybrid"]
+        if hybrid and self.rule.name != "none":
+            raise ValueError(f"selection {self.rule.name!r} has no hybrid layers, and layer {hybrid[0]} is one")
 
     # Shapes and names ----------------------------------------------------------------------------------------
 
@@ -156,6 +171,20 @@ class FrozenModel:
         """w / scale of the final norm."""
         return at_least_fp32(self.model.ln_final.weight).detach() / self.cache["ln_final.hook_scale"]
 
+    def behind_norm(self, layer: int, row: int, position: int, covector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """A covector on what a block's norm (n_layers: the final one) gives, as one on the stream that it reads.
+
+        The norm is held, but for selection "gradient", where it is differentiated.
+        """
+        final = layer == self.model.cfg.n_layers
+        factor = (self.final_norm if final else self.mixer(layer).norm)[row, position]
+        behind = covector * factor
+        if self.rule.name != "gradient":
+            return behind
+        x = self.resid(layer)[row, position]
+        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][row, position]
+        return behind - x * (behind @ x) / (len(x) * scale.square())
+
     def mixer(self, layer: int) -> FrozenMixer:
         """The constants of one layer."""
         if layer not in self._mixers:
@@ -163,11 +192,15 @@ class FrozenModel:
                 self._mixers[layer] = FrozenMixer.of(self.cache, layer, self.before[layer], self.mask)
         return self._mixers[layer]
 
-    def reading(self, site: str, row: int, position: int) -> tuple[Stream, int, Tensor | float]:
-        """The stream behind a site, its layer, and the held factor between them at one place."""
+    def reading(
+        self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
+    ) -> tuple[Stream, int, Float[Tensor, " d"]]:
+        """The stream behind a site, its layer, and a covector on the site as one on the stream."""
         site = unalias(site)
         stream, layer = self._stream_of(site)
-        return stream, layer, self.mixer(layer).norm[row, position] if site.endswith("norm.hook_out") else 1.0
+        if site.endswith("norm.hook_out"):
+            covector = self.behind_norm(layer, row, position, covector)
+        return stream, layer, covector
 
     def _stream_of(self, site: str) -> tuple[Stream, int]:
         parts = site.split(".")
@@ -190,6 +223,25 @@ class FrozenModel:
         return dense.scatter_add_(-1, codes.indices, codes.values)
 
     # Pulling back --------------------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        layer: int,
+        V: Float[Tensor, "n l d"],
+        rows: Int[Tensor, " n"],
+        through: Float[Tensor, "l E"] | None = None,
+    ) -> Pulled:
+        """Take covectors on a mixer's output back to the stream below, by the run's rule."""
+        if self.rule.name == "none":
+            return self.mixer(layer).pull(V, rows, through)
+        return pull(self, layer, V, rows, through)
+
+    def pull_u(self, layer: int, ub: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Pulled:
+        """The same for covectors on the scan's input u."""
+        mixer = self.mixer(layer)
+        if self.rule.name != "gradient":  # the others follow the same path up to u
+            return mixer.pull_u(ub, rows)
+        return pull(self, layer, ub.new_zeros(*ub.shape[:2], self.model.cfg.d_model), rows, ub=ub)
 
     def rows_of(self, targets: int) -> Int[Tensor, " n"]:
         """The row of each of `targets` times b covectors, all rows of a target together."""

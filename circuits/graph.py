@@ -65,7 +65,7 @@ class Graph:
     weights: Float[Tensor, "n n"]
     """weights[i, j]: what j adds to i."""
     remainder: Float[Tensor, " n"]
-    """What features that are no nodes add to each node."""
+    """What features that are no nodes add to each node; with selection "gradient" also what a straight line misses."""
     tokens: tuple[str, ...]
     """The prompt."""
     importance: Float[Tensor, " n"]

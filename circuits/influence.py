@@ -7,6 +7,7 @@ has no cycles, so that they end).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -111,10 +112,17 @@ def prune(graph: Graph, nodes: float | int = 0.8, edges: float | int = 0.98) -> 
         if bool((still == kept).all()):
             break
         kept, mask = still, mask & still[:, None] & still[None]
-    # What an edge that was cut carried belongs to the remainder of its target, so that rows still sum.
-    cut = torch.where(mask | ~kept[None], 0, graph.weights).sum(1)
-    thinner = Graph(
-        graph.nodes, torch.where(mask | ~kept[None], graph.weights, 0), graph.remainder + cut, graph.tokens,
-        graph.importance, graph.about, graph.supernodes,
-    )  # fmt: skip
-    return Pruned(thinner.keep(kept), kept, mask)
+    return Pruned(_only_edges(graph, mask | ~kept[None]).keep(kept), kept, mask)
+
+
+def thin(graph: Graph, edges: float | int = 0.98) -> Graph:
+    """Leave out edges that carry little; all nodes stay, also those that no path of the graph's rule goes through."""
+    if not 0 < edges <= 1:
+        raise ValueError(f"edges must be above 0 and at most 1, got {edges}")
+    return _only_edges(graph, _enough(edge_influence(graph), edges))
+
+
+def _only_edges(graph: Graph, mask: Bool[Tensor, "n n"]) -> Graph:
+    """What an edge that is cut carried belongs to the remainder of its target, so that rows still sum."""
+    cut = torch.where(mask, 0, graph.weights).sum(1)
+    return replace(graph, weights=torch.where(mask, graph.weights, 0), remainder=graph.remainder + cut)

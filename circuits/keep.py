@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Shaped
 from torch import Tensor
 
 from circuits.frozen_mixer import SITES, FrozenMixer
@@ -22,16 +22,17 @@ from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hook_points import HookPoint
+from hooked_mamba.names import unalias
 from hooked_mamba.scan_view import run_scan
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Masks of what stays, by layer; a layer without one keeps nothing."""
+    """Masks of what stays, by layer. Between 0 and 1 they mix a node with what it is when it is ablated."""
 
-    heads: dict[int, Bool[Tensor, "l E"]]
-    features: dict[int, Bool[Tensor, "l F"]]
-    errors: dict[int, Bool[Tensor, " l"]]
+    heads: dict[int, Shaped[Tensor, "l E"]]
+    features: dict[int, Shaped[Tensor, "l F"]]
+    errors: dict[int, Shaped[Tensor, " l"]]
 
     @classmethod
     def nothing(cls, frozen: FrozenModel) -> Keep:
@@ -107,7 +108,8 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     def cut_output(out: Tensor, hook: HookPoint) -> Tensor:
         layer = hook.layer()
         coded = frozen.coded[layer]
-        x = cache[coded.coder.cfg.in_site]
+        read = unalias(coded.coder.cfg.in_site)
+        x = out if read == hook.name else cache[read]  # an SAE reads what is here, not yet in the cache
         z = coded.coder.encode(x)
         mask, stays = keep.features[layer].to(z.dtype), keep.errors[layer].to(out.dtype).unsqueeze(-1)
         usual_z: Tensor | float = 0.0

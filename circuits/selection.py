@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.frozen_mixer import FrozenMixer
 from circuits.frozen_model import FrozenModel
 from circuits.targets import Covector, Logit, Target
-from hooked_mamba import HookedMamba, HookedMamba2, LayerState, ModelState, ops
+from hooked_mamba import HookedMamba, HookedMamba2, LayerState, ModelState
+from hooked_mamba.scan_view import ScanView, run_scan
 
 Order = Literal["forward", "reverse"]
 PARTS = ("value", "selection", "gates")
@@ -124,6 +124,8 @@ def patch_effects(
     if isinstance(model, FrozenModel) != (prompt is None):
         raise ValueError("give a model and a prompt, or the FrozenModel of a prompt alone")
     frozen = model if isinstance(model, FrozenModel) else FrozenModel(model, prompt)  # type: ignore[arg-type]
+    if frozen.rule.name != "none":
+        raise ValueError(f"patching takes a run with selection 'none', this one has {frozen.rule.name!r}")
     if frozen.batch != 1:
         raise ValueError(f"expected one prompt, got {frozen.batch}: call once for each")
     target = _one_target(frozen, target)
@@ -172,13 +174,10 @@ def _one_target(frozen: FrozenModel, target: Any) -> Target:
         raise ValueError("no target: give a token, a Logit, a Feature or a Direction")
     found = target if isinstance(target, Target) else Logit(target)
     if isinstance(found, Logit):  # a tuple holds one token for each row, and rows will be replaced prompts
-        minus = None if found.minus is None else frozen.token_id(found.minus)
-        return replace(found, token=frozen.token_id(found.token), minus=minus) if _tuples(found) else found
+        token = frozen.token_id(found.token) if isinstance(found.token, tuple) else found.token
+        minus = frozen.token_id(found.minus) if isinstance(found.minus, tuple) else found.minus
+        return replace(found, token=token, minus=minus)
     return found
-
-
-def _tuples(target: Logit) -> bool:
-    return isinstance(target.token, tuple) or isinstance(target.minus, tuple)
 
 
 @dataclass(frozen=True)
@@ -284,10 +283,8 @@ def _mixer(
     mixed = torch.stack([taps[:, j] * with_past[:, j : j + l] for j in range(K)]).sum(0)
     u = gater.path.sigma[g_rows] * (mixed + gater.path.bias)
     view = chooser.scan
-    dt, B, C, h0 = view.dt[c_rows], view.B[c_rows].to(u.dtype), view.C[c_rows].to(u.dtype), chooser.before.ssm[c_rows]
-    if chooser.is_mamba2:
-        lanes = rearrange(u, "k l (h p) -> k l h p", h=view.n_lanes)
-        y = ops.ssd(lanes, dt, view.A[:, 0], B, C, view.D, h0=h0).y.flatten(2)
-    else:
-        y = ops.selective_scan(u, dt, view.A, B[:, :, 0], C[:, :, 0], view.D, h0=h0).y
+    B, C = view.B[c_rows].to(u.dtype), view.C[c_rows].to(u.dtype)
+    lanes = u.reshape(*u.shape[:2], view.n_lanes, -1)
+    chosen = ScanView(lanes, view.dt[c_rows], view.A, B, C, view.D)
+    y = run_scan(chosen, chooser.before.ssm[c_rows]).flatten(2)
     return {"p": p, "u": u, "out": (y * gater.gain[g_rows]) @ gater.W_o.t() + gater.b_o}

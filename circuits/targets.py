@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 Stream = Literal["resid", "out", "u", "p"]
 """The residual stream entering a layer (n_layers: the final norm's input), one mixer's output alone, the input u of
 its scan, or the input p of its convolution."""
+
+Metric = Callable[[Tensor], Tensor]
+"""What a circuit should produce: from logits b l V to one number a row."""
 
 
 class Covector(NamedTuple):
@@ -44,19 +48,20 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Logit:
-    """The logit of one token, or with `minus` its lead over another's.
+    """The logit of one token, or with `minus` its lead over another's, or over the mean of several.
 
     Parameters
     ----------
     token, minus
-        Ids, or texts of one token each; a tuple has one for each row of the batch.
+        Ids, or texts of one token each; a tuple has one for each row of the batch. A list of several for `minus`
+        stands for their mean.
     position
         Where it is read; negative ones count from the last column.
     """
 
     token: int | str | tuple[int | str, ...]
     position: int = -1
-    minus: int | str | tuple[int | str, ...] | None = None
+    minus: int | str | tuple[int | str, ...] | list[int | str] | None = None
 
     @property
     def label(self) -> str:
@@ -64,14 +69,19 @@ class Logit:
         return f"logit {self.token!r}{less}@{self.position}"
 
     def covector(self, frozen: FrozenModel, row: int) -> Covector:
-        position, model = frozen.column(self.position), frozen.model
-        token = frozen.token_id(self.token, row)
-        direction, value = model.unembed.weight[token], frozen.logits[row, position, token]
-        if self.minus is not None:
-            other = frozen.token_id(self.minus, row)
-            direction, value = direction - model.unembed.weight[other], value - frozen.logits[row, position, other]
-        vector = direction.detach().to(frozen.dtype) * frozen.final_norm[row, position]
-        return Covector("resid", model.cfg.n_layers, position, vector, vector.new_zeros(()), value.to(vector.dtype))
+        position, n = frozen.column(self.position), frozen.model.cfg.n_layers
+        direction = self.of(frozen.model.unembed.weight.detach().t().to(frozen.dtype), frozen, row)
+        vector = frozen.behind_norm(n, row, position, direction)
+        value = self.of(frozen.logits[row, position].to(frozen.dtype), frozen, row)
+        return Covector("resid", n, position, vector, vector.new_zeros(()), value)
+
+    def of(self, logits: Float[Tensor, "... V"], frozen: FrozenModel, row: int = 0) -> Float[Tensor, "..."]:
+        """This logit, or lead, of any logits of a row."""
+        value = logits[..., frozen.token_id(self.token, row)]
+        if self.minus is None:
+            return value
+        several = self.minus if isinstance(self.minus, list) else [self.minus]
+        return value - logits[..., [frozen.token_id(other, row) for other in several]].mean(-1)
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,10 @@ class Feature:
         offset = coder.encoder_bias[self.index].detach().to(f.dtype)
         if coder.cfg.apply_b_dec_to_input:
             offset = offset - f @ coder.b_dec.detach().to(f.dtype)
-        stream, layer, factor = frozen.reading(coder.cfg.in_site, row, position)
+        stream, layer, vector = frozen.reading(coder.cfg.in_site, row, position, f)
         x = frozen.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
         value = coder.preact(x)[self.index].detach().to(f.dtype)
-        return Covector(stream, layer, position, f * factor, offset, value)
+        return Covector(stream, layer, position, vector, offset, value)
 
 
 @dataclass(frozen=True)

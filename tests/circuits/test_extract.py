@@ -97,6 +97,23 @@ def test_a_circuit_in_one_call(target):
     assert max(circuit.frozen.model.parameters(), key=lambda p: p.numel()).grad is None
 
 
+@pytest.mark.parametrize("target", [None, "block"])
+@pytest.mark.parametrize("selection", ["none", "half", "gradient"])
+def test_a_circuit_of_what_ablation_says(target, selection):
+    model, tokens = random_model(5, n_layers=2), random_tokens(5, 1, 6)
+    coders = [] if target is None else coders_for(model, target)
+    circuit = extract_circuit(
+        model, coders, tokens, Logit(3, minus=4), budget=9, choose="integrated", selection=selection
+    )
+    assert int(circuit.graph.where("feature", "head").sum()) == 9  # chosen nodes stay, with edges or without
+    assert circuit.graph.residual().abs().max() < 1e-10
+    assert circuit.report is not None
+    assert circuit.report.recovery.nodes == 9
+    assert (circuit.report.edges is None) == (selection != "none")
+    assert circuit.report.edges is None or circuit.report.edges < 1e-9
+    assert "(a) edges against removal" in str(circuit.report)
+
+
 def test_a_circuit_of_everything_recovers_everything():
     model, tokens = random_model(5, "mamba", n_layers=2), random_tokens(5, 1, 6)
     many = 2 * 6 * model.cfg.E
@@ -117,6 +134,8 @@ def test_without_a_target_the_likely_tokens_are_explained():
 
 
 def test_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match="choose must be 'influence' or 'integrated', got 'best'"):
+        extract_circuit(random_model(5), [], random_tokens(5), 3, choose="best")
     frozen = frozen_for("mamba", None)
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         extract_circuit(frozen.model, [], frozen.tokens, 3, budget=0)

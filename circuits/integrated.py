@@ -1,0 +1,199 @@
+"""Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): effects in the real model, nothing held.
+
+Of embeddings, from a baseline to the prompt; and of nodes, from everything ablated to everything kept: what a circuit
+loses without a head or a feature, whether by its value, by what it selects, or by what it gates. Both sum to the
+distance between the two ends, up to the steps of the integral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.frozen_model import FrozenModel
+from circuits.keep import Keep, only
+from circuits.targets import Logit, Metric
+from hooked_mamba import HookedMamba, HookedMamba2
+
+
+def gauss_legendre(steps: int) -> list[tuple[float, float]]:
+    """Points between 0 and 1, and their weights, which sum to 1."""
+    if steps < 1:
+        raise ValueError(f"an integral needs at least one step, got {steps}")
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return [((float(x) + 1) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """What each token adds to targets. n = targets x rows, all rows of a target together."""
+
+    labels: list[str]
+    target: Float[Tensor, " n"]
+    """The numbers as the run had them."""
+    start: Float[Tensor, " n"]
+    """What they are at the baseline."""
+    embeddings: Float[Tensor, "n l"]
+
+    @property
+    def residual(self) -> Float[Tensor, " n"]:
+        """target - start - sum: the steps' error."""
+        return self.target - self.start - self.embeddings.sum(1)
+
+
+def integrated_gradients(
+    model: HookedMamba | HookedMamba2 | FrozenModel,
+    prompt: str | Sequence[Any] | Tensor | None = None,
+    targets: Logit | Sequence[Logit] = (),
+    *,
+    baseline: Float[Tensor, " d"] | None = None,
+    steps: int = 32,
+) -> IntegratedGradients:
+    """Share logits out among the tokens' embeddings, selection, gates and norms included.
+
+    Many steps are needed where a norm on the way has little to divide by, as those of Falcon-Mamba over few states.
+
+    Parameters
+    ----------
+    model, prompt
+        A model and a batch of prompts, or a FrozenModel alone.
+    targets
+        Logits or leads.
+    baseline
+        The embedding where integration starts, at every real position; None: the mean of all.
+    steps
+        Points of the integral (Gauss-Legendre).
+
+    Raises
+    ------
+    ValueError
+        No target, no prompt, fewer than one step.
+    """
+    if isinstance(model, FrozenModel) != (prompt is None):
+        raise ValueError("give a model and a prompt, or a FrozenModel alone")
+    frozen = model if isinstance(model, FrozenModel) else FrozenModel(model, prompt)  # type: ignore[arg-type]
+    chosen = [targets] if isinstance(targets, Logit) else list(targets)
+    if not chosen:
+        raise ValueError("no target: give a Logit, or several")
+    embed = frozen.cache["hook_embed"].detach()
+    origin = frozen.model.embed.weight.detach().mean(0) if baseline is None else baseline.to(embed.dtype)
+    way = embed - origin
+    found = embed.new_zeros(len(chosen), *embed.shape[:2])
+    for point, weight in gauss_legendre(steps):
+        _, gradients = _embedding_gradients(frozen, chosen, origin + point * way)
+        found += weight * (gradients * way).sum(-1)
+    start, _ = _embedding_gradients(frozen, chosen, origin.expand_as(embed))
+    target = torch.stack([_read(frozen, one, frozen.logits) for one in chosen])
+    labels = [one.label for one in chosen for _ in range(frozen.batch)]
+    return IntegratedGradients(labels, target.flatten(), start.flatten(), found.flatten(0, 1))
+
+
+def _read(frozen: FrozenModel, target: Logit, logits: Float[Tensor, "b l V"]) -> Float[Tensor, " b"]:
+    at = logits[:, frozen.column(target.position)]
+    return torch.stack([target.of(at[row], frozen, row) for row in range(frozen.batch)])
+
+
+def _embedding_gradients(
+    frozen: FrozenModel, targets: list[Logit], embed: Float[Tensor, "b l d"]
+) -> tuple[Float[Tensor, "m b"], Float[Tensor, "m b l d"]]:
+    """Targets of the model run from other embeddings, and their gradients."""
+    leaf = embed.detach().clone().requires_grad_()
+    mask = None if frozen.mask is None else frozen.mask.long()
+    state = frozen.before if mask is None else None
+    with torch.enable_grad(), frozen.model.hooks([("hook_embed", lambda x, hook: leaf)]):
+        logits = frozen.model(frozen.tokens, attention_mask=mask, initial_state=state)
+        values = [_read(frozen, target, logits) for target in targets]
+        gradients = [torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for value in values]
+    return torch.stack(values).detach(), torch.stack(gradients)
+
+
+@dataclass(frozen=True)
+class NodeEffects:
+    """What keeping each node does to a metric, in the real model."""
+
+    heads: dict[int, Float[Tensor, "l E"]]
+    """Layer -> at each (source, channel)."""
+    features: dict[int, Float[Tensor, "l F"]]
+    """Layer -> at each (position, feature)."""
+    errors: dict[int, Float[Tensor, " l"]]
+    """Layer -> what the coder misses, at each position."""
+    whole: float
+    """The metric with everything kept."""
+    none: float
+    """With everything ablated."""
+
+    @property
+    def residual(self) -> float:
+        """whole - none - the sum of all effects: the steps' error."""
+        parts = [*self.heads.values(), *self.features.values(), *self.errors.values()]
+        return self.whole - self.none - sum(float(part.sum()) for part in parts)
+
+    def largest(self, count: int) -> Keep:
+        """The heads and features with the largest effects, whatever their sign; errors are never among them."""
+        kinds = [*self.heads.values(), *self.features.values()]
+        sizes = torch.cat([part.abs().flatten() for part in kinds])
+        best = torch.zeros(len(sizes), dtype=torch.bool)
+        best[sizes.topk(min(count, int((sizes > 0).sum()))).indices] = True
+        masks = iter(best.split([part.numel() for part in kinds]))
+        return Keep(
+            {i: next(masks).reshape(part.shape) for i, part in self.heads.items()},
+            {i: next(masks).reshape(part.shape) for i, part in self.features.items()},
+            {i: torch.zeros_like(part, dtype=torch.bool) for i, part in self.errors.items()},
+        )
+
+
+def node_effects(
+    frozen: FrozenModel, metric: Metric, *, reference: FrozenModel | None = None, steps: int = 8
+) -> NodeEffects:
+    """Integrated gradients of all nodes at once, along the straight path from ablated to kept.
+
+    Parameters
+    ----------
+    frozen
+        A run of one prompt, with the coders that it is read through.
+    metric
+        What the circuit should produce.
+    reference
+        A run of as many positions whose mean stands in for what is ablated; None: zero.
+    steps
+        Points of the integral: one forward and backward pass each.
+
+    Raises
+    ------
+    ValueError
+        More than one prompt, a reference of another length, fewer than one step.
+    """
+    if frozen.batch != 1:
+        raise ValueError(f"expected one prompt, got {frozen.batch}: call once for each")
+    start = Keep.nothing(frozen)
+    kinds = (start.heads, start.features, start.errors)
+    places = [(kind, layer) for kind, part in enumerate(kinds) for layer in part]
+    sums = [torch.zeros(kinds[kind][layer].shape, dtype=frozen.dtype) for kind, layer in places]
+
+    def run(masks: list[Tensor]) -> Tensor:
+        parts: tuple[dict[int, Any], ...] = ({}, {}, {})
+        for (kind, layer), mask in zip(places, masks, strict=True):
+            parts[kind][layer] = mask
+        with only(frozen, Keep(*parts), reference) as model:
+            return metric(model(frozen.tokens))[0]
+
+    for point, weight in gauss_legendre(steps):
+        masks = [torch.full_like(total, point, requires_grad=True) for total in sums]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(run(masks), masks)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += weight * gradient
+    with torch.no_grad():
+        none = float(run([torch.zeros_like(total) for total in sums]))
+        whole = float(metric(frozen.logits)[0])
+    by_kind: list[dict[int, Tensor]] = [{}, {}, {}]
+    for (kind, layer), total in zip(places, sums, strict=True):
+        by_kind[kind][layer] = total
+    heads, features, errors = by_kind
+    return NodeEffects(heads, features, errors, whole, none)
