@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from circuits import FrozenModel, Logit, attribute
+from demos.localisation.circuits import main, recovered
+from demos.localisation.study import load
 from demos.localisation.task import Task
 from hooked_mamba import HookedMamba
 
@@ -29,3 +31,37 @@ def test_the_largest_source_is_the_answers_token(name):
     assert float(named.float().mean()) >= 0.95
     with pytest.raises(ValueError, match="2 tokens for 200 rows"):
         attribute(frozen, targets=Logit((1, 2)))
+
+
+def check_recovery(name, n):
+    found = recovered(*load(name), n=n, seed=4)
+    assert found.mean("integrated") >= 0.9
+    assert found.off("integrated") < 0.12
+    for way in ("gradient", "influence", "random"):
+        assert found.off("integrated") < found.off(way)
+    assert found.mean("random") < 0.3
+    return found
+
+
+@pytest.mark.parametrize("name", ["recall", "induction"])
+def test_two_hundred_heads_recover_the_answers_lead(name):
+    found = check_recovery(name, 6)
+    assert len(found.by_way["gradient"]) == 6
+    assert found.nodes == 200 < found.heads / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recall", "induction"])
+def test_two_hundred_heads_recover_the_answers_lead_on_many_prompts(name):
+    found = check_recovery(name, 100)
+    assert found.mean("integrated") > found.mean("gradient")
+
+
+def test_the_command_prints_both_tasks(capsys):
+    assert main(["--prompts", "1", "--nodes", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "recall: 20 of 4352 heads" in printed
+    assert "induction: 20 of 4096 heads" in printed
+    with pytest.raises(SystemExit):
+        main(["--nodes", "0"])
+    assert "--nodes must be at least 1, got 0" in capsys.readouterr().err
