@@ -174,10 +174,10 @@ class FrozenMixer:
         Tensor, Tensor
             The change of the output, and of u before `through` and `u`.
         """
-        change = self.path.mix(self._change_of_p(delta, rows)) * self.path.sigma[rows]
+        change = self.path.mix(self.change_of_p(delta, rows)) * self.path.sigma[rows]
         passing = change if through is None else change * through
         passing = passing if u is None else passing + u
-        return (self._scan_of(passing, rows) * self.gain[rows]) @ self.W_o.t(), change
+        return self.out_of(self._scan_of(passing, rows), rows), change
 
     def local_gain(self) -> Float[Tensor, "b l E"]:
         """G (C . B_bar + D) sigma kappa[K-1]: what channel e passes on of its own position's p."""
@@ -199,7 +199,7 @@ class FrozenMixer:
         p: Float[Tensor, "n l E"] | None = None,
     ) -> tuple[Float[Tensor, "n l d"], Float[Tensor, "n l E"]]:
         """As :meth:`push`, for what moves between positions alone: `through` and `p` speak of p, not of u."""
-        change = self._change_of_p(delta, rows)
+        change = self.change_of_p(delta, rows)
         passing = change if through is None else change * through
         passing = passing if p is None else passing + p
         return self.moved(passing, rows), change
@@ -213,16 +213,20 @@ class FrozenMixer:
         """What inputs p of the convolution add to the output at their own position (no bias in it)."""
         return (p * self.local_gain()[rows]) @ self.W_o.t()
 
-    def _change_of_p(self, delta: Float[Tensor, "n l d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
+    def out_of(self, y: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l d"]:
+        """What the scan's output adds to the block's (no bias in it)."""
+        return (y * self.gain[rows]) @ self.W_o.t()
+
+    def change_of_p(self, delta: Float[Tensor, "n l d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
         """What a change of the stream entering the block makes of the convolution's input."""
         p = (delta * self.norm[rows]) @ self.W_x.t()
         return p if self.mask is None else p * self.mask[rows].unsqueeze(-1)
 
     def _scan_of(self, u: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
         """The scan, from an empty state, over another input."""
-        return run_scan(self._view_of(u, rows)).flatten(2)
+        return run_scan(self.view_of(u, rows)).flatten(2)
 
-    def _view_of(self, u: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> ScanView:
+    def view_of(self, u: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> ScanView:
         """The scan of some rows over another input."""
         view = self.scan
         B, C = view.B[rows].to(u.dtype), view.C[rows].to(u.dtype)
@@ -233,7 +237,7 @@ class FrozenMixer:
         with torch.enable_grad():
             u = self.u[rows].detach().requires_grad_()
             h0 = self.before.ssm[rows].detach().requires_grad_()
-            y = run_scan(self._view_of(u, rows), h0, frozen=True).flatten(2)
+            y = run_scan(self.view_of(u, rows), h0, frozen=True).flatten(2)
             ub, h0b = torch.autograd.grad(y, (u, h0), vy.to(y.dtype))
         return ub, h0b
 

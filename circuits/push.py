@@ -1,4 +1,4 @@
-"""Interventions on the frozen model, forwards: what a node's removal changes while all other nodes hold.
+"""Interventions on the frozen model, forwards: what changes from outside make of everything above them.
 
 This is the check of a graph from the other side: rows of the graph come from covectors pulled back, these changes
 from vectors pushed forward. On the frozen model the two agree to rounding; on the real one nothing is promised.
@@ -6,16 +6,92 @@ from vectors pushed forward. On the frozen model the two agree to rounding; on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
-from circuits.targets import Feature, Target
+from circuits.targets import Covector, Feature, Target
+
+Inside = Callable[[int, Tensor, bool], Tensor | float]
+"""(layer, change of the stream entering its block, whole) -> what edits inside its mixer add to its output; `whole`: as
+if no coder stood in the mixer's place."""
+
+
+@dataclass
+class Changes:
+    """What is changed from outside: n interventions side by side, each on a row of the run."""
+
+    rows: Int[Tensor, " n"]
+    streams: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
+    """Layer -> added to the stream entering it; 0: to the embeddings."""
+    heads: dict[int, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    """Layer -> added to u, in hybrid layers to p."""
+    outs: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
+    """Layer -> added to its output."""
+    held: dict[int, Float[Tensor, "l E"]] = field(default_factory=dict)
+    """Layer -> 0 at heads that hold their value, 1 elsewhere."""
+    inside: Inside | None = None
+
+
+class Pushed:
+    """The changes of all streams of a frozen run.
+
+    Parameters
+    ----------
+    frozen
+        The run.
+    changes
+        What is changed from outside.
+    """
+
+    def __init__(self, frozen: FrozenModel, changes: Changes) -> None:
+        self.frozen, self.changes = frozen, changes
+        n, cfg, rows = len(changes.rows), frozen.model.cfg, changes.rows
+        delta = frozen.resid(0).new_zeros(n, frozen.length, cfg.d_model)
+        self.streams: dict[int, Tensor] = {}
+        """Layer -> of the stream entering it; n_layers: after the last block."""
+        self.inner: dict[int, Tensor] = {}
+        """Layer -> of u, in hybrid layers of p, as the stream below makes it."""
+        for layer in range(cfg.n_layers):
+            delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
+            mixer, coded = frozen.mixer(layer), frozen.coded.get(layer)
+            here = changes.held.get(layer), changes.heads.get(layer)
+            out: Tensor | float = changes.outs.get(layer, 0.0)
+            if coded is None:
+                passed, self.inner[layer] = mixer.push(delta, rows, *here)
+                out = out + passed
+            elif coded.mode == "hybrid":
+                passed, self.inner[layer] = mixer.push_cross(delta, rows, *here)
+                out = out + passed
+            if coded is not None:
+                out = out + coded.push_skip(delta, mixer.norm[rows])
+            if changes.inside is not None:
+                out = out + changes.inside(layer, delta, False)
+            delta = delta + out
+        self.streams[cfg.n_layers] = delta + changes.streams.get(cfg.n_layers, 0.0)
+
+    def read(self, covector: Covector) -> Float[Tensor, " n"]:
+        """The change of a target.
+
+        A mixer's output is read as the mixer's own, whether or not a coder stands in its place.
+        """
+        layer, changes = covector.layer, self.changes
+        stream = self.streams[layer]
+        if covector.stream == "out":
+            here = changes.held.get(layer), changes.heads.get(layer)
+            out = self.frozen.mixer(layer).push(stream, changes.rows, *here)[0]
+            stream = out if changes.inside is None else out + changes.inside(layer, stream, True)
+        elif covector.stream in ("u", "p"):
+            hybrid = layer in self.frozen.coded and self.frozen.coded[layer].mode == "hybrid"
+            known = layer in self.inner and hybrid == (covector.stream == "p")
+            stream = self.inner[layer] if known else self.frozen.mixer(layer).push(stream, changes.rows)[1]
+        return stream[:, covector.position] @ covector.vector
 
 
 @torch.no_grad()
@@ -50,54 +126,19 @@ def frozen_changes(
     for node in removed:
         if node.kind in ("target", "bias", "initial"):
             raise ValueError(f"{node.label} cannot be taken away: choose embeddings, errors, features or heads")
-    held = _held_heads(frozen, graph)
-    rows = torch.zeros(len(removed), dtype=torch.long)
-    n, l = frozen.model.cfg.n_layers, frozen.length
-    delta = frozen.resid(0).new_zeros(len(removed), l, frozen.model.cfg.d_model)
-    for k, node in enumerate(removed):
-        if node.kind == "embed":
-            delta[k, node.position] = -frozen.resid(0)[0, node.position]
-    streams, inner = {0: delta}, {}
-    for layer in range(n):
-        mixer, coded = frozen.mixer(layer), frozen.coded.get(layer)
-        out = torch.zeros_like(delta)
-        gone = _removed_heads(frozen, removed, layer)
-        if coded is None:
-            out, inner[layer] = mixer.push(delta, rows, held.get(layer), gone)
-        elif coded.mode == "hybrid":
-            out, inner[layer] = mixer.push_cross(delta, rows, held.get(layer), gone)
-        if coded is not None:
-            out = out + coded.push_skip(delta, mixer.norm[rows])
-            for k, node in enumerate(removed):
-                if node.layer == layer and node.kind == "feature":
-                    out[k, node.position] -= node.activation * coded.W_dec[node.index].to(out.dtype)
-                elif node.layer == layer and node.kind == "error":
-                    out[k, node.position] -= coded.error[0, node.position]
-        delta = delta + out
-        streams[layer + 1] = delta
+    pushed = Pushed(frozen, _without_each(frozen, removed, held_heads(frozen, graph)))
     chosen = [targets] if isinstance(targets, Target) else list(targets)
-    changes = delta.new_zeros(len(removed), len(graph))
+    changes = frozen.resid(0).new_zeros(len(removed), len(graph))
     for i, node in enumerate(graph.nodes):
         if node.kind == "head":
-            changes[:, i] = inner[node.layer][:, node.position, node.index]
+            changes[:, i] = pushed.inner[node.layer][:, node.position, node.index]
         elif node.kind in ("feature", "target"):
             read = chosen[node.index] if node.kind == "target" else _feature(frozen, node)
-            covector = read.covector(frozen, 0)
-            stream = streams[covector.layer]
-            if covector.stream in ("u", "p"):
-                stream = inner[covector.layer]
-            elif covector.stream == "out":
-                gone = _removed_heads(frozen, removed, covector.layer)
-                stream = frozen.mixer(covector.layer).push(stream, rows, held.get(covector.layer), gone)[0]
-            changes[:, i] = stream[:, covector.position] @ covector.vector
+            changes[:, i] = pushed.read(read.covector(frozen, 0))
     return changes
 
 
-def _feature(frozen: FrozenModel, node: Node) -> Feature:
-    return Feature(frozen.coded[node.layer].coder, node.index, node.position)
-
-
-def _held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l E"]]:
+def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l E"]]:
     """Layer -> 0 at the heads that are nodes, 1 elsewhere."""
     masks: dict[int, Tensor] = {}
     for node in graph.nodes:
@@ -107,11 +148,28 @@ def _held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l
     return masks
 
 
-def _removed_heads(frozen: FrozenModel, removed: Sequence[Node], layer: int) -> Float[Tensor, "k l E"]:
-    mixer = frozen.mixer(layer)
-    values = mixer.p if layer in frozen.coded else mixer.u
-    change = values.new_zeros(len(removed), *values.shape[1:])
-    for k, node in enumerate(removed):
-        if (node.kind, node.layer) == ("head", layer):
-            change[k, node.position, node.index] = -values[0, node.position, node.index]
-    return change
+def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[int, Tensor]) -> Changes:
+    """One intervention for each node: it alone is taken away."""
+    k, l, cfg = len(removed), frozen.length, frozen.model.cfg
+    changes = Changes(torch.zeros(k, dtype=torch.long), held=held)
+    empty = frozen.resid(0).new_zeros(k, l, cfg.d_model)
+    for i, node in enumerate(removed):
+        if node.kind == "embed":
+            at = changes.streams.setdefault(0, empty.clone())
+            at[i, node.position] = -frozen.resid(0)[0, node.position]
+        elif node.kind == "head":
+            mixer = frozen.mixer(node.layer)
+            values = mixer.p if node.layer in frozen.coded else mixer.u
+            at = changes.heads.setdefault(node.layer, values.new_zeros(k, l, cfg.E))
+            at[i, node.position, node.index] = -values[0, node.position, node.index]
+        else:
+            coded, at = frozen.coded[node.layer], changes.outs.setdefault(node.layer, empty.clone())
+            if node.kind == "feature":
+                at[i, node.position] -= node.activation * coded.W_dec[node.index].to(at.dtype)
+            else:
+                at[i, node.position] -= coded.error[0, node.position]
+    return changes
+
+
+def _feature(frozen: FrozenModel, node: Node) -> Feature:
+    return Feature(frozen.coded[node.layer].coder, node.index, node.position)
