@@ -3,10 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies test test-all bench lint format
+.PHONY: help install demo studies case-study test test-all bench lint format
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 install: .venv/.installed ## make .venv with everything the other targets need
 
@@ -15,6 +15,9 @@ demo: .venv/.installed ## look inside the bundled model; writes out/tour.html (o
 
 studies: .venv/.installed ## repeat six published experiments; writes out/studies/*.html (offline)
 	$(RUN) demos.studies
+
+case-study: .venv/.installed ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
+	$(RUN) demos.hunger
 
 test: .venv/.installed ## the tests, without those that take minutes
 	$(RUN) pytest

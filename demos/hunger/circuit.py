@@ -6,17 +6,28 @@ Norms, gates and selection are held at the run, so that effects sum to the laten
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from circuits import Feature, FrozenModel, Graph, Logit, attribute, build_graph, prune, scores, top_paths
+from circuits import (
+    Feature,
+    FrozenModel,
+    Logit,
+    attribute,
+    build_graph,
+    patch_effects,
+    prune,
+    save_graph,
+    scores,
+    top_paths,
+)
 from demos.hunger.concepts import Concept
-from demos.hunger.selection import sides
 from demos.hunger.stages import Found
 from demos.hunger.stats import mean_interval
 from demos.hunger.subject import Subject
 
+PARTS = ("value", "selection", "gates")
 PATHS = 8
 HEADS, FEATURES = 100, 100
 """Nodes of the graph, at most."""
@@ -30,7 +41,8 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
     made = attribute(frozen, targets=feature)
     cue = cue_places(subject, concept)
     tops = made.top_heads(12, source="token")
-    at_cue = [head for head in made.top_heads(10_000, source="token") if head[2] in cue]
+    every = sum(heads[0].numel() for heads in made.token_heads.values())
+    named = next(head for head in made.top_heads(every, source="token") if head[2] in cue)
     graph = build_graph(frozen, feature, max_heads=HEADS)
     paths = top_paths(graph, PATHS)
     return {
@@ -41,11 +53,29 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
         "residual": float(made.residual[0]),
         "embeddings": made.embeddings[0].tolist(),
         "heads": [list(head) for head in tops],
-        "named": list(at_cue[0]) if at_cue else None,
+        "named": list(named),
         "paths": [[str(path), path.weight] for path in paths],
         "remainder": paths.remainder,
+        "patched": patched(frozen, feature, concept, cue),
         "scored": strongest_heads(subject, concept, found),
     }
+
+
+def patched(frozen: FrozenModel, feature: Feature, concept: Concept, cue: range) -> Found | None:
+    """The real effect of having the cue's token and not the other's, by value, selection and gates.
+
+    None where the cue is not one token for one.
+    """
+    ids = frozen.model.to_tokens(concept.pairs("score")[0].swapped, prepend_bos=False)[0].tolist()
+    if len(cue) != 1 or len(ids) != frozen.length:
+        return None
+    made = patch_effects(frozen, target=feature, replace_by=ids[cue[0]], positions=[cue[0]])
+    orders = {
+        name: {part: float(getattr(split, part)[0]) for part in PARTS}
+        for name, split in (("forward", made.forward), ("reverse", made.reverse))
+    }
+    words = {"token": frozen.words[cue[0]], "by": frozen.model.to_single_str_token(ids[cue[0]])}
+    return {**words, "effect": float(made.effect[0]), **orders}
 
 
 def cue_places(subject: Subject, concept: Concept) -> range:
@@ -75,31 +105,27 @@ def strongest_heads(subject: Subject, concept: Concept, found: Found) -> Found:
     }
 
 
-def lead_graph(subject: Subject, concept: Concept, found: Found) -> Graph:
-    """The word's lead on the study's prompt, the latent's layer read through its MambaCoder, heads elsewhere."""
+def lead(subject: Subject, concept: Concept, found: Found, folder: Path) -> Found:
+    """The lead of the word on the prompt as a graph: the latent's layer read through its MambaCoder, heads elsewhere.
+
+    The graph goes to `folder`; what is returned says how much of the lead it explains and what the latent adds to it.
+    """
     coder = subject.coders[found["coder"]]
     frozen = FrozenModel(subject.model, concept.prompt, [coder])
     target = Logit(concept.word, minus=concept.against)
-    return build_graph(frozen, target, max_heads=HEADS, max_features=FEATURES)
-
-
-def about_graph(graph: Graph, found: Found) -> dict[str, Any]:
-    """How much of the lead the graph explains, and what the latent adds to it directly."""
-    explained = scores(graph)
-    last = max(node.position for node in graph.nodes)
-    layer = int(found["coder"].split("-")[0].removeprefix("l"))
-    direct = [
-        float(graph.weights[0, i])
-        for i, node in enumerate(graph.nodes)
-        if node.key == ("feature", layer, last, found["feature"])
-    ]
-    paths = top_paths(graph, PATHS)
+    graph = build_graph(frozen, target, max_heads=HEADS, max_features=FEATURES)
+    pruned = prune(graph).graph
+    save_graph(pruned, folder)
+    explained, paths = scores(graph), top_paths(graph, PATHS)
+    key = ("feature", coder.cfg.layer, frozen.length - 1, found["feature"])
+    direct = [float(graph.weights[0, i]) for i, node in enumerate(graph.nodes) if node.key == key]
     return {
+        "target": target.label,
         "value": paths.value,
         "replacement": explained.replacement,
         "completeness": explained.completeness,
         "latent": direct[0] if direct else 0.0,
-        "nodes": {"whole": len(graph), "pruned": len(prune(graph).graph)},
+        "nodes": {"whole": len(graph), "pruned": len(pruned)},
         "paths": [[str(path), path.weight] for path in paths],
         "remainder": paths.remainder,
     }

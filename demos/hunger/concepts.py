@@ -36,7 +36,7 @@ class Pair:
     other: str
     """The one that does not."""
     swapped: str
-    """The first with its cue taken out: its frame with the other word, or, where a concept's cue is no noun, `other`."""
+    """The first with its cue taken out: its frame with the other word; `other` where the cue is no noun."""
     replaced: str
     """The first with another cue's word."""
     frame: int

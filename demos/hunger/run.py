@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from circuits import Graph
 from demos.hunger import ablation, activation, circuit, geometry, natural, planted, selection, steering, swap
 from demos.hunger.claims import ESSENTIAL, judge
 from demos.hunger.concepts import CONCEPTS, HUNGRY, OTHERS, Concept
 from demos.hunger.stages import Found, Stages, source_hash
 from demos.hunger.subject import Subject
 
-STAGES = 11
-"""Of one concept, its selection left out: see :func:`study`."""
+SHARED, OWN = 2 + len(CONCEPTS), 10
+"""Stages of a model, and of a concept that is studied."""
 
 
 def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found:
@@ -42,6 +40,8 @@ def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found
     failed = [c["name"] for c in found["concepts"][HUNGRY.name]["claims"] if c["name"] in ESSENTIAL and not c["holds"]]
     if failed:
         # By what the half to find on says, so that the other half still judges.
+        if bar is not None:
+            bar.total += OWN
         best = max(OTHERS, key=lambda c: (chosen[c.name]["auc"], chosen[c.name]["effect"]))
         found["concepts"][best.name] = study(subject, best, chosen[best.name], rest, stages[best.name])
     return found
@@ -49,7 +49,7 @@ def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found
 
 def study(subject: Subject, concept: Concept, chosen: Found, rest: Found, stages: Stages) -> Found:
     """All stages of one concept, and its claims."""
-    how = geometry.method()
+    how, graph = geometry.method(), stages.folder / "graph"
     results: dict[str, Any] = {
         "chosen": chosen,
         "metrics": subject.metrics[chosen["coder"]],
@@ -60,6 +60,9 @@ def study(subject: Subject, concept: Concept, chosen: Found, rest: Found, stages
         "picture": stages.run(f"picture-{how}", lambda: geometry.picture(subject, concept, chosen, how)),
         "steering": stages.run("steering", lambda: steering.measure(subject, concept, chosen, rest)),
         "circuit": stages.run("circuit", lambda: circuit.measure(subject, concept, chosen)),
+        "lead": stages.run(
+            "lead", lambda: circuit.lead(subject, concept, chosen, graph), beside=[graph / "graph.json"]
+        ),
         "swap": stages.run("swap", lambda: swap.measure(subject, concept, chosen)),
     }
     named = results["circuit"]["named"]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demos.hunger import stats
-from demos.hunger.concepts import Concept, HalfName, Pair
+from demos.hunger.concepts import Concept, Pair
 from demos.hunger.stages import Found
 from demos.hunger.subject import Ends, Sentences, Subject, ends
 from saes import feature_logits, set_features
@@ -67,13 +67,17 @@ def find(subject: Subject, concept: Concept, natural: Found) -> Found:
         candidates += [(-float(area[f]), -float(gap[f]), name, f) for f in range(coder.cfg.d_sae)]
     tried = []
     for area, _, name, f in sorted(candidates)[: subject.options.shortlist]:
-        strength = float(maxima[name][f])
-        with set_features(subject.model, subject.coders[name], {f: strength}, positions=-1):
-            after = ends(subject, others)
-        effect = float((after.log_p[:, word] - without.log_p[:, word]).mean())
-        tried.append({"coder": name, "feature": f, "auc": -area, "maximum": strength, "effect": effect})
+        one: Found = {"coder": name, "feature": f, "auc": -area, "maximum": float(maxima[name][f])}
+        tried.append(one | {"effect": effect(subject, one, others, without, word)})
     best = max(tried, key=lambda one: one["effect"])
     return {"tried": tried, **best, "baseline": best_token(cues, others)}
+
+
+def effect(subject: Subject, one: Found, others: Sentences, before: Ends, word: int) -> float:
+    """Mean change of the word's log-probability after sentences without a cue, a latent at its natural maximum."""
+    with set_features(subject.model, subject.coders[one["coder"]], {one["feature"]: one["maximum"]}, positions=-1):
+        after = ends(subject, others)
+    return float((after.log_p[:, word] - before.log_p[:, word]).mean())
 
 
 def occurrence(sentences: Sentences, token: int) -> Float[Tensor, " b"]:
@@ -95,10 +99,14 @@ def activations(subject: Subject, found: Found, seen: Ends) -> Float[Tensor, " b
     return subject.coders[found["coder"]].encode(seen.x[found["coder"]])[:, found["feature"]]
 
 
-def score(subject: Subject, concept: Concept, found: Found, half: HalfName = "score") -> Found:
-    """Step 3."""
+def score(subject: Subject, concept: Concept, found: Found) -> Found:
+    """Step 3; and for comparison the other latents that were tried, the best latent with hindsight, the model itself.
+
+    `hindsight` is the largest area of any latent on the very half that scores; `model_auc` is that of the model's lead
+    of the word, what it makes of the cue in the end.
+    """
     options = subject.options
-    pairs = concept.pairs(half, options.words)
+    pairs = concept.pairs("score", options.words)
     cues, others = sides(subject, pairs)
     with_cue, without = ends(subject, cues), ends(subject, others)
     positive, negative = activations(subject, found, with_cue), activations(subject, found, without)
@@ -112,6 +120,15 @@ def score(subject: Subject, concept: Concept, found: Found, half: HalfName = "sc
         return area(chosen) - float(stats.auc(base[0][chosen], base[1][chosen]))
 
     word, against = subject.token(concept.word), subject.token(concept.against)
+    areas = {
+        name: stats.auc(*(coder.encode(side.x[name]) for side in (with_cue, without)))
+        for name, coder in subject.coders.items()
+    }
+    tried = [
+        {**one, "scored_auc": float(areas[one["coder"]][one["feature"]]),
+         "scored_effect": effect(subject, one, others, without, word)}
+        for one in found["tried"]
+    ]  # fmt: skip
     said = feature_logits(subject.model, subject.coders[found["coder"]], found["feature"], k=12)
     return {
         "pairs": len(pairs),
@@ -119,8 +136,11 @@ def score(subject: Subject, concept: Concept, found: Found, half: HalfName = "sc
         "baseline": float(stats.auc(*base)),
         "baseline_token": subject.model.to_single_str_token(token),
         "more": stats.bootstrap(more, len(pairs), options.resamples, options.seed),
+        "frames": [pair.frame for pair in pairs],
         "activations": {"cue": positive.tolist(), "other": negative.tolist()},
         "sentences": {"cue": [p.cue for p in pairs], "other": [p.other for p in pairs]},
+        "tried": tried,
+        "hindsight": max(float(area.max()) for area in areas.values()),
         "model_auc": float(stats.auc(with_cue.lead(word, against), without.lead(word, against))),
         "promoted": [[token, value] for token, value in said.promoted[0]],
         "suppressed": [[token, value] for token, value in said.suppressed[0]],

@@ -13,7 +13,7 @@ Interval = dict[str, float]
 """`value`, `low` and `high`, as results keep it."""
 
 
-def auc(positive: Float[Tensor, "n *f"], negative: Float[Tensor, "m *f"]) -> Float[Tensor, "*f"]:
+def auc(positive: Float[Tensor, "n ..."], negative: Float[Tensor, "m ..."]) -> Float[Tensor, "..."]:
     """How often a positive is above a negative; ties count half."""
     above = (positive[:, None] > negative[None]).double() + (positive[:, None] == negative[None]).double() / 2
     return above.mean((0, 1))
@@ -31,7 +31,7 @@ def resampled(n: int, times: int, seed: int) -> Int[Tensor, "times n"]:
     return torch.randint(n, (times, n), generator=torch.Generator().manual_seed(seed))
 
 
-def bootstrap(statistic: Callable[[Tensor], Any], n: int, times: int, seed: int, share: float = 0.95) -> Interval:
+def bootstrap(statistic: Callable[[Tensor], Any], n: int, times: int, seed: int) -> Interval:
     """A statistic of all of n examples, with its percentile interval.
 
     Parameters
@@ -40,7 +40,7 @@ def bootstrap(statistic: Callable[[Tensor], Any], n: int, times: int, seed: int,
         From indices of examples to a number.
     """
     values = torch.tensor([float(statistic(chosen)) for chosen in resampled(n, times, seed)])
-    low, high = interval(values, share)
+    low, high = interval(values)
     return {"value": float(statistic(torch.arange(n))), "low": low, "high": high}
 
 

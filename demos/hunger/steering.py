@@ -60,7 +60,7 @@ def measure(subject: Subject, concept: Concept, found: Found, natural: Found) ->
             "speaks": stats.mean_interval(speaks.double(), options.resamples, options.seed),
             "says": stats.mean_interval(says.double(), options.resamples, options.seed),
             "perplexity": {end: float(torch.tensor(value).exp()) for end, value in loss.items()},
-            "samples": [subject_start + text for subject_start, text in zip(STARTS, texts[:3], strict=False)],
+            "samples": [start + text for start, text in zip(STARTS[:3], texts[:3], strict=True)],
         }
 
     plain = arm(None, 0)
@@ -76,6 +76,7 @@ def measure(subject: Subject, concept: Concept, found: Found, natural: Found) ->
                 **row(*mine),
                 "gain": stats.mean_interval(more, options.resamples, options.seed),
                 "beside": stats.beside(float(more.mean()), gain),
+                "random": gain.tolist(),
                 "random_perplexity": float(torch.stack([nats.mean() for _, _, nats, _ in random]).mean().exp()),
             }
         )

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -120,9 +120,24 @@ def write(report: Report, page: Path) -> None:
     write_atomically(page, render(report).encode())
 
 
-def render(report: Report) -> str:
-    """The page's text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def render(report: Report, template: Path = TEMPLATE, **more: Any) -> str:
+    """The page's text.
+
+    Parameters
+    ----------
+    template
+        A page of its own, which may extend "page.html".
+    more
+        What else the template asks for.
+    """
+    folders = [template.parent, TEMPLATE.parent]
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     count = 0
     plots: list[list[tuple[Markup, str]]] = []
     for section in report.sections:  # plotly itself goes in once, with the first figure
@@ -130,7 +145,6 @@ def render(report: Report) -> str:
         for plot in section.plots:
             plots[-1].append((Markup(plot_html(str(count), plot.figure, not count)), plot.scale))
             count += 1
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        report=report, plots=plots, themes=Markup(json.dumps(THEMES)), version=hooked_mamba.__version__
+    return environment.get_template(template.name).render(
+        report=report, plots=plots, themes=Markup(json.dumps(THEMES)), version=hooked_mamba.__version__, **more
     )

@@ -1,0 +1,42 @@
+"""The results as Markdown, for the documents: claims, failures first, and nothing that was typed in."""
+
+from __future__ import annotations
+
+from demos.hunger.concepts import HUNGRY
+from demos.hunger.page import claim_groups, verdict
+from demos.hunger.sections import taught
+from demos.hunger.stages import Found
+
+INTRODUCTION = """\
+# The case study: a feature that reads like hunger?
+
+    make case-study
+
+A published story about MambaCoders: in “{prompt}” a feature is active that reads like
+“hungry”; turned up, it makes the model say so; and its circuit goes through a mixer head at the food. `demos/hunger`
+tests it claim by claim on the bundled model, and on the one that was trained on real text alone. Sentences, thresholds
+and seeds were fixed before any result was seen (`concepts.py`, `claims.py`, `options.py`), and nothing is chosen by
+hand. Numbers here were written by the command, which also writes `out/hunger/results.json`, `graph.json`, figures and
+`report.html`, a page that needs no network. A run that was stopped goes on where it was.
+"""
+
+
+def document(results: Found) -> str:
+    """The whole document."""
+    parts = [INTRODUCTION.format(prompt=HUNGRY.prompt), "## What came out\n", "\n\n".join(verdict(results)) + "\n"]
+    for group in claim_groups(results):
+        parts.append(f"## {group['heading']}\n\n{group['text']}\n")
+        parts.append(table(group["columns"], group["rows"]))
+    parts.append("## What was planted\n")
+    parts.append("".join(f"- {m}: {taught(f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
+    return "\n".join(parts)
+
+
+def table(columns: list[str], rows: list[tuple[str, str, list[Found]]]) -> str:
+    """Claims that fail anywhere first."""
+    ordered = sorted(rows, key=lambda row: all(cell["holds"] for cell in row[2]))
+    lines = [f"| claim | needs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for says, needs, cells in ordered:
+        found = " | ".join(("pass: " if cell["holds"] else "**FAIL**: ") + cell["found"] for cell in cells)
+        lines.append(f"| {says} | {needs} | {found} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,137 @@
+"""The report: claims of all models first, failures and all, then what was measured; one page a model and concept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from circuits import load_graph
+from circuits.viewer import circuit_page
+from demos.hunger.claims import ESSENTIAL
+from demos.hunger.concepts import CONCEPTS, HUNGRY
+from demos.hunger.sections import sections, taught
+from demos.hunger.stages import Found
+from demos.studies.report import Report, Section, Table, render
+from demos.tinystories.checkpoint import write_atomically
+
+TEMPLATE = Path(__file__).with_name("case_study.html")
+SOURCE = (
+    "After the MambaCoder post by L. Ruggeri (2026), whose story is about another model. Thresholds, sentences and"
+    " seeds were fixed before any result was seen."
+)
+
+
+def write_pages(results: Found, out: Path) -> list[Path]:
+    """report.html, one page for every other model and concept, and the circuits' pages."""
+    runs = [(model, name) for model, found in results["models"].items() for name in found["concepts"]]
+    first, *rest = runs
+    written = []
+    links = [(f"{model}: {name}", page_name(model, name)) for model, name in rest]
+    links += [(f"The circuit in {model}: {name}", f"{model}/{name}/circuit.html") for model, name in runs]
+    for model, name in runs:
+        is_first = (model, name) == first
+        found = results["models"][model]
+        shown = Report(
+            name,
+            "A feature that reads like hunger?" if is_first else f"{model}: {name}",
+            " ".join(verdict(results)) if is_first else standing(found["concepts"][name], model, name),
+            SOURCE,
+            f"Below the claims: {model}, {name}." if is_first else model,
+            [*(search_sections(results) if is_first else []), *of_run(found, name)],
+        )
+        groups = claim_groups(results) if is_first else [alone(found["concepts"][name], model)]
+        page = out / ("report.html" if is_first else page_name(model, name))
+        text = render(shown, TEMPLATE, groups=groups, links=links if is_first else [("All claims", "report.html")])
+        write_atomically(page, text.encode())
+        graph = load_graph(out / model / name / "graph")
+        circuit_page(graph, f"{model}: {name}").save(out / model / name / "circuit.html")
+        written.append(page)
+    return written
+
+
+def page_name(model: str, concept: str) -> str:
+    """The file of a model's and concept's own page."""
+    return f"{model}-{concept}.html"
+
+
+def of_run(found: Found, name: str) -> list[Section]:
+    """What was measured about a model and concept."""
+    word = next(concept.word for concept in CONCEPTS if concept.name == name)
+    return sections(name, word, found["concepts"][name], found["planted"])
+
+
+def failures(study: Found) -> list[str]:
+    """Names of the claims that do not hold."""
+    return [claim["name"] for claim in study["claims"] if not claim["holds"]]
+
+
+def standing(study: Found, model: str, name: str) -> str:
+    """How many claims hold, and which do not."""
+    failed, total = failures(study), len(study["claims"])
+    if not failed:
+        return f"On {model} all {total} claims about “{name}” hold."
+    return f"On {model} {total - len(failed)} of {total} claims about “{name}” hold. Failed: {', '.join(failed)}."
+
+
+def verdict(results: Found) -> list[str]:
+    """The whole outcome in a few sentences, failures by name."""
+    said = []
+    for model, found in results["models"].items():
+        study = found["concepts"][HUNGRY.name]
+        lacking = [name for name in failures(study) if name in ESSENTIAL]
+        said.append(
+            f"The story of the hunger feature fails on {model} ({', '.join(lacking)})."
+            if lacking
+            else f"{model} has a latent that passes for hunger."
+        )
+        said += [standing(one, model, name) for name, one in found["concepts"].items()]
+    return said
+
+
+def claim_groups(results: Found) -> list[dict[str, Any]]:
+    """Tables of claims: hunger on all models, then what each model had instead."""
+    hunger = {model: found["concepts"][HUNGRY.name] for model, found in results["models"].items()}
+    groups = [group("The claims about hunger", "Failures are part of the result.", hunger)]
+    instead = {
+        f"{name}, {model}": study
+        for model, found in results["models"].items()
+        for name, study in found["concepts"].items()
+        if name != HUNGRY.name
+    }
+    if instead:
+        text = (
+            "Where no feature of hunger held up, the feeling whose latent did best on the half to find on was taken"
+            " from a fixed list, by the same script, and judged by the same claims."
+        )
+        groups.append(group("The best other feeling", text, instead))
+    return groups
+
+
+def alone(study: Found, model: str) -> dict[str, Any]:
+    """The claims of one model and concept."""
+    return group("The claims", "", {model: study})
+
+
+def group(heading: str, text: str, studies: dict[str, Found]) -> dict[str, Any]:
+    """One table: claims down, studies across."""
+    lists = [study["claims"] for study in studies.values()]
+    rows = [(cells[0]["says"], cells[0]["needs"], list(cells)) for cells in zip(*lists, strict=True)]
+    return {"heading": heading, "text": text, "columns": list(studies), "rows": rows}
+
+
+def search_sections(results: Found) -> list[Section]:
+    """What was planted, and the best latent of every feeling on the half to find on."""
+    rows = []
+    for model, found in results["models"].items():
+        for name, one in found["selection"].items():
+            studied = "yes" if name in found["concepts"] else ""
+            where = f"{one['coder']}, {one['feature']}"
+            rows.append([f"{model}: {name}", where, f"{one['auc']:.2f}", f"{one['effect']:+.2f}", studied])
+    planted = " ".join(
+        f"{model}: {taught(found['planted'], HUNGRY.name)}" for model, found in results["models"].items()
+    )
+    columns = ["feeling", "latent", "AUC, half to find on", "nats at its maximum", "studied"]
+    return [
+        Section("What was planted", planted),
+        Section("All feelings", "The latent that was chosen for each of them.", Table(columns, rows)),
+    ]

@@ -1,0 +1,257 @@
+"""What was found about one model and concept, section by section."""
+
+from __future__ import annotations
+
+from demos.hunger import figures
+from demos.hunger.activation import JUDGED
+from demos.hunger.claims import span
+from demos.hunger.stages import Found
+from demos.hunger.steering import STARTS
+from demos.studies.report import Section, Table
+
+
+def sections(concept: str, word: str, found: Found, planted: Found) -> list[Section]:
+    """All of them.
+
+    Parameters
+    ----------
+    concept, word
+        The feeling, and the token that stands for it.
+    found, planted
+        Of `run.study` and of `planted.measure`.
+    """
+    return [
+        sentences(found["pairs"], planted, concept),
+        latent(found["chosen"], found["scored"]),
+        turned_up(found["activation"], word),
+        geometry(found["geometry"], found["picture"], word),
+        steering(found["steering"]),
+        samples(found["steering"]),
+        circuit(found["circuit"]),
+        published(found["circuit"]),
+        lead(found["lead"]),
+        cut(found["ablation"], word),
+        swapped(found["swap"], word),
+    ]
+
+
+def sentences(pairs: Found, planted: Found, concept: str) -> Section:
+    """The contrast set, and what of it the model was taught."""
+    counts = pairs["counts"]
+    text = (
+        f"{counts['find']} pairs to find a latent on and {counts['score']} to score it on. The halves share"
+        f" {len(pairs['shared_frames'])} frames and {len(pairs['shared_words'])} words. In a pair one sentence has a"
+        " cue and the other has not; all end alike, and latents are read at the last token."
+    )
+    rows = [[half, *example] for half, examples in pairs["examples"].items() for example in examples]
+    return Section(
+        "The sentences", text, Table(["half", "with a cue", "without"], rows), after=taught(planted, concept)
+    )
+
+
+def taught(planted: Found, concept: str) -> str:
+    """What the grammar put into the model's training text."""
+    if not planted["share_of_rows"]:
+        return "This model was trained on real text alone: nothing was planted."
+    effect = planted["effects"][concept]
+    return (
+        f"{planted['share_of_rows']:.0%} of this model's training rows were stories told by a grammar. In"
+        f" {effect['stories']:.1%} of those stories, and in {effect['sentences']:.2%} of their sentences, “{concept}”"
+        f" follows one of its causes: about {effect['of_mix']:.2%} of all sentences that the model was trained on were"
+        f" planted in this sense. Of the frames used here {len(planted['frames'])} stand in any of"
+        f" {planted['stories']:,} told stories."
+    )
+
+
+def latent(chosen: Found, scored: Found) -> Section:
+    """Which one it is, and how it does on sentences it was not chosen on."""
+    rows = [
+        [
+            f"{one['coder']}, latent {one['feature']}" + (" (chosen)" if same(one, chosen) else ""),
+            f"{one['auc']:.2f}",
+            f"{one['effect']:+.2f}",
+            f"{one['scored_auc']:.2f}",
+            f"{one['scored_effect']:+.2f}",
+        ]
+        for one in scored["tried"]
+    ]
+    said = ", ".join(f"{token.strip()} {value:+.2f}" for token, value in scored["promoted"][:8])
+    text = (
+        f"Latent {chosen['feature']} of {chosen['coder']}. On the {scored['pairs']} scored pairs its area under the"
+        f" curve is {span(scored['auc'])}; the best single token of the first half ({scored['baseline_token']!r}) has"
+        f" {scored['baseline']:.2f} here. The table has all latents that were tried: those with the largest areas on"
+        " the half to find on. The one that made the word likeliest there, set to its natural maximum, was taken; the"
+        " last two columns were measured afterwards and chose nothing."
+    )
+    after = (
+        f"With hindsight, the best of all latents has {scored['hindsight']:.2f} on the scored half. The model's own"
+        f" lead of the word over its rival has {scored['model_auc']:.2f}: how well the model itself tells these"
+        f" sentences apart when it comes to saying the word. By its decoder row the latent speaks for: {said}."
+    )
+    table = Table(["latent", "AUC, find", "nats, find", "AUC, score", "nats, score"], rows)
+    return Section("The latent", text, table, [figures.activations(scored)], after)
+
+
+def same(a: Found, b: Found) -> bool:
+    """Whether two records are of one latent."""
+    return (a["coder"], a["feature"]) == (b["coder"], b["feature"])
+
+
+def turned_up(activation: Found, word: str) -> Section:
+    """The word after sentences without a cue."""
+    before = activation["before"]
+    rows = [["as it is", "", "", f"{before['probability']:.1%}", f"{before['first']:.0%}"]]
+    for row in activation["rows"]:
+        low, high = row["beside"]["low"], row["beside"]["high"]
+        rows.append(
+            [
+                f"{row['times']} times",
+                span(row["effect"], "{:+.2f}"),
+                f"{low:+.2f} to {high:+.2f}",
+                f"{row['probability']:.1%}",
+                f"{row['first']:.0%}",
+            ]
+        )
+    columns = ["natural maximum", "nats (95%)", "random latents, 95%", f"P({word.strip()})", "comes first"]
+    text = (
+        "The latent set to 1, 2 and 5 times its natural maximum (the largest value in stories that the model told"
+        " itself and in the sentences it was found on) at the last token of the scored sentences without a cue:"
+        f" change of log P(“{word}”). Beside it {len(activation['controls'])} random latents of the same dictionary"
+        f" that are active about as often, set so high that what they add is as long. Claims are about {JUDGED} times."
+    )
+    plot = figures.beside_controls(activation["rows"], "effect", f"change of log P({word.strip()}), nats")
+    return Section("Turned up", text, Table(columns, rows), [plot])
+
+
+def geometry(found: Found, picture: Found, word: str) -> Section:
+    """The decoder row among the tokens."""
+    nearest = ", ".join(f"{token.strip() or repr(token)} {cosine:.2f}" for token, cosine in found["nearest"])
+    middle = sorted(found["random_ranks"])[len(found["random_ranks"]) // 2]
+    rows = [[text, f"{one['rank']:,}", f"{one['cosine']:+.3f}"] for text, one in found["words"].items()]
+    text = (
+        f"“{word}” has rank {found['rank']:,} of {found['tokens']:,} among the token embeddings by cosine with the"
+        f" latent's decoder row ({found['cosine']:.3f}); for the random latents the median rank is {middle:,}."
+        f" Nearest: {nearest}."
+    )
+    return Section("Among the embeddings", text, Table(["word", "rank", "cosine"], rows), [figures.picture(picture)])
+
+
+def steering(found: Found) -> Section:
+    """Arms of generation."""
+    rows = [arm("as it is", found["plain"], "", "")]
+    for row in found["rows"]:
+        low, high = row["beside"]["low"], row["beside"]["high"]
+        rows.append(arm(f"{row['times']} times", row, f"{low:+.0%} to {high:+.0%}", f"{row['random_perplexity']:.1f}"))
+    columns = ["arm", "speaks of it (95%)", "random gain, 95%", "says the word (95%)", "perplexity (95%)", "of random"]
+    text = (
+        f"{found['generations']} continuations an arm of {len(STARTS)} beginnings that speak of no feeling, the latent"
+        " turned up at every token. A story speaks of the feeling if it holds a word of a list that was fixed"
+        f" beforehand. Perplexity is that of the new tokens to the model without steering. {len(found['controls'])}"
+        " random latents have arms of their own."
+    )
+    plot = figures.beside_controls(found["rows"], "gain", "stories that speak of it, gain", percent=True)
+    return Section("Steering", text, Table(columns, rows), [plot])
+
+
+def arm(name: str, row: Found, random: str, perplexity: str) -> list[str]:
+    """One row of the table."""
+    speaks, says = (span(row[what], "{:.0%}") for what in ("speaks", "says"))
+    return [name, speaks, random, says, span(row["perplexity"], "{:.1f}"), perplexity]
+
+
+def samples(found: Found) -> Section:
+    """The first stories of every arm."""
+    rows = [[text, "as it is"] for text in found["plain"]["samples"]]
+    rows += [[text, f"{row['times']} times"] for row in found["rows"] for text in row["samples"]]
+    return Section("What it tells", "The first three stories of each arm, not chosen.", Table(["story", "arm"], rows))
+
+
+def circuit(found: Found) -> Section:
+    """Our trace of the prompt."""
+    heads = [
+        [f"layer {layer}, channel {channel}, at {found['tokens'][source]!r} ({source})", f"{effect:+.3f}"]
+        for layer, channel, source, effect in found["heads"]
+    ]
+    cue = ", ".join(repr(found["tokens"][t]) for t in found["cue"])
+    scored = found["scored"]
+    text = (
+        f"“{found['prompt']}”: the latent's pre-activation is {found['target']:.3f}. With norms, gates and selection"
+        f" held it is a sum over tokens, exactly (what rounding leaves: {found['residual']:.0e}), here by all paths"
+        f" from each token's embedding. The cue is {cue}. Below, the heads with the largest effects: what a token"
+        " sends through one channel."
+    )
+    after = (
+        f"In the scored sentences the strongest head reads the cue in {span(scored['heads'], '{:.0%}')}, and the"
+        f" embedding with the largest effect is the cue's in {span(scored['tokens'], '{:.0%}')}; a token drawn at"
+        f" random is in {scored['chance']:.0%}. {exchanged(found)}"
+    )
+    table = Table(["head", "effect"], heads)
+    return Section("The circuit", text, table, [figures.tokens_map(found)], after)
+
+
+def exchanged(found: Found) -> str:
+    """The cue's real effect, in a sentence."""
+    patched = found["patched"]
+    if patched is None:
+        return "The cue is no single token here, so that its real effect is not taken apart."
+    parts = " ".join(f"{patched['forward'][p]:+.2f} ({patched['reverse'][p]:+.2f})" for p in patched["forward"])
+    return (
+        f"Really having {patched['token']!r} and not {patched['by']!r} moves the latent by {patched['effect']:+.2f}:"
+        f" value, selection and gates {parts}, in reverse order in brackets."
+    )
+
+
+def published(found: Found) -> Section:
+    """Paths by the exact method and by the published one."""
+    rows = [[path, f"{weight:+.3f}"] for path, weight in found["paths"]]
+    rows.append(["all other paths", f"{found['remainder']:+.3f}"])
+    return Section("Paths", "The largest paths to the latent.", Table(["path", "adds"], rows))
+
+
+def lead(found: Found) -> Section:
+    """The graph of the word's lead."""
+    rows = [[path, f"{weight:+.3f}"] for path, weight in found["paths"]]
+    rows.append(["all other paths", f"{found['remainder']:+.3f}"])
+    text = (
+        f"{found['target']} is {found['value']:.3f}. In its graph ({found['nodes']['whole']} nodes,"
+        f" {found['nodes']['pruned']} after pruning; replacement {found['replacement']:.2f}, completeness"
+        f" {found['completeness']:.2f}) the latent adds {found['latent']:+.3f} directly."
+    )
+    return Section("From the latent to the word", text, Table(["path", "adds"], rows))
+
+
+def cut(found: Found, word: str) -> Section:
+    """The named head."""
+    rows = []
+    for what, label in (("latent", "the latent's pre-activation"), ("word", f"log P(“{word}”), nats")):
+        low, high = -found[f"{what}_beside"]["high"], -found[f"{what}_beside"]["low"]
+        rows.append([label, span(found[what], "{:+.4f}"), f"{low:+.4f} to {high:+.4f}"])
+    layer, channel = found["head"]
+    text = (
+        f"Layer {layer}, channel {channel} is the head with the largest effect at the prompt's cue. In the real model,"
+        " nothing held, it is cut at the cue of every scored sentence (where the latent's pre-activation is"
+        f" {found['before']:.2f} on average), beside {found['latent_beside']['controls']} other heads of the layers"
+        " below the latent, drawn at random and cut at the same source."
+    )
+    return Section("The head cut", text, Table(["change of", "this head (95%)", "random heads, 95%"], rows))
+
+
+def swapped(found: Found, word: str) -> Section:
+    """The cue exchanged."""
+    names = {
+        "latent": ("the latent's pre-activation", "{:+.2f}"),
+        "active": ("share of sentences in which it is active", "{:+.0%}"),
+        "lead": ("the word's lead, logits", "{:+.2f}"),
+        "word": (f"log P(“{word}”), nats", "{:+.2f}"),
+    }
+    rows = [
+        [label, *(span(found[what][column], form) for column in ("swapped", "replaced", "more"))]
+        for what, (label, form) in names.items()
+    ]
+    example = found["example"]
+    text = (
+        f"“{example['cue']}” becomes “{example['swapped']}”, or, as a control, “{example['replaced']}”; the same with"
+        " every scored sentence that has a cue."
+    )
+    columns = ["change of", "cue for another word (95%)", "cue for another cue (95%)", "difference (95%)"]
+    return Section("The cue swapped", text, Table(columns, rows))
