@@ -23,24 +23,40 @@ def circuit(
     coder: Annotated[list[str] | None, typer.Option(help="A coder's folder, name or hub id; may be repeated.")] = None,
     budget: Annotated[int, typer.Option(help="Most features and heads of the circuit.")] = 100,
     graph: Annotated[Path | None, typer.Option(help="Folder for the graph itself.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file whose contexts show what features mean, documents parted by <|endoftext|>."),
+    ] = None,
+    n_tokens: Annotated[int, typer.Option("--n-tokens", min=1, help="Stop in --text after so many tokens.")] = 50_000,
+    choose: Annotated[
+        str, typer.Option(help="How nodes are chosen: by influence, or integrated (what ablating them does).")
+    ] = "influence",
+    selection: Annotated[
+        str, typer.Option(help="What edges follow beside the value path: none, half, shares or gradient.")
+    ] = "none",
     check: Annotated[bool, typer.Option(help="Check the circuit by intervening.")] = True,
 ) -> None:
     """Trace what a prediction is made of: a pruned graph, its checks, and a page to look at."""
     from circuits.extract import extract_circuit
     from circuits.files import save_graph
     from circuits.targets import Logit
-    from circuits.viewer import circuit_page
-    from saes.coder import SparseCoder
+    from circuits.viewer import about_features, circuit_page
+    from saes.command_parts import load_coders
 
     if minus is not None and target is None:
         raise ValueError("--minus needs --target: which token's lead is explained?")
+    if text is not None and not text.is_file():
+        raise FileNotFoundError(f"--text {text}: there is no such file")
     loaded = load_model(model)
-    coders = [SparseCoder.from_pretrained(name) for name in coder or ()]
+    coders = load_coders(coder or ()).values()
     chosen = None if target is None else Logit(target, minus=minus)
-    found = extract_circuit(loaded, coders, prompt, chosen, budget, check=check, verbose=True)
+    found = extract_circuit(
+        loaded, coders, prompt, chosen, budget, choose=choose, selection=selection, check=check, verbose=True
+    )
     typer.echo(str(found))
     report = None if found.report is None else str(found.report)
-    page = circuit_page(found.graph, report=report).save(out)
+    features = about_features(found.frozen, found.graph, text, n_tokens=n_tokens)
+    page = circuit_page(found.graph, features=features, report=report).save(out)
     typer.echo(f"page: {page}")
     if graph is not None:
         typer.echo(f"graph: {save_graph(found.graph, graph)}")

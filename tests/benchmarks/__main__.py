@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.benchmarks import analysis, cache, coder_step, model, scan, states
+from tests.benchmarks import analysis, attribution, cache, coder_step, model, scan, states
 from tests.benchmarks.machine import described
 from tests.benchmarks.report import Section, show, write_section
 from tests.benchmarks.sizes import FULL, QUICK, Sizes
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "generation": model.run_generation,
     "analysis": analysis.run,
     "attention": analysis.run_long,
+    "attribution": attribution.run,
     "coder": coder_step.run,
 }
 

@@ -33,6 +33,8 @@ class Sizes:
     """Width d, layers and positions of a sweep of patches."""
     attention_shape: Shape
     """Of mean hidden attention in a model of full size."""
+    attribution_length: int
+    """Positions of the prompt that is attributed in a model of full size."""
     seconds: float
     """Patience for one comparison, beyond the least number of rounds."""
     rounds: tuple[int, int]
@@ -60,6 +62,7 @@ FULL = Sizes(
     analysis=((768, 64), (192, 256)),
     sweep=(128, 4, 32),
     attention_shape=(1, 2048),
+    attribution_length=512,
     seconds=20,
     rounds=(5, 15),
     claims=True,
@@ -80,6 +83,7 @@ QUICK = Sizes(
     analysis=((256, 64), (64, 128)),
     sweep=(64, 2, 16),
     attention_shape=(1, 512),
+    attribution_length=128,
     seconds=1,
     rounds=(3, 5),
 )
@@ -99,6 +103,7 @@ SMOKE = Sizes(
     analysis=((16, 9),),
     sweep=(16, 2, 5),
     attention_shape=(2, 17),
+    attribution_length=8,
     seconds=0,
     rounds=(1, 1),
     fresh_process=False,

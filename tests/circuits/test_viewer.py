@@ -73,12 +73,32 @@ def test_the_command(tmp_path):
     assert int(graph.where("head").sum()) <= 8
 
 
+def test_the_commands_page_shows_what_features_mean(tmp_path):
+    text = tmp_path / "stories.txt"
+    text.write_text("Tom was hungry. He ate some toast.\n<|endoftext|>\nLily was so sad.\n<|endoftext|>\n")
+    coders = ["--coder", "tinystories-4l/l2-mambacoder", "--coder", "tinystories-4l/l3-mambacoder"]
+    arguments = ["I like to eat", "--target", " toast", "--budget", "12", "--no-check", *coders]
+    for more, word in (([], " eat"), (["--text", str(text)], " hungry")):
+        page = tmp_path / "c.html"
+        result = CliRunner().invoke(app, [*arguments, *more, "--out", str(page)])
+        assert result.exit_code == 0, result.output
+        data = data_of(page.read_text(encoding="utf-8"))
+        nodes = [i for i, node in enumerate(data["nodes"]) if node["kind"] == "feature"]
+        assert nodes
+        assert set(data["features"]) == {str(i) for i in nodes}
+        words = {w for known in data["features"].values() for context in known["contexts"] for w, _ in context}
+        assert word in words
+        assert all(known["promoted"] for known in data["features"].values())
+
+
 def test_the_commands_errors_are_one_line(tmp_path):
     out = str(tmp_path / "c.html")
     for arguments, said in (
         (["a", "--minus", " b", "--out", out], "--minus needs --target"),
         (["a", "--target", " not one token at all", "--out", out], "token"),
         (["a", "--coder", "nothing-of-this-name", "--out", out], "nothing-of-this-name"),
+        (["a", "--text", "nothing.txt", "--out", out], "nothing.txt"),
+        (["a", "--choose", "best", "--out", out], "'integrated'"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
