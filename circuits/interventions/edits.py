@@ -1,0 +1,161 @@
+"""What an intervention changes, as values: the same ones are applied to the real model and to the frozen one.
+
+Positions are columns: an int, several, a slice, a mask b l, or None for all; see `hooked_mamba.analysis.columns`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba import HookedMamba, HookedMamba2
+from hooked_mamba.analysis.captured import channel_list, layer_list
+from hooked_mamba.analysis.columns import Columns, kept
+from hooked_mamba.ssm_decomposition import Source
+from saes.coder import SparseCoder
+from saes.naming import check_fits, default_name
+from saes.splicing import check_features
+from saes.steering import Amount
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleFeature:
+    """z' = factor z for one latent; what its coder misses stays. 0 takes the latent away."""
+
+    coder: SparseCoder = field(repr=False)
+    index: int
+    positions: Columns = None
+    factor: Amount = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class SetFeature:
+    """z' = value for one latent, whatever it was; what its coder misses stays."""
+
+    coder: SparseCoder = field(repr=False)
+    index: int
+    value: Amount
+    positions: Columns = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleError:
+    """What a coder misses, times a factor. 0 leaves what it says."""
+
+    coder: SparseCoder = field(repr=False)
+    positions: Columns = None
+    factor: Amount = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleEmbedding:
+    """Tokens' embeddings, times a factor."""
+
+    positions: Columns = None
+    factor: Amount = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class CutHead:
+    """What some channels of a layer pass on from some sources is not seen by the targets; dt, B and C stay."""
+
+    layer: int
+    sources: Columns
+    channels: int | Sequence[int] | None = None
+    """Channels e of E (in Mamba-2 e = h P + p); None: all."""
+    targets: Columns = None
+    source: Source = "scan"
+    """"scan": the terms alpha[t,s] u_s. "token": what the tokens send through all taps of the convolution."""
+
+
+@dataclass(frozen=True, eq=False)
+class CutTokens:
+    """What some tokens send through the mixers of some layers is not seen by the targets; dt, B and C stay."""
+
+    sources: Columns
+    targets: Columns = None
+    layers: int | Iterable[int] | None = None
+    source: Source = "token"
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleState:
+    """h' = factor h right after some positions; the rest of the text reads h'."""
+
+    layer: int
+    positions: int | Sequence[int] | slice
+    factor: float = 0.0
+    channels: int | Sequence[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SetState:
+    """h' = value right after some positions, whatever it was."""
+
+    layer: int
+    positions: int | Sequence[int] | slice
+    value: float | Float[Tensor, "..."]
+    """One number, or a state E N (Mamba-2: H P N), or one for each row."""
+    channels: int | Sequence[int] | None = None
+
+
+Edit = ScaleFeature | SetFeature | ScaleError | ScaleEmbedding | CutHead | CutTokens | ScaleState | SetState
+OfCoder = ScaleFeature | SetFeature | ScaleError
+OfState = ScaleState | SetState
+
+
+def checked(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) -> list[Edit]:
+    """Edits that fit the model.
+
+    Raises
+    ------
+    TypeError
+        Something else than an edit.
+    IndexError
+        A layer, a channel or a latent that does not exist.
+    ValueError
+        A coder that does not fit, an unknown source, or a state's positions that cannot be counted.
+    """
+    return [_checked(model, edit) for edit in ([edits] if isinstance(edits, Edit) else list(edits))]
+
+
+def _checked(model: HookedMamba | HookedMamba2, edit: Edit) -> Edit:
+    if not isinstance(edit, Edit):
+        names = ", ".join(kind.__name__ for kind in get_args(Edit))
+        raise TypeError(f"expected an edit ({names}), got {type(edit).__name__}: {edit!r}")
+    if isinstance(edit, CutHead | ScaleState | SetState):
+        layer_list(model, edit.layer)
+        channel_list(model, edit.channels)
+    if isinstance(edit, ScaleFeature | SetFeature | ScaleError):
+        check_fits(edit.coder, model, default_name(edit.coder.cfg))
+        if not isinstance(edit, ScaleError):
+            check_features(edit.coder.cfg, (edit.index,))
+    if isinstance(edit, ScaleState | SetState):
+        return replace(edit, positions=counted(edit.positions))
+    if not isinstance(edit, CutHead | CutTokens):
+        return replace(edit, positions=kept(edit.positions))
+    if edit.source not in ("scan", "token"):
+        raise ValueError(f"source must be 'scan' or 'token', got {edit.source!r}")
+    if isinstance(edit, CutHead):
+        return replace(edit, sources=kept(edit.sources), targets=kept(edit.targets))
+    layers = layer_list(model, edit.layers)
+    return replace(edit, sources=kept(edit.sources), targets=kept(edit.targets), layers=layers)
+
+
+def counted(positions: int | Iterable[int] | slice | None) -> list[int]:
+    """A state's positions, which must be known before the text is there."""
+    if isinstance(positions, int):
+        return [positions]
+    if isinstance(positions, slice):
+        start, stop, step = positions.start or 0, positions.stop, positions.step or 1
+        if stop is not None and min(start, stop, step) >= 0:
+            return list(range(start, stop, step))
+    elif positions is not None:
+        return [int(t) for t in positions]
+    raise ValueError(
+        f"a state's positions must be an int, several, or a slice from 0 or more to an end, got {positions!r}"
+    )

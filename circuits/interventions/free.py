@@ -1,0 +1,84 @@
+"""Edits of the real model: everything behind them is computed anew, selection, gates and norms included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from circuits.interventions.edits import Edit, OfCoder, OfState, ScaleEmbedding, checked
+from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
+from hooked_mamba import HookedMamba, HookedMamba2
+from hooked_mamba.analysis.columns import columns_before
+from hooked_mamba.analysis.cuts import StateChange, held
+from hooked_mamba.analysis.knockout import cutting
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.hook_points import HookPoint
+from saes.coder import SparseCoder
+from saes.rewriting import Rewrite, rewritten
+
+
+@contextmanager
+def intervened(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) -> Iterator[HookedMamba | HookedMamba2]:
+    """Edits in every forward pass inside the `with`: `forward`, `run_with_cache`, `generate`.
+
+    Layers run in order, so that each edit meets what those below it have left. In one layer: embeddings and states in
+    the order of the list; cuts together, a pair that two of them cut being cut once, and of states as they are edited;
+    a coder's latents in the order of the list, all from what it encodes in this pass, then its error; coders in the
+    order of their first mention, each reading what those before it have left. Padding stays as it is.
+
+    In `generate`, positions count from the prompt's first column and go on into the new text; what is not there yet is
+    edited when it comes, or never, and -1 is the newest column of every call. What targets do not see they never see:
+    logits are those of a pass over the whole text with the same edits (but for negative positions).
+
+    Parameters
+    ----------
+    model
+        Its hooks are removed at the end, also after an exception.
+    edits
+        One or several, see `circuits.interventions.edits`.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        Edits that do not fit the model, see :func:`checked`. Positions outside of the text say so when it runs.
+    """
+    listed = checked(model, edits)
+    changes = [change for edit in listed if isinstance(edit, OfState) for change in state_changes(model, edit)]
+    hooks: list[tuple[str, Any]] = [
+        ("hook_embed", _scaling(model, edit)) for edit in listed if isinstance(edit, ScaleEmbedding)
+    ]
+    hooks += [(f"blocks.{one.layer}.mixer.hook_h.{one.position}", _changing(one)) for one in changes]
+    with ExitStack() as stack:
+        stack.enter_context(held(model, *changes))
+        for cut in cuts_of(model, listed):
+            stack.enter_context(cutting(model, cut))
+        rewrites = [Rewrite(coder.cfg, _rewriting(model, coder, mine)) for coder, mine in by_coder(listed)]
+        stack.enter_context(rewritten(model, rewrites))
+        stack.enter_context(model.hooks(hooks))
+        yield model
+
+
+def _scaling(model: HookedMamba | HookedMamba2, edit: ScaleEmbedding) -> Any:
+    def scale(embed: Tensor, hook: HookPoint) -> Tensor:
+        share = factors(edit.positions, edit.factor, embed[..., 0], columns_before(model))
+        return embed * share.unsqueeze(-1)
+
+    return scale
+
+
+def _changing(change: StateChange) -> Any:
+    def apply(h: Tensor, hook: HookPoint) -> Tensor:
+        new = h.reshape(len(h), *change.scale.shape[:2], -1) * change.scale
+        return (new if change.add is None else new + change.add).reshape(h.shape)
+
+    return apply
+
+
+def _rewriting(model: HookedMamba | HookedMamba2, coder: SparseCoder, edits: list[OfCoder]) -> Any:
+    def rewrite(x: Tensor, y: Tensor) -> Tensor:
+        return at_least_fp32(y) + coders_change(coder, edits, x, y, columns_before(model))
+
+    return rewrite

@@ -1,0 +1,173 @@
+"""The same edits on the frozen model: norms, gates and selection held at the run's, so that effects are exact sums.
+
+The frozen model is affine in its streams, and an edited one is so too. A mixer whose sources S are cut from targets T,
+and whose state is edited, h_m <- M h_m + v, gives
+
+    y_t = C_t h_t + D u_t - (what reaches t from S, if t is in T)
+
+with u = (u of the run) + (what the edits below have made of it); what reaches t is scaled by M on its way. The change
+of its output is what these terms add to the change that passes through the mixer without edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.frozen_mixer import FrozenMixer
+from circuits.frozen_model import FrozenModel
+from circuits.graph import Graph
+from circuits.interventions.edits import Edit, OfState, ScaleEmbedding, checked
+from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
+from circuits.push import Changes, Pushed, held_heads
+from circuits.targets import Target
+from hooked_mamba.analysis.cuts import Cut, Pass, StateChange, lost_reads, state_edits
+from hooked_mamba.ops.interface import StateEdits
+from hooked_mamba.scan_view import ScanView, scan_out
+from saes.coder import SparseCoder
+from saes.targets import LOCAL, stream_values, streams_of
+
+
+@torch.no_grad()
+def frozen_effects(
+    frozen: FrozenModel,
+    edits: Edit | Iterable[Edit],
+    targets: Target | Sequence[Any],
+    hold: Graph | None = None,
+) -> Float[Tensor, "targets b"]:
+    """How all edits together change targets on the frozen model, for each row of the run: direct effects.
+
+    Latents and errors of coded layers are where paths end: they are what they were in the run, or what the edits make
+    of that, whatever is edited below them. Where no coder stands, changes pass.
+
+    Parameters
+    ----------
+    frozen
+        The run. Positions are its columns.
+    edits
+        As for :func:`intervened`.
+    targets
+        One or several.
+    hold
+        A graph of this run whose heads hold their values, so that the effect of a single node's ablation is minus its
+        edge to the target.
+
+    Raises
+    ------
+    ValueError
+        Edits that do not fit the model, a coder that writes to a site that is no stream of the frozen model, a state of
+        a hybrid layer, whose local part the coder has taken out of the scan, or a run with another rule than "none".
+    """
+    if frozen.rule.name != "none":
+        raise ValueError(f"effects follow the value path: this run has selection={frozen.rule.name!r}, expected 'none'")
+    listed = checked(frozen.model, edits)
+    changes = Changes(frozen.rows_of(1), held={} if hold is None else held_heads(frozen, hold))
+    changes.inside = _Inside(frozen, listed, changes.held)
+    for edit in listed:
+        if isinstance(edit, ScaleEmbedding):
+            share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None)
+            embed = frozen.resid(0) + changes.streams.get(0, 0.0)
+            changes.streams[0] = changes.streams.get(0, 0.0) + (share - 1).unsqueeze(-1) * embed
+    for coder, mine in by_coder(listed):
+        where, layer = _written(coder)
+        into = changes.outs if where == "out" else changes.streams
+        into[layer] = into.get(layer, 0.0) + _change_of(frozen, coder, mine)
+    pushed = Pushed(frozen, changes)
+    effects = []
+    for target in [targets] if isinstance(targets, Target) else list(targets):
+        covectors = [target.covector(frozen, row) for row in range(frozen.batch)]
+        effect = torch.stack([pushed.read(c)[row] for row, c in enumerate(covectors)])
+        if covectors[0].stream == "out" and covectors[0].layer in changes.outs:
+            added = changes.outs[covectors[0].layer]
+            effect = effect + torch.stack([added[row, c.position] @ c.vector for row, c in enumerate(covectors)])
+        effects.append(effect)
+    return torch.stack(effects)
+
+
+def _written(coder: SparseCoder) -> tuple[str, int]:
+    """("out" or "resid", layer) of the stream that a coder's prediction is part of."""
+    site = streams_of(coder.cfg)[1].removesuffix(LOCAL)
+    parts = site.split(".")
+    place = ".".join(parts[2:])
+    if parts[0] == "blocks" and place in ("mixer.hook_out_proj", "hook_resid_pre", "hook_resid_post"):
+        return "out" if place == "mixer.hook_out_proj" else "resid", int(parts[1]) + (place == "hook_resid_post")
+    raise ValueError(
+        f"a coder that writes to {site} has no place in the frozen model: expected hook_resid_pre, hook_resid_post or"
+        " mixer.hook_out_proj of a block"
+    )
+
+
+def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Float[Tensor, "b l d"]:
+    """What edits of a coder's latents and error add to its stream, real positions only."""
+    stream = streams_of(coder.cfg)[1]
+    local = stream.endswith(LOCAL)
+    y = stream_values(stream, frozen.cache, frozen.model) if local else frozen.value_at(coder.cfg.out_site)
+    change = coders_change(coder, edits, frozen.value_at(coder.cfg.in_site), y).to(frozen.dtype)
+    return change if frozen.mask is None else change * frozen.mask.unsqueeze(-1)
+
+
+class _Inside:
+    """What cuts and edits of states add to a mixer's output, see `circuits.push.Inside`."""
+
+    def __init__(self, frozen: FrozenModel, edits: list[Edit], held: dict[int, Tensor]) -> None:
+        self.frozen, self.held = frozen, held
+        self.cuts = cuts_of(frozen.model, edits)
+        states = [one for edit in edits if isinstance(edit, OfState) for one in state_changes(frozen.model, edit)]
+        self.states = [replace(one, position=frozen.column(one.position)) for one in states]
+        for one in states:
+            if one.layer in frozen.coded and frozen.coded[one.layer].mode == "hybrid":
+                raise ValueError(f"the state of layer {one.layer}, a hybrid one, cannot be edited: use mode 'mixer'")
+
+    def __call__(self, layer: int, delta: Float[Tensor, "b l d"], whole: bool) -> Float[Tensor, "b l d"] | float:
+        cuts = [cut for cut in self.cuts if layer in cut.layers]
+        states = [one for one in self.states if one.layer == layer]
+        if not cuts and not states:
+            return 0.0
+        mixer, coded, rows = self.frozen.mixer(layer), self.frozen.coded.get(layer), self.frozen.rows_of(1)
+        mode = "mixer" if coded is None or whole else coded.mode
+        scales = state_edits(states, self.frozen.length)
+        run = Pass(mixer.view_of(mixer.u, rows), mixer.path, changes=scales)
+        y = -lost_reads(cuts, run)
+        u, put_back = torch.zeros_like(y), torch.zeros_like(y)
+        if mode != "block":  # there, nothing that comes from below passes
+            p, sigma = mixer.change_of_p(delta, rows), mixer.path.sigma
+            through = self.held.get(layer, torch.ones_like(p[0]))
+            p, sigma = (p * through, sigma) if mode == "hybrid" else (p, sigma * through)
+            u = sigma * mixer.path.mix(p)
+            below = Pass(mixer.view_of(u, rows), replace(mixer.path, p=p, sigma=sigma), changes=scales)
+            y = y - lost_reads(cuts, below)
+            if mode == "hybrid":  # a change of the local part has not passed, so none of it can be cut
+                put_back = p * _cut_from_itself(cuts, below)
+        if states and scales is not None:
+            y = y + _kicked(mixer, run.view, mixer.view_of(u, rows), states, scales)
+        return mixer.out_of(y, rows) + mixer.local(put_back, rows)
+
+
+def _kicked(
+    mixer: FrozenMixer, run: ScanView, below: ScanView, states: list[StateChange], scales: StateEdits
+) -> Float[Tensor, "b l E"]:
+    """What edits of states add to y: a change dh of the state becomes M dh + (M h + v - h), h the run's."""
+    at = list(scales.at)
+    h = scan_out(run, mixer.before.ssm, states_at=at).states
+    assert h is not None  # they were asked for
+    new = h
+    for i, t in enumerate(at):
+        for one in states:
+            if one.position == t:
+                edited = new[:, i] * one.scale + (0.0 if one.add is None else one.add)
+                new = torch.cat([new[:, :i], edited.unsqueeze(1), new[:, i + 1 :]], 1)
+    # What the edits before m make of h_m is in dh, which the scan below carries.
+    edits = StateEdits(at, scales.scale, new - h)
+    return (scan_out(below, edits=edits).y - scan_out(below).y).flatten(2)
+
+
+def _cut_from_itself(cuts: list[Cut], call: Pass) -> Bool[Tensor, "b l e"]:
+    """Where a cut takes a position's own input from it."""
+    return torch.stack([
+        (call.cells(cut) & call.mask(cut.targets).unsqueeze(-1)).expand_as(call.path.p) for cut in cuts
+    ]).any(0)  # fmt: skip

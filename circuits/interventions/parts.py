@@ -1,0 +1,135 @@
+"""What edits come to inside one layer, for the real and the frozen model alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.interventions.edits import (
+    CutHead,
+    CutTokens,
+    Edit,
+    OfCoder,
+    OfState,
+    ScaleError,
+    ScaleFeature,
+    ScaleState,
+    SetFeature,
+    counted,
+)
+from hooked_mamba import HookedMamba, HookedMamba2
+from hooked_mamba.analysis.captured import channel_list, layer_list
+from hooked_mamba.analysis.columns import Columns, column_mask
+from hooked_mamba.analysis.cuts import Channels, Cut, StateChange
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.config import Mamba2Config
+from hooked_mamba.ssm_decomposition import Source
+from saes.coder import SparseCoder
+from saes.splicing import decoded_change
+from saes.steering import Amount
+
+
+def by_coder(edits: Sequence[Edit]) -> list[tuple[SparseCoder, list[OfCoder]]]:
+    """Each coder with its edits, in the order of their first mention."""
+    found: dict[int, tuple[SparseCoder, list[OfCoder]]] = {}
+    for edit in edits:
+        if isinstance(edit, OfCoder):
+            found.setdefault(id(edit.coder), (edit.coder, []))[1].append(edit)
+    return list(found.values())
+
+
+def coders_change(
+    coder: SparseCoder,
+    edits: Sequence[OfCoder],
+    x: Float[Tensor, "b l d_in"],
+    y: Float[Tensor, "b l d_out"],
+    before: int | None = None,
+) -> Float[Tensor, "b l d_out"]:
+    """decode(z') - decode(z) + error' - error: what edits of one coder add to what it predicts.
+
+    Parameters
+    ----------
+    x, y
+        What it reads and what it predicts.
+    before
+        Columns of earlier calls, while generating.
+    """
+    wide = at_least_fp32(y)
+    change = torch.zeros_like(wide)
+    latents = [edit for edit in edits if isinstance(edit, ScaleFeature | SetFeature)]
+    if latents:
+        z = coder.encode(x)
+        at = tuple(dict.fromkeys(edit.index for edit in latents))
+        new = {i: z[..., i] for i in at}
+        for edit in latents:
+            now = new[edit.index]
+            made = edit.value * torch.ones_like(now) if isinstance(edit, SetFeature) else edit.factor * now
+            new[edit.index] = torch.where(chosen(edit.positions, now, before), made, now)
+        dz = torch.stack([new[i] - z[..., i] for i in at], -1)
+        change = change + decoded_change(coder, dz, at).to(wide.dtype)
+    share = torch.ones_like(wide[..., 0])
+    for error in [edit for edit in edits if isinstance(edit, ScaleError)]:
+        share = share * factors(error.positions, error.factor, share, before)
+    if bool((share != 1).any()):
+        change = change + (share - 1).unsqueeze(-1) * (wide - coder(x).to(wide.dtype))
+    return change
+
+
+def chosen(positions: Columns, like: Float[Tensor, "b l"], before: int | None) -> Bool[Tensor, "b l"]:
+    """Positions as a mask."""
+    mask = column_mask(positions, like.shape[0], like.shape[1], before, like.device)
+    return torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+
+
+def factors(positions: Columns, factor: Amount, like: Float[Tensor, "b l"], before: int | None) -> Float[Tensor, "b l"]:
+    """The factor at positions, 1 elsewhere."""
+    return torch.where(chosen(positions, like, before), factor * torch.ones_like(like), 1.0)
+
+
+def cuts_of(model: HookedMamba | HookedMamba2, edits: Sequence[Edit]) -> list[Cut]:
+    """All cuts; those that differ only in their sources are one, so that a hundred heads cost one scan a layer."""
+    cells: dict[Any, list[tuple[Columns, Channels]]] = {}
+    found: dict[Any, tuple[Columns, frozenset[int], Source]] = {}
+    for edit in edits:
+        if not isinstance(edit, CutHead | CutTokens):
+            continue
+        layers = frozenset(layer_list(model, edit.layer if isinstance(edit, CutHead) else edit.layers))
+        targets = edit.targets
+        named = (targets.start, targets.stop, targets.step) if isinstance(targets, slice) else targets
+        key = (layers, edit.source, id(named) if isinstance(named, Tensor) else repr(named))
+        found[key] = targets, layers, edit.source
+        channels = channel_list(model, edit.channels) if isinstance(edit, CutHead) else None
+        cells.setdefault(key, []).append((edit.sources, channels))
+    return [Cut(tuple(cells[key]), targets, layers, source, "read") for key, (targets, layers, source) in found.items()]
+
+
+def state_changes(model: HookedMamba | HookedMamba2, edit: OfState) -> list[StateChange]:
+    """One for each position.
+
+    Raises
+    ------
+    ValueError
+        The value is no state of this layer.
+    """
+    cfg, weight = model.cfg, model.embed.weight
+    own = (cfg.H, cfg.P, cfg.d_state) if isinstance(cfg, Mamba2Config) else (cfg.E, cfg.d_state)
+    lanes = own if isinstance(cfg, Mamba2Config) else (cfg.E, 1, cfg.d_state)
+    (layer,), channels = layer_list(model, edit.layer), channel_list(model, edit.channels)
+    here = torch.zeros(cfg.E, dtype=torch.bool, device=weight.device)
+    here[slice(None) if channels is None else list(channels)] = True
+    here = here.reshape(*lanes[:2], 1)
+    factor = edit.factor if isinstance(edit, ScaleState) else 0.0
+    scale = torch.ones(here.shape, dtype=at_least_fp32(weight).dtype, device=weight.device).masked_fill(here, factor)
+    add = None
+    if not isinstance(edit, ScaleState):
+        value = torch.as_tensor(edit.value, dtype=scale.dtype, device=scale.device)
+        try:
+            value = value.expand(*value.shape[: max(0, value.ndim - len(own))], *own)
+        except RuntimeError as e:
+            raise ValueError(f"a state of layer {layer} is {list(own)}, got {list(value.shape)}") from e
+        add = torch.where(here, value.reshape(*value.shape[: value.ndim - len(own)], *lanes), 0.0)
+    return [StateChange(layer, t, scale, add) for t in counted(edit.positions)]
