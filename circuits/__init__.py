@@ -23,9 +23,12 @@ from circuits.integrated import integrated_gradients as integrated_gradients
 from circuits.integrated import node_effects as node_effects
 from circuits.paths import greedy_path as greedy_path
 from circuits.paths import top_paths as top_paths
+from circuits.published import PathOptions as PathOptions
 from circuits.selection import PatchEffects as PatchEffects
 from circuits.selection import patch_effects as patch_effects
 from circuits.targets import Direction as Direction
 from circuits.targets import Feature as Feature
 from circuits.targets import Head as Head
 from circuits.targets import Logit as Logit
+from circuits.trace import Trace as Trace
+from circuits.trace import trace_paths as trace_paths

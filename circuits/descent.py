@@ -64,8 +64,7 @@ class Descent:
             V = V + self.through(layer, out)
             V = V + self.from_inside(layer, "u") + self.from_inside(layer, "p")
             self.join(V, "resid", layer)
-        embed = frozen.cache["hook_embed"].to(V.dtype)
-        self.parts["embeddings"] = (V * embed[self.rows]).sum(-1)
+        self.parts["embeddings"] = (V * frozen.embeddings[self.rows]).sum(-1)
         return self.parts
 
     def join(self, V: Tensor, stream: Stream, layer: int) -> Tensor:

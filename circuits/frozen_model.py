@@ -166,6 +166,11 @@ class FrozenModel:
         stream, layer = self._stream_of(site)
         return self.resid(layer) if stream == "resid" else self.out(layer)
 
+    @property
+    def embeddings(self) -> Float[Tensor, "b l d"]:
+        """What a covector at the bottom meets: the tokens' embeddings."""
+        return self.resid(0)
+
     @cached_property
     def final_norm(self) -> Float[Tensor, "b l d"]:
         """w / scale of the final norm."""

@@ -1,0 +1,226 @@
+"""Paths found step by step, every head a node: no graph is built, and no head is chosen beforehand.
+
+1. A target's covector goes one step down: all that adds to it directly is scored, in one pass for all paths that are
+   being followed. A head takes what it gets and passes nothing on.
+2. The k largest over all these paths are kept. Each kept head or feature hands down its own covector, scaled so that
+   every number on a path is what the target gets along it.
+3. So on: paths of one edge, of two, ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.descent import Descent
+from circuits.frozen_mixer import Pulled
+from circuits.frozen_model import FrozenModel
+from circuits.graph import Kind, Node
+from circuits.paths import Path, Paths
+from circuits.published import EXACT, OptionedModel, OptionedPulled, PathOptions
+from circuits.targets import Covector, Feature, Target
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What :func:`trace_paths` found."""
+
+    target: str
+    value: float
+    """The number in the prompt's run."""
+    heads: dict[int, Float[Tensor, "l E"]]
+    """Layer -> what the head (source, channel) adds directly, by the residual stream and by no other head. In hybrid
+    layers the source is the token."""
+    paths: tuple[Paths, ...]
+    """The k largest paths of one edge, of two, ...; a node's value is what the target gets by way of it."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"edges: {i}\n{found}" for i, found in enumerate(self.paths, 1))
+
+
+@torch.no_grad()
+def trace_paths(
+    frozen: FrozenModel,
+    target: Target,
+    *,
+    k: int = 5,
+    length: int = 2,
+    row: int = 0,
+    preset: str | PathOptions | None = None,
+) -> Trace:
+    """The k largest paths from a target down, of each length, and what every head adds directly.
+
+    Exact unless told otherwise: all paths of one length, with those that ended before, sum to the target; `remainder`
+    is what the listed paths of that length leave of it. Only the k largest are followed at each step, so that a large
+    path behind a small first edge is missed; :func:`circuits.top_paths` misses none among the nodes of a graph.
+
+    Parameters
+    ----------
+    frozen
+        A run, with the coders that it is read through.
+    target
+        Where paths start.
+    k
+        Paths kept at each step; 1 is the greedy path.
+    length
+        Most edges of a path.
+    row
+        Of the batch.
+    preset
+        "mambacoder" for the published method, :class:`circuits.PathOptions` for some of its choices; None: exact.
+
+    Raises
+    ------
+    ValueError
+        k or length below 1, an unknown preset, or one together with a `selection`.
+    IndexError
+        No such row.
+    """
+    for name, number in (("k", k), ("length", length)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if not 0 <= row < frozen.batch:
+        raise IndexError(f"row {row} is out of range: this run has {frozen.batch}")
+    options = PathOptions.of(preset)
+    frozen = frozen if options == EXACT else OptionedModel(frozen, options)
+    start = target.covector(frozen, row)
+    root = Node("target", frozen.model.cfg.n_layers, -1, value=float(start.value), name=target.label)
+    going: list[tuple[tuple[Node, ...], Covector]] = [((root,), start)]
+    heads: dict[int, Tensor] = {}
+    listed: list[Paths] = []
+    while going and len(listed) < length:
+        step = _Step(frozen, [covector for _, covector in going], row, options)
+        heads = heads or {layer: effects[0] for layer, effects in sorted(step.effects.items())}
+        kept = step.largest(k)
+        paths = [(*going[i][0], node) for i, node, _ in kept]
+        listed.append(Paths(tuple(_path(nodes) for nodes in paths), root.value))
+        going = [(nodes, below) for nodes, (_, _, below) in zip(paths, kept, strict=True) if below is not None]
+    return Trace(target.label, root.value, heads, tuple(listed))
+
+
+def _path(nodes: tuple[Node, ...]) -> Path:
+    edges = tuple(node.value for node in nodes[1:])
+    return Path(nodes, edges, edges[-1])
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes of one kind and layer, and what they add to each covector."""
+
+    kind: Kind
+    layer: int
+    effects: Float[Tensor, "n ..."]
+
+
+class _Step(Descent):
+    """All that adds directly to some covectors of one row."""
+
+    def __init__(self, frozen: FrozenModel, covectors: list[Covector], row: int, options: PathOptions) -> None:
+        E, n = frozen.model.cfg.E, len(covectors)
+        ones = torch.ones(frozen.length, E, dtype=frozen.dtype, device=frozen.tokens.device)
+        super().__init__(
+            frozen,
+            covectors,
+            torch.full((n,), row, device=frozen.tokens.device),
+            {c.layer for c in covectors if c.stream == "out"},
+            keep_heads=True,
+            nodes=dict.fromkeys(range(frozen.model.cfg.n_layers), ones),
+        )
+        self.row, self.options = row, options
+        self.effects: dict[int, Float[Tensor, "n l E"]] = {}
+        """Layer -> what each head adds."""
+        self.onward: dict[int, Float[Tensor, "n l E"]] = {}
+        """Layer -> the covector with which each head goes on."""
+        self.run()
+
+    def through(self, layer: int, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        """As in `Descent`; with nodes="beside" a coded layer's mixer and its features, each as if alone."""
+        coded = self.frozen.coded.get(layer)
+        if coded is None or self.options.nodes == "once":
+            return super().through(layer, out)
+        pulled = self.frozen.mixer(layer).pull(out, self.rows, 1 - self.nodes[layer])
+        self.keep(layer, pulled, pulled.pb)
+        mine = self.reading("out", layer)
+        self.parts["features"][layer] = coded.feature_effects(out, self.rows)
+        self.parts["features"][layer][mine] = 0
+        return pulled.below
+
+    def across(
+        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+    ) -> Float[Tensor, "n l d"]:
+        below = super().across(layer, out, by_coder, nodes)
+        p = self.frozen.mixer(layer).p[self.rows]
+        self.effects[layer] = self.parts["token_heads"][layer]
+        self.onward[layer] = torch.where(p == 0, 0, self.effects[layer] / torch.where(p == 0, 1, p))
+        return below
+
+    def keep(self, layer: int, pulled: Pulled, pb: Float[Tensor, "n l E"]) -> None:
+        super().keep(layer, pulled, pb)
+        u = self.frozen.mixer(layer).u[self.rows]
+        self.effects[layer] = pulled.heads if isinstance(pulled, OptionedPulled) else pulled.ub * u
+        self.onward[layer] = pulled.ub
+
+    def groups(self) -> list[_Group]:
+        """All nodes that paths may go to."""
+        parts, total = self.parts, self.options.head == "argmax_sum"
+        found = [_Group("head", i, effects.sum(-1) if total else effects) for i, effects in self.effects.items()]
+        found += [_Group("feature", i, effects) for i, effects in parts["features"].items()]
+        found += [_Group("embed", -1, parts["embeddings"])]
+        if self.options.nodes == "once":
+            found += [_Group("error", i, effects) for i, effects in parts["errors"].items()]
+            offset = torch.stack([covector.offset for covector in self.covectors])
+            constants = [offset, *parts["coder_biases"].values(), *parts["biases"].values()]
+            found.append(_Group("bias", -1, torch.stack(constants).sum(0)))
+            found.append(_Group("initial", -1, torch.stack([0 * offset, *parts["initial"].values()]).sum(0)))
+        return found
+
+    def largest(self, k: int) -> list[tuple[int, Node, Covector | None]]:
+        """The k largest over all covectors: which one, the node, and the node's own covector; None where paths end."""
+        groups, n = self.groups(), len(self.covectors)
+        sizes = [group.effects.reshape(n, -1).shape[1] for group in groups]
+        effects = torch.cat([group.effects.reshape(n, -1) for group in groups], 1)
+        scores = effects if self.options.rank == "signed" else effects.abs()
+        kept = []
+        for place in scores.flatten().topk(min(k, scores.numel())).indices.tolist():
+            i, at = divmod(place, effects.shape[1])
+            if effects[i, at] == 0:
+                continue
+            g = 0
+            while at >= sizes[g]:
+                at, g = at - sizes[g], g + 1
+            kept.append((i, *self.node(i, groups[g], at)))
+        return kept
+
+    def node(self, i: int, group: _Group, at: int) -> tuple[Node, Covector | None]:
+        """One node of a group as reached from covector i, and its own covector."""
+        effect, width = group.effects.reshape(len(group.effects), -1)[i, at], group.effects.shape[2:].numel()
+        value, position = float(effect), at // width
+        if group.kind == "head":
+            return self.head(i, group.layer, position, None if width == 1 else at % width, effect)
+        if group.kind == "feature":
+            coded = self.frozen.coded[group.layer]
+            index = int(coded.codes.indices[self.row, position, at % width])
+            activation = float(coded.codes.values[self.row, position, at % width])
+            read = Feature(coded.coder, index, position).covector(self.frozen, self.row)
+            scale = effect / read.value
+            below = read._replace(vector=read.vector * scale, offset=read.offset * scale, value=effect)
+            return Node("feature", group.layer, position, index, value, activation), below
+        return Node(group.kind, group.layer, position if group.kind in ("embed", "error") else -1, value=value), None
+
+    def head(
+        self, i: int, layer: int, position: int, channel: int | None, effect: Float[Tensor, ""]
+    ) -> tuple[Node, Covector]:
+        """A head, or all channels of a source under the name of the one that adds most."""
+        vector = self.onward[layer][i, position]
+        if channel is None:
+            channel = int(self.effects[layer][i, position].argmax())
+        else:
+            vector = vector * torch.nn.functional.one_hot(torch.tensor(channel), len(vector)).to(vector)
+        tokens = (
+            layer in self.frozen.coded and self.frozen.coded[layer].mode == "hybrid" and self.options.nodes == "once"
+        )
+        covector = Covector("p" if tokens else "u", layer, position, vector, 0 * effect, effect)
+        return Node("head", layer, position, channel, float(effect)), covector
