@@ -108,13 +108,15 @@ def cuts_of(model: HookedMamba | HookedMamba2, edits: Sequence[Edit]) -> list[Cu
 
 
 def state_changes(model: HookedMamba | HookedMamba2, edit: OfState) -> list[StateChange]:
-    """One for each position.
+    """One for each position; none for a factor of 1, since cutting a scan in two at the edit may round otherwise.
 
     Raises
     ------
     ValueError
         The value is no state of this layer.
     """
+    if isinstance(edit, ScaleState) and edit.factor == 1:
+        return []
     cfg, weight = model.cfg, model.embed.weight
     own = (cfg.H, cfg.P, cfg.d_state) if isinstance(cfg, Mamba2Config) else (cfg.E, cfg.d_state)
     lanes = own if isinstance(cfg, Mamba2Config) else (cfg.E, 1, cfg.d_state)

@@ -214,6 +214,24 @@ def test_latents_and_errors(target):
     assert torch.allclose(moved, (1.5 - z) * (sae.W_dec[2] @ vector_of(model)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hybrid_layer_passes_what_is_not_cut(family):
+    """With all flow of layer 1 cut, what changes below reaches the top only past the layer."""
+    model, tokens = random_model(6, family, n_layers=2), random_tokens(6, 2, 5)
+    frozen = FrozenModel(model, tokens, coders_for(model, "local")[1:])
+    top, below = (Direction(vector_of(model), layer, 4) for layer in (2, 1))
+    changed = [ScaleEmbedding(1), ScaleEmbedding(4, 0.5)]
+    passed, past = frozen_effects(frozen, changed, [top, below])
+    assert (passed - past).abs().min() > 1e-6
+    for cut in (CutTokens(None, None, 1), CutHead(1, None)):
+        alone = frozen_effects(frozen, cut, top)[0]
+        assert torch.allclose(frozen_effects(frozen, [cut, *changed], top)[0], alone + past, atol=1e-12)
+    ahead = CutTokens(slice(0, 4), 4, 1)
+    by_token = [CutTokens(s, 4, 1) for s in range(4)]
+    together = frozen_effects(frozen, [ahead, *changed], top)
+    assert torch.allclose(frozen_effects(frozen, [*by_token, *changed], top), together, atol=1e-12)
+
+
 def test_padding_and_memory():
     model, tokens = random_model(5, "mamba2", n_layers=2), random_tokens(5, 1, 7)
     edits = [CutHead(1, 3, [0, 1], source="token"), ScaleState(0, 4, 0.5), ScaleEmbedding(2), CutTokens(3, [5, 6])]
