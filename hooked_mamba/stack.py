@@ -19,7 +19,7 @@ class Mixer(Protocol):
     """What a block asks of its mixer: a new family is one module with these."""
 
     def __call__(
-        self, resid: Tensor, state: LayerState, padding: Padding | None = None
+        self, resid: Tensor, state: LayerState | None = None, padding: Padding | None = None
     ) -> tuple[Tensor, LayerState]: ...
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState: ...
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.hook_resid_post = HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: LayerState, padding: Padding | None = None
+        self, resid: Float[Tensor, "b l d"], state: LayerState | None = None, padding: Padding | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         if self.residual_in_fp32:
             resid = at_least_fp32(resid)
@@ -76,10 +76,11 @@ class Stack(nn.Module):
         self, resid: Tensor, layers: range, state: ModelState | None, padding: Padding | None
     ) -> tuple[Tensor, ModelState]:
         """Blocks of `layers` in order. Layers that do not run keep their state as it is."""
-        states = list(state if state is not None else self.initial_state(resid.shape[0]))
+        states: list[LayerState | None] = [None] * self.cfg.n_layers if state is None else list(state)
         for i in layers:
             resid, states[i] = self.blocks[i](resid, states[i], padding)
-        return resid, ModelState(tuple(states))
+        empty = (self.mixer(i).initial_state(resid.shape[0]) if one is None else one for i, one in enumerate(states))
+        return resid, ModelState(tuple(empty))
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""

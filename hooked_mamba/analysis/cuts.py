@@ -223,6 +223,8 @@ def lost_writes(cuts: Sequence[Cut], call: Pass, number: int) -> Float[Tensor, "
 
 def _codes(cuts: Sequence[Cut], call: Pass, source: Source) -> Int[Tensor, "b l e"]:
     """At each cell, the cuts of one kind of source that take it away."""
+    if len(cuts) > 62:
+        raise ValueError(f"{len(cuts)} cuts hold in one layer, at most 62 can: join those that have the same targets")
     b, l = call.view.dt.shape[:2]
     code = torch.zeros(b, l, 1, dtype=torch.long, device=call.view.dt.device)
     for i, cut in enumerate(cuts):

@@ -63,17 +63,19 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         self.hook_out_proj = HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: LayerState, padding: Padding | None = None
+        self, resid: Float[Tensor, "b l d"], state: LayerState | None = None, padding: Padding | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
         real = zero_padding(padding)
+        h0 = None if state is None else state.ssm  # an empty memory is None: some kernels start from no other
+        past = self.initial_state(len(resid)).conv if state is None else state.conv
 
         xz = self.hook_in_proj(self.in_proj(resid))
         x = self.hook_x_pre(real(xz[..., :E]))
         z = self.hook_z(xz[..., E:])
 
-        x, before, history = with_history(x, state.conv, padding)
+        x, before, history = with_history(x, past, padding)
         x = self.hook_x(real(conv_silu(x, before, self.conv1d, self.hook_conv)))
 
         x_proj = self.hook_x_proj(self.x_proj(x))
@@ -84,12 +86,14 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         dt_pre = self.hook_dt_pre(linear(dt_low, self.dt_proj.weight, self.dt_proj.bias))
 
         if padding is None and not self.inside_wanted:
+            if self.hook_dt.readers:  # formed on the side: the scan makes its own
+                self.hook_dt.show(softplus(dt_pre))
             B, C = self.hook_B(B), self.hook_C(C)
-            y_gated, h = ops.gated_scan(x, dt_pre, self.A, B, C, self.D, z, state.ssm)
+            y_gated, h = ops.gated_scan(x, dt_pre, self.A, B, C, self.D, z, h0)
         else:
             dt = self.hook_dt(real(softplus(dt_pre)))
             B, C = self.hook_B(B), self.hook_C(C)
-            y_scan, h = self.ssm(x, dt, B, C, state.ssm)
+            y_scan, h = self.ssm(x, dt, B, C, h0)
             y_scan = self.hook_y_scan(y_scan)
             skip = self.hook_skip((self.D * x).to(x.dtype))
             y = self.hook_y(y_scan + skip)
@@ -105,7 +109,7 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         dt: Float[Tensor, "b l E"],
         B: Float[Tensor, "b l N"],
         C: Float[Tensor, "b l N"],
-        h0: Float[Tensor, "b E N"],
+        h0: Float[Tensor, "b E N"] | None,
     ) -> tuple[Float[Tensor, "b l E"], Float[Tensor, "b E N"]]:
         """C h for every position, without the skip, and the last state."""
         A = self.A
@@ -143,8 +147,10 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
     def inside_wanted(self) -> bool:
         """Whether anything sits on a site between dt_pre and y_gated, so that these must be formed one by one."""
         states = (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h)
-        steps = (self.hook_dt, self.hook_y_scan, self.hook_skip, self.hook_y, self.hook_gate)
-        return any(site.wanted for site in (*states, *steps, *self.hook_h.points.values()))
+        steps = (self.hook_y_scan, self.hook_skip, self.hook_y, self.hook_gate)
+        # A reader of dt who may want its gradient needs the one that the scan reads.
+        dt = self.hook_dt.wanted if torch.is_grad_enabled() else self.hook_dt.edited
+        return dt or any(site.wanted for site in (*states, *steps, *self.hook_h.points.values()))
 
     @property
     def discrete_sites_edited(self) -> bool:

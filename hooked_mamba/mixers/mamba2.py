@@ -62,19 +62,21 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         self.hook_out_proj = HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: LayerState, padding: Padding | None = None
+        self, resid: Float[Tensor, "b l d"], state: LayerState | None = None, padding: Padding | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
         cfg = self.cfg
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
         real = zero_padding(padding)
+        h0 = None if state is None else state.ssm  # an empty memory is None: some kernels start from no other
+        past = self.initial_state(len(resid)).conv if state is None else state.conv
 
         zxBCdt = self.hook_in_proj(self.in_proj(resid))
         z, xBC, dt_pre = zxBCdt.split([E, cfg.conv_dim, H], -1)
         xBC = self.hook_x_pre(real(xBC))
         z = self.hook_z(z)
 
-        xBC, before, history = with_history(xBC, state.conv, padding)
+        xBC, before, history = with_history(xBC, past, padding)
         x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv).split([E, GN, GN], -1)
         x = self.hook_x(real(rearrange(x, "b l (h p) -> b l h p", h=H)))
         dt_pre = self.hook_dt_pre(at_least_fp32(dt_pre) + self.dt_bias)
@@ -82,7 +84,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         B = self.hook_B(rearrange(B, "b l (g n) -> b l g n", g=cfg.G))
         C = self.hook_C(rearrange(C, "b l (g n) -> b l g n", g=cfg.G))
 
-        y_scan, h = self.ssm(x, dt, B, C, state.ssm)
+        y_scan, h = self.ssm(x, dt, B, C, h0)
         y_scan = self.hook_y_scan(y_scan)
         skip = self.hook_skip((self.D.unsqueeze(-1) * x).to(x.dtype))
         y = self.hook_y(y_scan + skip)
@@ -97,7 +99,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         dt: Float[Tensor, "b l H"],
         B: Float[Tensor, "b l G N"],
         C: Float[Tensor, "b l G N"],
-        h0: Float[Tensor, "b H P N"],
+        h0: Float[Tensor, "b H P N"] | None,
     ) -> tuple[Float[Tensor, "b l H P"], Float[Tensor, "b H P N"]]:
         """C h for every position, without the skip, and the last state."""
         A = self.A

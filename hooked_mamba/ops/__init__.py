@@ -225,7 +225,7 @@ def gated_scan(
     C: Float[Tensor, "b l N"],
     D: Float[Tensor, " E"],
     z: Float[Tensor, "b l E"],
-    h0: Float[Tensor, "b E N"],
+    h0: Float[Tensor, "b E N"] | None,
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b l E"], Float[Tensor, "b E N"]]:

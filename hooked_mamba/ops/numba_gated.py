@@ -64,14 +64,15 @@ def gated_scan(
     C: Float[Tensor, "b l N"],
     D: Float[Tensor, " E"],
     z: Float[Tensor, "b l E"],
-    h0: Float[Tensor, "b E N"],
+    h0: Float[Tensor, "b E N"] | None,
 ) -> tuple[Float[Tensor, "b l E"], Float[Tensor, "b E N"]] | None:
     """See `hooked_mamba.ops.gated_scan`; None where this kernel does not fit."""
     b, l, E = x.shape
     if E % LANES or not worth_it(x):
         return None
     x, dt_pre, B, C, D = (t.contiguous() for t in (x, dt_pre, B, C, D))
-    A, h, y = pack_states(A, E), pack_states(h0, E), x.new_empty(x.shape)
+    A, y = pack_states(A, E), x.new_empty(x.shape)
+    h = A.new_zeros(b, *A.shape) if h0 is None else pack_states(h0, E)
     flat_z, _, z_row = flat_rows(z)
     arrays = tuple(t.numpy() for t in (x, dt_pre, A, B, C, D, flat_z))
     V = A.shape[0]

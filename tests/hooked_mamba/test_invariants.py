@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, ModelState
+from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, ModelState, ops
 from hooked_mamba.sites import site_of
 from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
 
@@ -87,6 +87,29 @@ def test_the_materialised_path_equals_the_fused_one(family, seed, dtype, site):
     for name, value in fused[2].items():
         assert relative(materialised[2][name], value) < TOLERANCE[dtype], name
     check_states(materialised[1], fused[1], TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_reading_dt_leaves_the_fused_pass_alone(monkeypatch):
+    """dt alone is formed on the side, but not where its gradient may be asked for, or where it is edited."""
+    model, passes = build("mamba"), []
+    tokens, fused = tokens_for(model), ops.gated_scan
+
+    def counted(*args, **kwargs):
+        passes.append(args)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "gated_scan", counted)
+    expected = model(tokens)
+    logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(("hook_dt", "hook_dt_pre")))
+    assert len(passes) == 2 * model.cfg.n_layers
+    assert torch.equal(logits, expected)
+    assert torch.allclose(cache["dt", 0], torch.nn.functional.softplus(cache["dt_pre", 0]))
+    model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mixer.hook_dt", lambda dt, hook: dt)])
+    assert len(passes) == 3 * model.cfg.n_layers - 1
+    with torch.enable_grad():
+        model.run_with_cache(tokens, names_filter="blocks.0.mixer.hook_dt")
+    assert len(passes) == 4 * model.cfg.n_layers - 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

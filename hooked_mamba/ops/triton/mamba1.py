@@ -100,7 +100,7 @@ def gated_scan(
     C: Float[Tensor, "b l N"],
     D: Float[Tensor, " E"],
     z: Float[Tensor, "b l E"],
-    h0: Float[Tensor, "b E N"],
+    h0: Float[Tensor, "b E N"] | None,
 ) -> tuple[Float[Tensor, "b l E"], Float[Tensor, "b E N"]]:
     """The scan between softplus and gate; see `hooked_mamba.ops.gated_scan`. All of it is float32 inside."""
     y, h_last, _ = _scan(x, dt_pre, A, B, C, D, h0, None, None, z)

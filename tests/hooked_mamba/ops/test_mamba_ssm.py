@@ -12,6 +12,7 @@ import torch
 from hooked_mamba import ops
 from hooked_mamba.ops import naive
 from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
+from tests.hooked_mamba.tiny import build
 
 
 def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
@@ -25,7 +26,7 @@ def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=F
 
 def chunk_scan(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
     """mamba_ssm's signature."""
-    assert chunk_size == 64
+    assert chunk_size in (16, 32, 64, 128, 256)
     out = naive.ssd(x, dt, A, B, C, D, h0=initial_states, positions=None)
     return out.y, out.h_last
 
@@ -74,6 +75,32 @@ def test_refuses_what_its_kernels_cannot_do(peer):
     inputs = {k: v.float() for k, v in selective_inputs(1, 3, 2, 2).items()}
     with pytest.raises(ValueError, match="no initial state"):
         peer.selective_scan(**inputs, positions=None)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@torch.no_grad()
+def test_whole_models_run_on_it(peer, monkeypatch, family):
+    """A model that starts from nothing must not pass a state of zeros: Mamba-1's kernel takes none."""
+    model, tokens = build(family), torch.arange(14).reshape(2, 7)
+    expected = model(tokens)
+    on_gpu = peer.why_not
+
+    def why_not(op, x, N, asked):
+        reason = on_gpu(op, x, N, asked)
+        return "h0" if "h0" in asked and family == "mamba" else None if "needs a GPU" in reason else reason
+
+    monkeypatch.setattr(peer, "why_not", why_not)
+    monkeypatch.setattr(ops, "_load", lambda module: importlib.import_module(module))
+    monkeypatch.setenv(ops.ENVIRONMENT, "mamba_ssm")
+    torch.testing.assert_close(model(tokens), expected)
+    logits, state = model(tokens, return_state=True)
+    if family == "mamba":
+        with pytest.raises(RuntimeError, match="'mamba_ssm', but h0"):
+            model(tokens, initial_state=state)
+    else:
+        again = model(tokens, initial_state=state)
+        monkeypatch.delenv(ops.ENVIRONMENT)
+        torch.testing.assert_close(again, model(tokens, initial_state=state))
 
 
 def test_is_never_chosen_unasked(monkeypatch):
