@@ -21,6 +21,17 @@ from circuits.integrated import IntegratedGradients as IntegratedGradients
 from circuits.integrated import NodeEffects as NodeEffects
 from circuits.integrated import integrated_gradients as integrated_gradients
 from circuits.integrated import node_effects as node_effects
+from circuits.interventions import CutHead as CutHead
+from circuits.interventions import CutTokens as CutTokens
+from circuits.interventions import ScaleEmbedding as ScaleEmbedding
+from circuits.interventions import ScaleError as ScaleError
+from circuits.interventions import ScaleFeature as ScaleFeature
+from circuits.interventions import ScaleState as ScaleState
+from circuits.interventions import SetFeature as SetFeature
+from circuits.interventions import SetState as SetState
+from circuits.interventions import edit_of as edit_of
+from circuits.interventions import frozen_effects as frozen_effects
+from circuits.interventions import intervened as intervened
 from circuits.paths import greedy_path as greedy_path
 from circuits.paths import top_paths as top_paths
 from circuits.published import PathOptions as PathOptions
