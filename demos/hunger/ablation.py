@@ -6,37 +6,16 @@ sentence. Controls are other heads of the layers below the latent, drawn at rand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.interventions import CutHead, intervened
 from demos.hunger import stats
 from demos.hunger.concepts import Concept
 from demos.hunger.selection import sides
 from demos.hunger.stages import Found
 from demos.hunger.subject import Ends, Sentences, Subject, ends
-from hooked_mamba import HookedMamba
-from hooked_mamba.analysis.captured import captured
-from hooked_mamba.hook_points import HookPoint
-from hooked_mamba.scan_view import run_scan
-
-
-@contextmanager
-def without_head(model: HookedMamba, layer: int, channel: int, sources: Bool[Tensor, "b l"]) -> Iterator[None]:
-    """One channel without what chosen tokens send through its convolution and scan; dt, B, C and gates are free."""
-    names = [f"blocks.{layer}.mixer.hook_{site}" for site in ("x_pre", "conv", "x", "dt", "B", "C")]
-
-    def cut(y: Tensor, hook: HookPoint) -> Tensor:
-        lane = cache.scan_view(layer).lanes([channel])
-        gone = cache.token_path(layer).input_of(sources)[:, :, channel, None, None]
-        y[:, :, channel] -= run_scan(lane.with_input(gone.to(lane.u.dtype)))[:, :, 0, 0]
-        return y
-
-    with captured(model, names) as cache, model.hooks([(f"blocks.{layer}.mixer.hook_y", cut)]):
-        yield
 
 
 def cue_mask(subject: Subject, concept: Concept) -> tuple[Sentences, Bool[Tensor, "b l"]]:
@@ -68,7 +47,7 @@ def measure(subject: Subject, concept: Concept, found: Found, named: tuple[int, 
     before = ends(subject, sentences)
 
     def changes(layer: int, channel: int) -> tuple[Tensor, Tensor]:
-        with without_head(subject.model, layer, channel, mask):
+        with intervened(subject.model, CutHead(layer, mask, channel, source="token")):
             after = ends(subject, sentences)
         latent = preactivation(subject, found, after) - preactivation(subject, found, before)
         return latent, after.log_p[:, word] - before.log_p[:, word]

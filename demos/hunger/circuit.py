@@ -21,6 +21,7 @@ from circuits import (
     save_graph,
     scores,
     top_paths,
+    trace_paths,
 )
 from demos.hunger.concepts import Concept
 from demos.hunger.stages import Found
@@ -29,6 +30,8 @@ from demos.hunger.subject import Subject
 
 PARTS = ("value", "selection", "gates")
 PATHS = 8
+STEPS, LENGTH = 4, 3
+"""Of the published method: paths of each length, and the most edges."""
 HEADS, FEATURES = 100, 100
 """Nodes of the graph, at most."""
 
@@ -56,8 +59,25 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
         "named": list(named),
         "paths": [[str(path), path.weight] for path in paths],
         "remainder": paths.remainder,
+        "nodes": len(graph),
         "patched": patched(frozen, feature, concept, cue),
+        "published": published(subject, concept, feature),
         "scored": strongest_heads(subject, concept, found),
+    }
+
+
+def published(subject: Subject, concept: Concept, feature: Feature) -> Found:
+    """The same prompt by the published method: its largest paths, and the head that adds most."""
+    frozen = FrozenModel(subject.model, concept.prompt, list(subject.coders.values()))
+    found = trace_paths(frozen, feature, k=STEPS, length=LENGTH, preset="mambacoder")
+    E = subject.model.cfg.E
+    heads = [(layer, int(e.argmax()) % E, int(e.argmax()) // E, float(e.max())) for layer, e in found.heads.items()]
+    return {
+        "head": list(max(heads, key=lambda head: head[3])),
+        "steps": [
+            {"paths": [[str(path), path.weight] for path in paths], "remainder": paths.remainder}
+            for paths in found.paths
+        ],
     }
 
 

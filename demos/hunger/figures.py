@@ -89,7 +89,7 @@ def beside_controls(rows: list[Found], value: str, title: str, percent: bool = F
         hovertemplate="%{y:.3f}<extra>the latent</extra>",
     )
     plain(figure, 340, "times its natural maximum", title)
-    figure.update_xaxes(tickvals=list(range(len(rows))), ticktext=[str(row["times"]) for row in rows])
+    figure.update_xaxes(tickvals=list(range(len(rows))), ticktext=[f"× {row['times']}" for row in rows])
     figure.update_yaxes(tickformat="+.0%" if percent else "+.2f", zeroline=True, zerolinecolor=GRID)
     return Plot(figure, "sequential")
 
@@ -110,7 +110,7 @@ def picture(found: Found) -> Plot:
     for kind, marker in KINDS.items():
         points = [point for point in found["points"] if point["kind"] == kind]
         labels = [visible(point["label"]) for point in points]
-        named = kind not in ("other tokens", "nearest to the latent")
+        named = kind in ("words with a cue", "the word", "the latent")
         x, y, z = ([point["xyz"][axis] for point in points] for axis in range(3))
         figure.add_scatter3d(
             x=x,
@@ -127,7 +127,14 @@ def picture(found: Found) -> Plot:
     axis = {"showticklabels": False, "title": "", "gridcolor": GRID, "zeroline": False, "showbackground": False}
     how = {"umap": "UMAP, cosine distances", "pca": "PCA (umap-learn is not installed)"}[found["method"]]
     figure.update_layout(
-        scene={"xaxis": axis, "yaxis": axis, "zaxis": axis, "dragmode": "turntable", "aspectmode": "cube"},
+        scene={
+            "xaxis": axis,
+            "yaxis": axis,
+            "zaxis": axis,
+            "dragmode": "turntable",
+            "aspectmode": "cube",
+            "camera": {"eye": {"x": 1.0, "y": 1.0, "z": 0.6}},
+        },
         dragmode="turntable",
         title={"text": how, "font": {"size": 13}, "x": 0, "y": 0.02, "yanchor": "bottom"},
         margin={"l": 0, "r": 0, "t": 34, "b": 24},

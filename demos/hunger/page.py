@@ -133,5 +133,5 @@ def search_sections(results: Found) -> list[Section]:
     columns = ["feeling", "latent", "AUC, half to find on", "nats at its maximum", "studied"]
     return [
         Section("What was planted", planted),
-        Section("All feelings", "The latent that was chosen for each of them.", Table(columns, rows)),
+        Section("All feelings", "The latent that was chosen for each of them.", Table(columns, rows, texts=2)),
     ]

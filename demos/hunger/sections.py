@@ -28,6 +28,7 @@ def sections(concept: str, word: str, found: Found, planted: Found) -> list[Sect
         steering(found["steering"]),
         samples(found["steering"]),
         circuit(found["circuit"]),
+        paths(found["circuit"]),
         published(found["circuit"]),
         lead(found["lead"]),
         cut(found["ablation"], word),
@@ -45,7 +46,7 @@ def sentences(pairs: Found, planted: Found, concept: str) -> Section:
     )
     rows = [[half, *example] for half, examples in pairs["examples"].items() for example in examples]
     return Section(
-        "The sentences", text, Table(["half", "with a cue", "without"], rows), after=taught(planted, concept)
+        "The sentences", text, Table(["half", "with a cue", "without"], rows, texts=3), after=taught(planted, concept)
     )
 
 
@@ -105,7 +106,7 @@ def turned_up(activation: Found, word: str) -> Section:
         low, high = row["beside"]["low"], row["beside"]["high"]
         rows.append(
             [
-                f"{row['times']} times",
+                f"× {row['times']}",
                 span(row["effect"], "{:+.2f}"),
                 f"{low:+.2f} to {high:+.2f}",
                 f"{row['probability']:.1%}",
@@ -116,8 +117,9 @@ def turned_up(activation: Found, word: str) -> Section:
     text = (
         "The latent set to 1, 2 and 5 times its natural maximum (the largest value in stories that the model told"
         " itself and in the sentences it was found on) at the last token of the scored sentences without a cue:"
-        f" change of log P(“{word}”). Beside it {len(activation['controls'])} random latents of the same dictionary"
-        f" that are active about as often, set so high that what they add is as long. Claims are about {JUDGED} times."
+        f" change of log P(“{word.strip()}”). Beside it {len(activation['controls'])} random latents of the same"
+        " dictionary that are active about as often, set so high that what they add is as long. Claims are about"
+        f" {JUDGED} times."
     )
     plot = figures.beside_controls(activation["rows"], "effect", f"change of log P({word.strip()}), nats")
     return Section("Turned up", text, Table(columns, rows), [plot])
@@ -129,8 +131,8 @@ def geometry(found: Found, picture: Found, word: str) -> Section:
     middle = sorted(found["random_ranks"])[len(found["random_ranks"]) // 2]
     rows = [[text, f"{one['rank']:,}", f"{one['cosine']:+.3f}"] for text, one in found["words"].items()]
     text = (
-        f"“{word}” has rank {found['rank']:,} of {found['tokens']:,} among the token embeddings by cosine with the"
-        f" latent's decoder row ({found['cosine']:.3f}); for the random latents the median rank is {middle:,}."
+        f"“{word.strip()}” has rank {found['rank']:,} of {found['tokens']:,} among the token embeddings by cosine with"
+        f" the latent's decoder row ({found['cosine']:.3f}); for the random latents the median rank is {middle:,}."
         f" Nearest: {nearest}."
     )
     return Section("Among the embeddings", text, Table(["word", "rank", "cosine"], rows), [figures.picture(picture)])
@@ -141,7 +143,7 @@ def steering(found: Found) -> Section:
     rows = [arm("as it is", found["plain"], "", "")]
     for row in found["rows"]:
         low, high = row["beside"]["low"], row["beside"]["high"]
-        rows.append(arm(f"{row['times']} times", row, f"{low:+.0%} to {high:+.0%}", f"{row['random_perplexity']:.1f}"))
+        rows.append(arm(f"× {row['times']}", row, f"{low:+.0%} to {high:+.0%}", f"{row['random_perplexity']:.1f}"))
     columns = ["arm", "speaks of it (95%)", "random gain, 95%", "says the word (95%)", "perplexity (95%)", "of random"]
     text = (
         f"{found['generations']} continuations an arm of {len(STARTS)} beginnings that speak of no feeling, the latent"
@@ -161,9 +163,11 @@ def arm(name: str, row: Found, random: str, perplexity: str) -> list[str]:
 
 def samples(found: Found) -> Section:
     """The first stories of every arm."""
-    rows = [[text, "as it is"] for text in found["plain"]["samples"]]
-    rows += [[text, f"{row['times']} times"] for row in found["rows"] for text in row["samples"]]
-    return Section("What it tells", "The first three stories of each arm, not chosen.", Table(["story", "arm"], rows))
+    rows = [["as it is", text] for text in found["plain"]["samples"]]
+    rows += [[f"× {row['times']}", text] for row in found["rows"] for text in row["samples"]]
+    return Section(
+        "What it tells", "The first three stories of each arm, not chosen.", Table(["arm", "story"], rows, texts=2)
+    )
 
 
 def circuit(found: Found) -> Section:
@@ -201,29 +205,51 @@ def exchanged(found: Found) -> str:
     )
 
 
-def published(found: Found) -> Section:
-    """Paths by the exact method and by the published one."""
+def paths(found: Found) -> Section:
+    """The largest paths to the latent, exactly."""
+    return Section(
+        "Paths to the latent",
+        f"The largest of all paths through the {found['nodes']} nodes of the exact graph, heads everywhere.",
+        paths_table(found),
+    )
+
+
+def paths_table(found: Found) -> Table:
+    """Paths, what each adds, and what they leave."""
     rows = [[path, f"{weight:+.3f}"] for path, weight in found["paths"]]
-    rows.append(["all other paths", f"{found['remainder']:+.3f}"])
-    return Section("Paths", "The largest paths to the latent.", Table(["path", "adds"], rows))
+    return Table(["path", "adds"], [*rows, ["all other paths", f"{found['remainder']:+.3f}"]])
+
+
+def published(found: Found) -> Section:
+    """The same by the published method."""
+    rows = []
+    for edges, step in enumerate(found["published"]["steps"], 1):
+        rows += [[str(edges), path, f"{weight:+.3f}"] for path, weight in step["paths"]]
+        rows.append([str(edges), "what these leave of the latent", f"{step['remainder']:+.3f}"])
+    layer, channel, source, effect = found["published"]["head"]
+    text = (
+        "The same latent and prompt by the published method (preset “mambacoder” of `circuits`, which lists its"
+        " choices): all layers read through their MambaCoders and their heads as well, paths step by step, the"
+        f" largest signed number first. Of heads it names layer {layer}, channel {channel}, at"
+        f" {found['tokens'][source]!r} ({source}), with {effect:+.3f}."
+    )
+    return Section("By the published method", text, Table(["edges", "path", "adds"], rows, texts=2))
 
 
 def lead(found: Found) -> Section:
     """The graph of the word's lead."""
-    rows = [[path, f"{weight:+.3f}"] for path, weight in found["paths"]]
-    rows.append(["all other paths", f"{found['remainder']:+.3f}"])
     text = (
         f"{found['target']} is {found['value']:.3f}. In its graph ({found['nodes']['whole']} nodes,"
         f" {found['nodes']['pruned']} after pruning; replacement {found['replacement']:.2f}, completeness"
         f" {found['completeness']:.2f}) the latent adds {found['latent']:+.3f} directly."
     )
-    return Section("From the latent to the word", text, Table(["path", "adds"], rows))
+    return Section("From the latent to the word", text, paths_table(found))
 
 
 def cut(found: Found, word: str) -> Section:
     """The named head."""
     rows = []
-    for what, label in (("latent", "the latent's pre-activation"), ("word", f"log P(“{word}”), nats")):
+    for what, label in (("latent", "the latent's pre-activation"), ("word", f"log P(“{word.strip()}”), nats")):
         low, high = -found[f"{what}_beside"]["high"], -found[f"{what}_beside"]["low"]
         rows.append([label, span(found[what], "{:+.4f}"), f"{low:+.4f} to {high:+.4f}"])
     layer, channel = found["head"]
@@ -242,7 +268,7 @@ def swapped(found: Found, word: str) -> Section:
         "latent": ("the latent's pre-activation", "{:+.2f}"),
         "active": ("share of sentences in which it is active", "{:+.0%}"),
         "lead": ("the word's lead, logits", "{:+.2f}"),
-        "word": (f"log P(“{word}”), nats", "{:+.2f}"),
+        "word": (f"log P(“{word.strip()}”), nats", "{:+.2f}"),
     }
     rows = [
         [label, *(span(found[what][column], form) for column in ("swapped", "replaced", "more"))]

@@ -40,13 +40,13 @@ class Subject:
         ValueError
             There are none.
         """
-        model = HookedMamba.from_pretrained(name)
-        model.requires_grad_(False)
         folder = PRETRAINED / name
         bundled = list_coders(folder) if folder.is_dir() else []
         entries = [entry for entry in bundled if entry.kind == "mambacoder" and entry.target == "block"]
         if not entries:
             raise ValueError(f"no MambaCoder of {name} comes with the package")
+        model = HookedMamba.from_pretrained(name)
+        model.requires_grad_(False)
         entries.sort(key=lambda entry: (entry.layer, entry.name))
         coders, metrics = {}, {}
         for entry in entries:

@@ -29,10 +29,12 @@ Scale = Literal["sequential", "diverging"]
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under headings. The first column holds names, the others are set to the right."""
+    """Text cells under headings. The first columns hold text, the others are set to the right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    texts: int = 1
+    """How many columns hold text."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def show(report: Report, page: Path, console: Console) -> None:
         if section.table:
             table = RichTable(box=None, padding=(0, 2, 0, 0))
             for i, column in enumerate(section.table.columns):
-                table.add_column(escape(column), justify="right" if i else "left")
+                table.add_column(escape(column), justify="right" if i >= section.table.texts else "left")
             for row in section.table.rows:
                 table.add_row(*map(escape, row))
             console.print(table)
