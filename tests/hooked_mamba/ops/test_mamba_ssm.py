@@ -93,7 +93,7 @@ def test_whole_models_run_on_it(peer, monkeypatch, family):
     monkeypatch.setattr(ops, "_load", lambda module: importlib.import_module(module))
     monkeypatch.setenv(ops.ENVIRONMENT, "mamba_ssm")
     torch.testing.assert_close(model(tokens), expected)
-    logits, state = model(tokens, return_state=True)
+    _, state = model(tokens, return_state=True)
     if family == "mamba":
         with pytest.raises(RuntimeError, match="'mamba_ssm', but h0"):
             model(tokens, initial_state=state)

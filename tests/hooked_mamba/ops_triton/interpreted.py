@@ -118,21 +118,28 @@ def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def gated_case(
-    *shape: int, dtype: torch.dtype = torch.float32, frozen: bool = False, patches: dict | None = None
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    frozen: bool = False,
+    empty: bool = False,
+    patches: dict | None = None,
 ) -> Case:
-    """b, l, E, N: the scan between softplus and gate; z stands in a wider tensor, as it does in a model.
+    """b, l, E, N: the scan between softplus and gate; z stands in a wider tensor, as it does in a model. Empty: no h0.
 
     Frozen: gradients to x and h0 alone are asked for.
     """
     inputs = selective_inputs(*shape)
     random = torch.Generator().manual_seed(5)
+    if empty:
+        del inputs["h0"]
     inputs["dt_pre"] = 3 * torch.randn(inputs.pop("dt").shape, generator=random).double() - 2
     inputs["z"] = 2 * torch.randn(*shape[:2], 2 * shape[2], generator=random).double()
 
     def run(backend: str) -> Callable:
         def call(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             constant = {k: v.detach() if frozen and k not in ("x", "h0") else v for k, v in leaves.items()}
-            return ops.gated_scan(**constant | {"z": constant["z"][..., shape[2] :]}, backend=backend)
+            constant |= {"z": constant["z"][..., shape[2] :]} | ({"h0": None} if empty else {})
+            return ops.gated_scan(**constant, backend=backend)
 
         return call
 
@@ -274,6 +281,8 @@ MORE: dict[str, Case] = {
     "gated one position": gated_case(2, 1, 9, 16),
     "gated bf16": gated_case(1, 21, 9, 8, dtype=BF16, patches=SHORT),
     "gated fp16": gated_case(1, 21, 9, 8, dtype=FP16),
+    "gated from nothing": gated_case(2, 13, 9, 4, empty=True, patches=SHORT),
+    "gated from nothing whole": gated_case(1, 16, 9, 4, empty=True, frozen=True, patches=SHORT | NARROW),
     "gated frozen": gated_case(2, 19, 9, 4, frozen=True, patches=SHORT),
     "gated frozen whole": gated_case(1, 16, 9, 4, frozen=True, patches=SHORT | NARROW),
     "linear broadcast": linear_case((37, 1, 3), (1, 37, 2, 3), False),
