@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.attribution import Attribution, attribute
+from circuits.effect_rows import EffectRows
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
 from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.targets import Feature, Head, Logit, Target
-from hooked_mamba.memory import available_bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def build_graph(
     max_heads: int = 100,
     keep: Keep | None = None,
     batch: int = 64,
+    offload: str | Path | None = None,
     importance: Sequence[float | int] | None = None,
     verbose: bool = False,
 ) -> Graph:
@@ -88,6 +90,9 @@ def build_graph(
         Exactly which are nodes instead, such as `node_effects(...).largest(200)`.
     batch
         Covectors that go down together.
+    offload
+        A folder for rows of effects, which are in memory otherwise: each has a number for every embedding, error,
+        active feature and chosen head.
     importance
         Of the targets; None: probabilities of logit targets, else equal.
     verbose
@@ -111,27 +116,25 @@ def build_graph(
         max_features = sum(int(mask.sum()) for mask in keep.features.values())
         max_heads = len(keep) - max_features
     columns = Columns.of(frozen, heads)
-    _check_fits(len(columns.nodes), max_features + max_heads + len(chosen), frozen.dtype)
+    rows = EffectRows(len(columns.nodes), max_features + max_heads, frozen.dtype, offload)
 
     def trace(wanted: Sequence[Any]) -> tuple[Tensor, Tensor]:
         found = attribute(frozen, targets=wanted, keep_heads=False, nodes=heads, batch=batch)
         return Columns.rows(found), found.target
 
     effects, values = trace(chosen)
-    n = len(columns.nodes)
-    rows: dict[int, tuple[Tensor, float]] = {}
     head_places = [i for i, node in enumerate(columns.nodes) if node.kind == "head"]
-    if head_places:
-        wanted = [Head(node.layer, node.index, node.position) for node in (columns.nodes[i] for i in head_places)]
-        for i, row, value in zip(head_places, *trace(wanted), strict=True):
-            rows[i] = row, float(value)
+    for start in range(0, len(head_places), batch):
+        places = head_places[start : start + batch]
+        here = [columns.nodes[i] for i in places]
+        rows.add(places, *trace([Head(node.layer, node.index, node.position) for node in here]))
     candidates = {i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0}
     if keep is not None:
         candidates = {i for i in candidates if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]}
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
     traced = 0
     while traced < max_features and candidates:
-        reach = _reach(effects, weight, rows, n)
+        reach = rows.reach(effects, weight)
         best = sorted(candidates, key=lambda i: -float(reach[i]))[: min(batch, max_features - traced)]
         best = best if keep is not None else [i for i in best if reach[i] > 0]
         if not best:
@@ -140,8 +143,7 @@ def build_graph(
             Feature(frozen.coded[node.layer].coder, node.index, node.position)
             for node in (columns.nodes[i] for i in best)
         ]
-        for i, row, value in zip(best, *trace(features), strict=True):
-            rows[i] = row, float(value)
+        rows.add(best, *trace(features))
         candidates -= set(best)
         traced += len(best)
         bar.update(len(best))
@@ -183,32 +185,6 @@ def _choose_heads(
     return {i: mask for i, mask in masks.items() if bool(mask.any())}
 
 
-def _check_fits(columns: int, rows: int, dtype: torch.dtype) -> None:
-    needed, free = columns * rows * torch.finfo(dtype).bits // 8, available_bytes(torch.device("cpu"))
-    if free is not None and 2 * needed > free:
-        raise MemoryError(
-            f"{rows} rows of {columns} effects would take {2 * needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are"
-            " free: lower max_features or max_heads, or shorten the prompt"
-        )
-
-
-def _reach(effects: Tensor, weight: Tensor, rows: dict[int, tuple[Tensor, float]], n: int) -> Tensor:
-    """Influence of all columns as far as rows are known: a feature not yet traced passes nothing on."""
-
-    def share(row: Tensor) -> Tensor:
-        return row.abs() / row.abs().sum(-1, keepdim=True).clamp_min(1e-30)
-
-    total = arriving = weight @ share(effects)
-    places = list(rows)
-    if not places:
-        return total
-    known = share(torch.stack([rows[i][0] for i in places]))
-    while bool(arriving[places].any()):
-        arriving = arriving[places] @ known
-        total = total + arriving
-    return total
-
-
 def _assemble(
     frozen: FrozenModel,
     targets: list[Any],
@@ -216,10 +192,11 @@ def _assemble(
     columns: Columns,
     effects: Tensor,
     values: Tensor,
-    rows: dict[int, tuple[Tensor, float]],
+    rows: EffectRows,
 ) -> Graph:
     ends = [i for i, node in enumerate(columns.nodes) if node.kind not in ("feature", "head")]
-    kept = sorted([*rows, *ends])
+    traced = {i: rows.at(i) for i in rows.places}
+    kept = sorted([*traced, *ends])
     top = frozen.model.cfg.n_layers
     first = [
         Node("target", top, frozen.column(t.position), i, float(value), name=t.label)
@@ -228,14 +205,14 @@ def _assemble(
     inner = []
     for i in kept:
         node = columns.nodes[i]
-        value = rows[i][1] if i in rows else node.value
+        value = traced[i][1] if i in traced else node.value
         inner.append(Node(node.kind, node.layer, node.position, node.index, value, node.activation, node.name))
     n = len(first) + len(inner)
     weights, remainder = effects.new_zeros(n, n), effects.new_zeros(n)
     left_out = torch.ones(len(columns.nodes), dtype=torch.bool)
     left_out[kept] = False
     all_rows = [(i, effects[i]) for i in range(len(first))]
-    all_rows += [(len(first) + place, rows[i][0]) for place, i in enumerate(kept) if i in rows]
+    all_rows += [(len(first) + place, traced[i][0]) for place, i in enumerate(kept) if i in traced]
     for place, row in all_rows:
         weights[place, len(first) :] = row[kept]
         remainder[place] = row[left_out].sum()

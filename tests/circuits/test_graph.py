@@ -34,6 +34,22 @@ def test_rows_sum_to_values(seed, target):
     assert int(thin.where("head").sum()) <= 3
 
 
+def test_rows_in_a_file_give_the_same_graph(tmp_path):
+    frozen, graph = graph_of(5, "local")
+    again = build_graph(frozen, [Logit(3), Logit(4, 3)], max_features=12, max_heads=8, batch=3, offload=tmp_path)
+    assert torch.allclose(again.weights, graph.weights, atol=1e-12)
+    assert [node.key for node in again.nodes] == [node.key for node in graph.nodes]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        build_graph(frozen, Logit(3), offload=tmp_path / "nowhere")
+
+
+def test_too_many_rows_are_refused(monkeypatch):
+    monkeypatch.setattr("circuits.effect_rows.available_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"rows of \d+ effects would take .* or keep the rows in a file"):
+        graph_of(5, "local")
+
+
 def test_every_edge_is_a_direct_effect():
     """Each feature's and head's row, once more by the attribution that its target gets alone."""
     from circuits import attribute

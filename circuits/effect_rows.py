@@ -1,0 +1,95 @@
+"""Rows of effects while a graph is built: in memory, or in a file where they are too many."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.memory import available_bytes
+
+BLOCK = 64
+"""Rows that are looked at together."""
+
+
+class EffectRows:
+    """What each traced node is made of: one row of effects a node, by the node's own column.
+
+    Parameters
+    ----------
+    columns, most
+        Columns of a row, and how many rows there may be.
+    dtype
+        Of the effects.
+    offload
+        A folder for a file that holds the rows and is deleted with this object; None: memory.
+
+    Raises
+    ------
+    MemoryError
+        The rows would not fit into memory; says what to do.
+    """
+
+    def __init__(self, columns: int, most: int, dtype: torch.dtype, offload: str | Path | None = None) -> None:
+        self.places: list[int] = []
+        self.values: list[float] = []
+        self._file = None
+        if offload is None:
+            _check_fits(columns, most, dtype)
+            self._rows = torch.empty(most, columns, dtype=dtype)
+        else:
+            self._file = tempfile.NamedTemporaryFile(dir=Path(offload), prefix="effects-")  # noqa: SIM115
+            size = most * columns
+            self._file.truncate(max(1, size) * torch.empty(0, dtype=dtype).element_size())
+            flat = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype)
+            self._rows = flat.reshape(most, columns)
+        self._sizes = torch.empty(most, dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def add(self, places: list[int], rows: Float[Tensor, "n m"], values: Float[Tensor, " n"]) -> None:
+        """Rows of some nodes, and the nodes' own values."""
+        start = len(self)
+        self._rows[start : start + len(places)] = rows
+        self._sizes[start : start + len(places)] = rows.abs().sum(1).clamp_min(1e-30)
+        self.places += places
+        self.values += values.tolist()
+
+    def at(self, place: int) -> tuple[Float[Tensor, " m"], float]:
+        """One node's row and value."""
+        i = self.places.index(place)
+        return self._rows[i], self.values[i]
+
+    def reach(self, effects: Float[Tensor, "n m"], weight: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+        """Influence of all columns on targets, as far as rows are known: a node without a row passes nothing on.
+
+        Parameters
+        ----------
+        effects, weight
+            The targets' own rows, and how much each target counts.
+        """
+        sizes = effects.abs()
+        total = arriving = weight.to(effects.dtype) @ (sizes / sizes.sum(1, keepdim=True).clamp_min(1e-30))
+        while self.places:
+            entering = arriving[self.places] / self._sizes[: len(self)]
+            if not bool(entering.any()):
+                break
+            arriving = torch.zeros_like(total)
+            for start in range(0, len(self), BLOCK):
+                block = slice(start, min(start + BLOCK, len(self)))
+                arriving += entering[block] @ self._rows[block].abs()
+            total = total + arriving
+        return total
+
+
+def _check_fits(columns: int, rows: int, dtype: torch.dtype) -> None:
+    needed, free = columns * rows * torch.finfo(dtype).bits // 8, available_bytes(torch.device("cpu"))
+    if free is not None and needed > free // 2:
+        raise MemoryError(
+            f"{rows} rows of {columns} effects would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free:"
+            " lower max_features or max_heads, shorten the prompt, or keep the rows in a file (offload=FOLDER)"
+        )
