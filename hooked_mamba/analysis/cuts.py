@@ -149,7 +149,7 @@ def state_edits(changes: Sequence[StateChange], length: int, before: int | None 
 def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]:
     """The part of u that each set of cuts takes away; sets are numbers whose bits are places in `cuts`.
 
-    What remembers earlier calls is brought up to date.
+    While generating, the memory of the convolution's inputs is brought up to date.
     """
     by_token = _codes(cuts, call, "token")
     by_scan = _codes(cuts, call, "scan")
@@ -172,7 +172,8 @@ def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]
             both = token_code | scan_code
             if both:
                 found[both] = found.get(both, 0.0) + part * (by_scan == scan_code)
-    memory.p, memory.codes = _last(p, K - 1, call.padding), _last(codes, K - 1, call.padding)
+    if call.before is not None:
+        memory.p, memory.codes = _last(p, K - 1, call.padding), _last(codes, K - 1, call.padding)
     return found
 
 
@@ -207,7 +208,9 @@ def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Fl
             continue
         else:
             out = scan_out(replace(view, u=u), call.memory.states.get(code), edits=call.changes)
-            y, call.memory.states[code] = out.y, out.h_last
+            y = out.y
+            if call.before is not None:
+                call.memory.states[code] = out.h_last
         lost = torch.where(where.unsqueeze(-1), lost + y.flatten(2).to(lost.dtype), lost)
     return lost
 

@@ -87,10 +87,10 @@ def cutting(model: Any, mine: Cut) -> Iterator[None]:
 
     def call_of(layer: int) -> Pass:
         view, path, before = cache.scan_view(layer), cache.token_path(layer), columns_before(model)
-        if not before:  # a new text
-            memories[layer] = Memory()
-        changes = changes_in(model, layer, view.length, before)
-        return Pass(view, path, before, padded.padding, changes, memories[layer])
+        memory = memories[layer] if before else Memory()
+        if before is not None:
+            memories[layer] = memory
+        return Pass(view, path, before, padded.padding, changes_in(model, layer, view.length, before), memory)
 
     def lose_reads(y: Tensor, hook: Any) -> Tensor:
         i = hook.layer()
