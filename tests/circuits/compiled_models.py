@@ -4,6 +4,7 @@ latch      ... ? -> the last marked value. With `via="marker"` the marker stands
            the convolution; with `via="value"` it stands behind and the value comes through the convolution.
 induction  ... a b ... a -> b, in two layers: the first copies each token to its successor, the second stores values
            under their predecessors.
+echo       ... a -> a, said by the last position itself: by the scan, which forgets at every step, or by the skip D.
 
 Distractors are channels that read fillers and values (in induction every token) and write into the space that the
 logits read. Rotations turn the residual stream's basis, permutations the channels' order; both leave what the model
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
+from saes import SparseCoder, mambacoder_config
 
 VALUES, FILLERS, NOISE, K = 5, 4, 6, 3
 MARKER, QUERY = VALUES + FILLERS, VALUES + FILLERS + 1
@@ -214,6 +216,79 @@ def permute(mixer: Any, generator: torch.Generator) -> Tensor:
             parameter.copy_(parameter[heads])
     mixer.out_proj.weight.copy_(mixer.out_proj.weight[:, order])
     return order
+
+
+def echo_cases(n: int, seed: int) -> list[Case]:
+    """Prompts of 10 tokens that end with two different values, the last of which is the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for _ in range(n):
+        tokens = torch.randint(0, VALUES + FILLERS, (10,), generator=generator)
+        other, answer = torch.randperm(VALUES, generator=generator)[:2].tolist()
+        tokens[-2], tokens[-1] = other, answer
+        cases.append(Case(tokens[None], answer, other, 9, 9, []))
+    return cases
+
+
+def echo(family: str, via: Literal["scan", "skip"], seed: int) -> Compiled:
+    """One layer in either family, with distractors and turned."""
+    generator = torch.Generator().manual_seed(seed)
+    common: dict[str, Any] = {
+        "d_model": WIDTH, "n_layers": 1, "d_vocab": QUERY + 1, "d_conv": K, "tie_embeddings": False, "d_state": 1,
+    }  # fmt: skip
+    E, values, noisy = 2 * VALUES, slice(0, VALUES), slice(VALUES, 2 * VALUES)
+    model: Any
+    if family == "mamba":  # one channel more, from which B and C are read
+        model = HookedMamba(MambaConfig(**common, d_inner=E + 1, dt_rank=1), seed=0)
+    else:
+        cfg = Mamba2Config(**common, d_inner=E, head_dim=VALUES, n_groups=2, norm_groups=1)
+        model = HookedMamba2(cfg, seed=0)
+    model = model.double()
+    with torch.no_grad():
+        _zero(model)
+        _embeddings(model, generator, distractors=True)
+        mixer = model.blocks[0].mixer
+        W_in, taps = mixer.in_proj.weight, mixer.conv1d.weight[:, 0]
+        eye = torch.eye(VALUES, dtype=W_in.dtype)
+        if family == "mamba":
+            x, z = W_in.split(E + 1)
+            x[E, ONE] = taps[E, K - 1] = 1
+            mixer.x_proj.weight[1:, E] = 0.5
+            own, others, dt_bias = values, noisy, mixer.dt_proj.bias
+        else:
+            z, x, B, C, _ = W_in.split([E, E, 2, 2, 2])
+            B[:, ONE] = C[:, ONE] = 1
+            taps[E:, K - 1] = 1
+            own, others, dt_bias = slice(0, 1), slice(1, 2), mixer.dt_bias
+        z[:, ONE] = 1
+        x[values, :VALUES] = eye
+        taps[values, K - 1] = 1
+        dt_bias[own], dt_bias[others] = 10 if via == "scan" else -20, -4
+        mixer.D[own], mixer.D[others] = float(via == "skip"), 1
+        mixer.out_proj.weight[OUT:, values] = eye
+        x[noisy, NOISE_AT:OUT] = torch.randn(VALUES, NOISE, generator=generator, dtype=W_in.dtype)
+        taps[noisy] = torch.randn(VALUES, K, generator=generator, dtype=W_in.dtype)
+        writes = torch.randn(VALUES, VALUES, generator=generator, dtype=W_in.dtype)
+        mixer.out_proj.weight[OUT:, noisy] = 0.02 * writes
+        rotate(model, generator)
+        channels = permute(mixer, generator)
+    return Compiled(model, channels.argsort()[:VALUES].tolist())
+
+
+def echo_coder(model: Any) -> SparseCoder:
+    """A MambaCoder of an echo's block with a latent for each value: 1 at its token, before the ReLU -2 at others."""
+    d = model.cfg.d_model
+    coder = SparseCoder(mambacoder_config(0, d, VALUES, architecture="standard"), seed=0).double()
+    tokens = torch.arange(QUERY + 1)[:, None].expand(-1, K)  # said K times, so that the convolution sees it alone
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        n, out = cache["blocks.0.norm.hook_out"][:, -1], cache["blocks.0.mixer.hook_out_proj"][:VALUES, -1]
+        at_own = torch.eye(QUERY + 1, VALUES, dtype=n.dtype)
+        coder.W_enc.copy_(torch.linalg.lstsq(n, 3 * at_own).solution)
+        coder.b_enc.fill_(-2)
+        coder.W_dec.copy_(out)
+        coder.b_dec.zero_()
+    return coder
 
 
 INDUCTION_TOKENS = 6

@@ -10,6 +10,8 @@ from tests.circuits.compiled_models import (
     VALUES,
     Case,
     Compiled,
+    echo,
+    echo_cases,
     induction,
     induction_cases,
     latch,
@@ -58,6 +60,15 @@ def test_latch_on_many_models(family, via, form):
     for seed in range(1, 11):
         compiled = latch(family, via, seed, **FORMS[form])
         for case in latch_cases(10, via, seed):
+            check(compiled, case, filler=VALUES, layer=0)
+
+
+@pytest.mark.parametrize("via", ["scan", "skip"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_echo(family, via):
+    for seed in range(5):
+        compiled = echo(family, via, seed)
+        for case in echo_cases(3, seed):
             check(compiled, case, filler=VALUES, layer=0)
 
 
