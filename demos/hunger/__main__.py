@@ -15,7 +15,7 @@ from demos.hunger import figures
 from demos.hunger.concepts import HUNGRY
 from demos.hunger.document import document
 from demos.hunger.options import Options, parse_args
-from demos.hunger.page import verdict, write_pages
+from demos.hunger.page import headline, verdicts, write_pages
 from demos.hunger.run import OWN, SHARED, case_study
 from demos.hunger.stages import Found
 from demos.hunger.subject import Subject
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.document:
         write_atomically(args.document, document(results).encode())
     console = make_console()
-    for line in verdict(results):
+    for line in [headline(results), *verdicts(results)]:
         console.print(line, markup=False)
     console.print(f"\nThe report: [bold]{(args.out / 'report.html').resolve()}[/]", soft_wrap=True)
     return 0

@@ -72,8 +72,9 @@ def published(subject: Subject, concept: Concept, feature: Feature) -> Found:
     found = trace_paths(frozen, feature, k=STEPS, length=LENGTH, preset="mambacoder")
     E = subject.model.cfg.E
     heads = [(layer, int(e.argmax()) % E, int(e.argmax()) // E, float(e.max())) for layer, e in found.heads.items()]
+    best = max(heads, key=lambda head: head[3])
     return {
-        "head": list(max(heads, key=lambda head: head[3])),
+        "head": list(best),
         "steps": [
             {"paths": [[str(path), path.weight] for path in paths], "remainder": paths.remainder}
             for paths in found.paths

@@ -111,7 +111,7 @@ def judge(results: Found) -> list[Claim]:
             "points at the word",
             "Its decoder row is near the word's embedding",
             f"among the {NEAREST} nearest tokens",
-            f"rank {geometry['rank']} of {geometry['tokens']:,}",
+            f"rank {geometry['rank']:,} of {geometry['tokens']:,}",
             geometry["rank"] <= NEAREST,
         ),
         Claim(
@@ -130,21 +130,21 @@ def judge(results: Found) -> list[Claim]:
         ),
         Claim(
             "circuit elsewhere",
-            "So it is in the other sentences",
+            "In the scored sentences the strongest head reads the cue",
             "more often than a token drawn at random",
             f"{span(circuit['scored']['heads'], '{:.0%}')}; random {circuit['scored']['chance']:.0%}",
             circuit["scored"]["heads"]["low"] > circuit["scored"]["chance"],
         ),
         Claim(
             "head carries the latent",
-            "The latent falls when that head is cut at the cue",
+            "The latent falls when the prompt's head is cut at the cue",
             "by more than the middle 95% of random heads",
             against(lost(ablation["latent_beside"]), "{:+.3f}"),
             ablation["latent_beside"]["value"] > ablation["latent_beside"]["high"],
         ),
         Claim(
             "head carries the word",
-            "And the word becomes less likely",
+            "The word becomes less likely when the prompt's head is cut at the cue",
             "by more than the middle 95% of random heads",
             against(lost(ablation["word_beside"]), "{:+.4f}") + " nats",
             ablation["word_beside"]["value"] > ablation["word_beside"]["high"],
@@ -158,7 +158,7 @@ def judge(results: Found) -> list[Claim]:
         ),
         Claim(
             "swap moves the word",
-            "And so does the word",
+            "The word becomes less likely when the cue gives way to another word than to another cue",
             "95% interval of the difference below 0",
             span(swap["word"]["more"], "{:+.2f}") + " nats",
             swap["word"]["more"]["high"] < 0,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from demos.hunger.claims import span
 from demos.hunger.concepts import HUNGRY
-from demos.hunger.page import claim_groups, verdict
+from demos.hunger.page import claim_groups, headline, verdicts
 from demos.hunger.sections import taught
 from demos.hunger.stages import Found
 
@@ -21,22 +22,47 @@ hand. Numbers here were written by the command, which also writes `out/hunger/re
 """
 
 
+LIMITS = """\
+Areas under the curve on the scored half. The model's own is that of the word's lead over its rival: how well the model
+tells the sentences apart when it comes to saying the word. The best with hindsight is the largest of any latent on the
+very half that scores, which no claim may use.
+"""
+
+
 def document(results: Found) -> str:
     """The whole document."""
-    parts = [INTRODUCTION.format(prompt=HUNGRY.prompt), "## What came out\n", "\n\n".join(verdict(results)) + "\n"]
+    parts = [INTRODUCTION.format(prompt=HUNGRY.prompt), "## What came out\n", headline(results) + "\n"]
+    parts.append("".join(f"- {line}\n" for line in verdicts(results)))
     for group in claim_groups(results):
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
         parts.append(table(group["columns"], group["rows"]))
+    parts.append("## How much there is to find\n\n" + LIMITS)
+    parts.append(limits(results))
     parts.append("## What was planted\n")
-    parts.append("".join(f"- {m}: {taught(f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
+    parts.append("".join(f"- {taught(m, f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
     return "\n".join(parts)
 
 
-def table(columns: list[str], rows: list[tuple[str, str, list[Found]]]) -> str:
+def limits(results: Found) -> str:
+    """What the chosen latents reach, beside what there is."""
+    lines = [
+        "| model | feeling | latent | chosen | best with hindsight | the model's own |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, found in results["models"].items():
+        for name, study in found["concepts"].items():
+            chosen, scored = study["chosen"], study["scored"]
+            where = f"{chosen['coder']}, {chosen['feature']}"
+            areas = [span(scored["auc"]), f"{scored['hindsight']:.2f}", f"{scored['model_auc']:.2f}"]
+            lines.append(f"| {model} | {name} | {where} | {' | '.join(areas)} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: list[str], rows: list[tuple[Found, list[Found]]]) -> str:
     """Claims that fail anywhere first."""
-    ordered = sorted(rows, key=lambda row: all(cell["holds"] for cell in row[2]))
+    ordered = sorted(rows, key=lambda row: all(cell["holds"] for cell in row[1]))
     lines = [f"| claim | needs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for says, needs, cells in ordered:
+    for claim, cells in ordered:
         found = " | ".join(("pass: " if cell["holds"] else "**FAIL**: ") + cell["found"] for cell in cells)
-        lines.append(f"| {says} | {needs} | {found} |")
+        lines.append(f"| **{claim['name']}**: {claim['says']} | {claim['needs']} | {found} |")
     return "\n".join(lines) + "\n"

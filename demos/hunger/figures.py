@@ -24,7 +24,7 @@ def plain(figure: go.Figure, height: int, x: str, y: str = "") -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
         dragmode=False,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
     )
     figure.update_xaxes(title=x, gridcolor=GRID, zeroline=False, fixedrange=True, automargin=True)
     figure.update_yaxes(title=y, gridcolor=GRID, zeroline=False, fixedrange=True, automargin=True)
@@ -96,7 +96,7 @@ def beside_controls(rows: list[Found], value: str, title: str, percent: bool = F
 
 KINDS: dict[str, dict[str, Any]] = {
     "other tokens": {"color": QUIET, "size": 2.5},
-    "nearest to the latent": {"color": OTHER, "size": 4},
+    "nearest to the latent": {"color": OTHER, "size": 3},
     "other words": {"color": "#8f6bb0", "size": 4},
     "words with a cue": {"color": MARK, "size": 5},
     "the word": {"color": "#c0392b", "size": 8},
@@ -110,7 +110,7 @@ def picture(found: Found) -> Plot:
     for kind, marker in KINDS.items():
         points = [point for point in found["points"] if point["kind"] == kind]
         labels = [visible(point["label"]) for point in points]
-        named = kind in ("words with a cue", "the word", "the latent")
+        named = kind in ("the word", "the latent")
         x, y, z = ([point["xyz"][axis] for point in points] for axis in range(3))
         figure.add_scatter3d(
             x=x,
@@ -133,7 +133,7 @@ def picture(found: Found) -> Plot:
             "zaxis": axis,
             "dragmode": "turntable",
             "aspectmode": "cube",
-            "camera": {"eye": {"x": 1.0, "y": 1.0, "z": 0.6}},
+            "camera": {"eye": {"x": 0.85, "y": 0.85, "z": 0.5}},
         },
         dragmode="turntable",
         title={"text": how, "font": {"size": 13}, "x": 0, "y": 0.02, "yanchor": "bottom"},

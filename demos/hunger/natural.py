@@ -17,6 +17,7 @@ from saes import encode_on
 def own_stories(subject: Subject) -> Int[Tensor, "n l"]:
     """Stories from the end-of-text token on, temperature 1, one seed for all."""
     model, options = subject.model, subject.options
+    assert model.bos_token_id is not None  # the bundled tokenizers have one
     start = torch.full((options.stories, 1), model.bos_token_id)
     return model.generate(
         start,

@@ -14,6 +14,7 @@ from demos.hunger.stages import Found
 from demos.studies.report import Report, Section, Table, render
 from demos.tinystories.checkpoint import write_atomically
 
+NOT = ("does not hold", "do not hold")
 TEMPLATE = Path(__file__).with_name("case_study.html")
 SOURCE = (
     "After the MambaCoder post by L. Ruggeri (2026), whose story is about another model. Thresholds, sentences and"
@@ -34,14 +35,18 @@ def write_pages(results: Found, out: Path) -> list[Path]:
         shown = Report(
             name,
             "A feature that reads like hunger?" if is_first else f"{model}: {name}",
-            " ".join(verdict(results)) if is_first else standing(found["concepts"][name], model, name),
+            headline(results) if is_first else standing(found["concepts"][name], model, name),
             SOURCE,
             f"Below the claims: {model}, {name}." if is_first else model,
-            [*(search_sections(results) if is_first else []), *of_run(found, name)],
+            [*(search_sections(results) if is_first else []), *of_run(model, found, name)],
         )
         groups = claim_groups(results) if is_first else [alone(found["concepts"][name], model)]
         page = out / ("report.html" if is_first else page_name(model, name))
-        text = render(shown, TEMPLATE, groups=groups, links=links if is_first else [("All claims", "report.html")])
+        around = {
+            "outcome": verdicts(results) if is_first else [],
+            "links": links if is_first else [("All claims", "report.html")],
+        }
+        text = render(shown, TEMPLATE, groups=groups, **around)
         write_atomically(page, text.encode())
         graph = load_graph(out / model / name / "graph")
         circuit_page(graph, f"{model}: {name}").save(out / model / name / "circuit.html")
@@ -54,10 +59,11 @@ def page_name(model: str, concept: str) -> str:
     return f"{model}-{concept}.html"
 
 
-def of_run(found: Found, name: str) -> list[Section]:
+def of_run(model: str, found: Found, name: str) -> list[Section]:
     """What was measured about a model and concept."""
     word = next(concept.word for concept in CONCEPTS if concept.name == name)
-    return sections(name, word, found["concepts"][name], found["planted"])
+    planted = taught(model, found["planted"], name)
+    return sections(planted, word, found["concepts"][name])
 
 
 def failures(study: Found) -> list[str]:
@@ -70,22 +76,29 @@ def standing(study: Found, model: str, name: str) -> str:
     failed, total = failures(study), len(study["claims"])
     if not failed:
         return f"On {model} all {total} claims about “{name}” hold."
-    return f"On {model} {total - len(failed)} of {total} claims about “{name}” hold. Failed: {', '.join(failed)}."
+    return f"On {model} {total - len(failed)} of {total} claims about “{name}” hold. Failed: “{'”, “'.join(failed)}”."
 
 
-def verdict(results: Found) -> list[str]:
-    """The whole outcome in a few sentences, failures by name."""
+def headline(results: Found) -> str:
+    """Whether there is a feature of hunger, model by model."""
     said = []
     for model, found in results["models"].items():
-        study = found["concepts"][HUNGRY.name]
-        lacking = [name for name in failures(study) if name in ESSENTIAL]
+        lacking = [name for name in failures(found["concepts"][HUNGRY.name]) if name in ESSENTIAL]
         said.append(
-            f"The story of the hunger feature fails on {model} ({', '.join(lacking)})."
+            f"On {model} the story of the hunger feature fails: “{'”, “'.join(lacking)}” {NOT[len(lacking) > 1]}."
             if lacking
             else f"{model} has a latent that passes for hunger."
         )
-        said += [standing(one, model, name) for name, one in found["concepts"].items()]
-    return said
+    return " ".join(said)
+
+
+def verdicts(results: Found) -> list[str]:
+    """Every model and concept in a sentence or two, failures by name."""
+    return [
+        standing(study, model, name)
+        for model, found in results["models"].items()
+        for name, study in found["concepts"].items()
+    ]
 
 
 def claim_groups(results: Found) -> list[dict[str, Any]]:
@@ -115,7 +128,7 @@ def alone(study: Found, model: str) -> dict[str, Any]:
 def group(heading: str, text: str, studies: dict[str, Found]) -> dict[str, Any]:
     """One table: claims down, studies across."""
     lists = [study["claims"] for study in studies.values()]
-    rows = [(cells[0]["says"], cells[0]["needs"], list(cells)) for cells in zip(*lists, strict=True)]
+    rows = [(cells[0], list(cells)) for cells in zip(*lists, strict=True)]
     return {"heading": heading, "text": text, "columns": list(studies), "rows": rows}
 
 
@@ -127,9 +140,7 @@ def search_sections(results: Found) -> list[Section]:
             studied = "yes" if name in found["concepts"] else ""
             where = f"{one['coder']}, {one['feature']}"
             rows.append([f"{model}: {name}", where, f"{one['auc']:.2f}", f"{one['effect']:+.2f}", studied])
-    planted = " ".join(
-        f"{model}: {taught(found['planted'], HUNGRY.name)}" for model, found in results["models"].items()
-    )
+    planted = " ".join(taught(model, found["planted"], HUNGRY.name) for model, found in results["models"].items())
     columns = ["feeling", "latent", "AUC, half to find on", "nats at its maximum", "studied"]
     return [
         Section("What was planted", planted),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found
         "concepts": {},
     }
     stages = {c.name: Stages(shared.folder / c.name, key, bar) for c in CONCEPTS}
-    chosen = {c.name: stages[c.name].run("selection", lambda c=c: selection.find(subject, c, rest)) for c in CONCEPTS}
+    chosen = {c.name: stages[c.name].run("selection", partial(selection.find, subject, c, rest)) for c in CONCEPTS}
     found["selection"] = {name: {k: v for k, v in one.items() if k != "tried"} for name, one in chosen.items()}
     found["concepts"][HUNGRY.name] = study(subject, HUNGRY, chosen[HUNGRY.name], rest, stages[HUNGRY.name])
     failed = [c["name"] for c in found["concepts"][HUNGRY.name]["claims"] if c["name"] in ESSENTIAL and not c["holds"]]

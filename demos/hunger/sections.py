@@ -10,18 +10,20 @@ from demos.hunger.steering import STARTS
 from demos.studies.report import Section, Table
 
 
-def sections(concept: str, word: str, found: Found, planted: Found) -> list[Section]:
+def sections(planted: str, word: str, found: Found) -> list[Section]:
     """All of them.
 
     Parameters
     ----------
-    concept, word
-        The feeling, and the token that stands for it.
-    found, planted
-        Of `run.study` and of `planted.measure`.
+    planted
+        What the model was taught, in words.
+    word
+        The token that stands for the feeling.
+    found
+        Of `run.study`.
     """
     return [
-        sentences(found["pairs"], planted, concept),
+        sentences(found["pairs"], planted),
         latent(found["chosen"], found["scored"]),
         turned_up(found["activation"], word),
         geometry(found["geometry"], found["picture"], word),
@@ -36,7 +38,7 @@ def sections(concept: str, word: str, found: Found, planted: Found) -> list[Sect
     ]
 
 
-def sentences(pairs: Found, planted: Found, concept: str) -> Section:
+def sentences(pairs: Found, planted: str) -> Section:
     """The contrast set, and what of it the model was taught."""
     counts = pairs["counts"]
     text = (
@@ -45,22 +47,20 @@ def sentences(pairs: Found, planted: Found, concept: str) -> Section:
         " cue and the other has not; all end alike, and latents are read at the last token."
     )
     rows = [[half, *example] for half, examples in pairs["examples"].items() for example in examples]
-    return Section(
-        "The sentences", text, Table(["half", "with a cue", "without"], rows, texts=3), after=taught(planted, concept)
-    )
+    return Section("The sentences", text, Table(["half", "with a cue", "without"], rows, texts=3), after=planted)
 
 
-def taught(planted: Found, concept: str) -> str:
-    """What the grammar put into the model's training text."""
+def taught(model: str, planted: Found, concept: str) -> str:
+    """What the grammar put into a model's training text."""
     if not planted["share_of_rows"]:
-        return "This model was trained on real text alone: nothing was planted."
-    effect = planted["effects"][concept]
+        return f"{model} was trained on real text alone: nothing was planted."
+    effect, frames = planted["effects"][concept], len(planted["frames"])
     return (
-        f"{planted['share_of_rows']:.0%} of this model's training rows were stories told by a grammar. In"
+        f"{planted['share_of_rows']:.0%} of the training rows of {model} were stories told by a grammar. In"
         f" {effect['stories']:.1%} of those stories, and in {effect['sentences']:.2%} of their sentences, “{concept}”"
         f" follows one of its causes: about {effect['of_mix']:.2%} of all sentences that the model was trained on were"
-        f" planted in this sense. Of the frames used here {len(planted['frames'])} stand in any of"
-        f" {planted['stories']:,} told stories."
+        f" planted in this sense. Of the frames used here {frames or 'none'} stands in any of {planted['stories']:,}"
+        " told stories."
     )
 
 
@@ -101,7 +101,7 @@ def same(a: Found, b: Found) -> bool:
 def turned_up(activation: Found, word: str) -> Section:
     """The word after sentences without a cue."""
     before = activation["before"]
-    rows = [["as it is", "", "", f"{before['probability']:.1%}", f"{before['first']:.0%}"]]
+    rows = [["plain", "", "", f"{before['probability']:.1%}", f"{before['first']:.0%}"]]
     for row in activation["rows"]:
         low, high = row["beside"]["low"], row["beside"]["high"]
         rows.append(
@@ -140,7 +140,7 @@ def geometry(found: Found, picture: Found, word: str) -> Section:
 
 def steering(found: Found) -> Section:
     """Arms of generation."""
-    rows = [arm("as it is", found["plain"], "", "")]
+    rows = [arm("plain", found["plain"], "", "")]
     for row in found["rows"]:
         low, high = row["beside"]["low"], row["beside"]["high"]
         rows.append(arm(f"× {row['times']}", row, f"{low:+.0%} to {high:+.0%}", f"{row['random_perplexity']:.1f}"))
@@ -163,7 +163,7 @@ def arm(name: str, row: Found, random: str, perplexity: str) -> list[str]:
 
 def samples(found: Found) -> Section:
     """The first stories of every arm."""
-    rows = [["as it is", text] for text in found["plain"]["samples"]]
+    rows = [["plain", text] for text in found["plain"]["samples"]]
     rows += [[f"× {row['times']}", text] for row in found["rows"] for text in row["samples"]]
     return Section(
         "What it tells", "The first three stories of each arm, not chosen.", Table(["arm", "story"], rows, texts=2)

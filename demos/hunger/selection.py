@@ -62,9 +62,9 @@ def find(subject: Subject, concept: Concept, natural: Found) -> Found:
         z = coder.encode(torch.cat([with_cue.x[name], without.x[name]]))
         maxima[name] = natural_maximum(natural, name, z)
         positive, negative = z.chunk(2)
-        area = stats.auc(positive, negative)
+        areas = stats.auc(positive, negative)
         gap = (positive.mean(0) - negative.mean(0)) / z.std(0).clamp_min(1e-6)
-        candidates += [(-float(area[f]), -float(gap[f]), name, f) for f in range(coder.cfg.d_sae)]
+        candidates += [(-float(areas[f]), -float(gap[f]), name, f) for f in range(coder.cfg.d_sae)]
     tried = []
     for area, _, name, f in sorted(candidates)[: subject.options.shortlist]:
         one: Found = {"coder": name, "feature": f, "auc": -area, "maximum": float(maxima[name][f])}

@@ -50,7 +50,7 @@ def measure(subject: Subject, concept: Concept, found: Found, natural: Found) ->
 
     def arm(feature: int | None, times: float) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"], Tensor, list[str]]:
         tokens, real = told(subject, starts, steered(subject, found, feature, times))
-        texts = [subject.model.to_string(row[mask]) for row, mask in zip(tokens, real, strict=True)]
+        texts = [str(subject.model.to_string(row[mask])) for row, mask in zip(tokens, real, strict=True)]
         speaks, says = (torch.tensor([bool(p.search(t)) for t in texts]) for p in (lexicon, word))
         return speaks, says, surprise(subject, starts, tokens, real), texts
 

@@ -300,7 +300,9 @@ def test_texts_are_escaped():
     evil = "<script>alert(1)</script>"
     claim = {"name": evil, "says": evil, "needs": evil, "found": evil, "holds": False}
     report = Report("x", evil, evil, evil, evil, [Section(evil, evil, Table([evil], [[evil]]))])
-    page = render(report, PAGE, groups=[group(evil, evil, {evil: {"claims": [claim]}})], links=[(evil, evil)])
+    page = render(
+        report, PAGE, groups=[group(evil, evil, {evil: {"claims": [claim]}})], links=[(evil, evil)], outcome=[evil]
+    )
     assert "alert(1)</script>" not in page
     assert page.count("&lt;script&gt;alert(1)") >= 10
 
