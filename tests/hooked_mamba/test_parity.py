@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.mamba2 import modeling_mamba2
 
 from hooked_mamba import HookedMamba, HookedMamba2, LayerState, Mamba2Config, MambaConfig, ModelState
 from tests.hooked_mamba import reference
@@ -106,7 +108,13 @@ def ours(hf: torch.nn.Module) -> HookedMamba | HookedMamba2:
     return cls.from_hf(hf)
 
 
+MIXES_GROUPS_UP = "repeat_interleave" not in inspect.getsource(modeling_mamba2)
+"""transformers before 4.53 repeats B and C of the groups in turns, so that heads read other groups than their own."""
+
+
 def check_against_hf(cfg: MambaConfig | Mamba2Config, seed: int, strict: bool = True) -> None:
+    if isinstance(cfg, Mamba2Config) and 1 < cfg.n_groups < cfg.H and MIXES_GROUPS_UP:
+        pytest.skip(f"transformers {transformers.__version__} gives heads other groups' B and C")
     hf = hf_twin(cfg, seed)
     model = ours(hf)
     tokens = tokens_for(model, rows=2, length=1 + seed % 13, seed=seed)
@@ -245,10 +253,15 @@ def memory_of(hf_output):
 
 def state_they_fail(hf_error: float, our_error: float) -> None:
     assert our_error < FP32
-    if transformers.__version__.startswith(SEEN_IN):
-        assert hf_error > 0.05, f"transformers {transformers.__version__} is right here ({hf_error:.1e}): say so"
+    assert hf_error > 0.05, f"transformers {transformers.__version__} is right here ({hf_error:.1e}): say so"
 
 
+where_seen = pytest.mark.skipif(
+    not transformers.__version__.startswith(SEEN_IN), reason="what another version of transformers does was not noted"
+)
+
+
+@where_seen
 @torch.no_grad()
 @pytest.mark.parametrize("falcon", [False, True])
 def test_second_prefill_chunk_of_mamba_forgets_the_state_in_transformers(falcon):
@@ -262,6 +275,7 @@ def test_second_prefill_chunk_of_mamba_forgets_the_state_in_transformers(falcon)
     state_they_fail(*errors(model, hf, tokens, second.logits, mine, 8))
 
 
+@where_seen
 @torch.no_grad()
 def test_decode_step_of_mamba2_skips_the_clamp_in_transformers():
     cfg = Mamba2Config(d_model=12, n_layers=2, d_vocab=20, d_state=5, head_dim=4, dt_limit=(0.0, 0.1))
@@ -275,6 +289,7 @@ def test_decode_step_of_mamba2_skips_the_clamp_in_transformers():
     state_they_fail(*errors(model, hf, tokens, second.logits, mine, 1))
 
 
+@where_seen
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_step_after_right_padding_in_transformers(family):
