@@ -159,19 +159,17 @@ def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]
     p_before = path.p.new_zeros(b, K - 1, E) if memory.p is None else memory.p
     codes_before = by_token.new_zeros(b, K - 1, by_token.shape[2]) if memory.codes is None else memory.codes
     p, codes = torch.cat([p_before, path.p], 1), torch.cat([codes_before, by_token], 1)
-    rest = at_least_fp32(call.view.u.flatten(2))
-    parts: dict[int, Tensor] = {}
-    for code in codes.unique().tolist():
-        if code:
-            parts[code] = path.sigma * path.mix(p * (codes == code))[:, K - 1 :]
-            rest = rest - parts[code]
-    parts[0] = rest
+    parts = {code: path.sigma * path.mix(p * (codes == code))[:, K - 1 :] for code in codes.unique().tolist() if code}
+    scan_codes = by_scan.unique().tolist()
+    if any(scan_codes):
+        parts[0] = at_least_fp32(call.view.u.flatten(2)) - sum(parts.values())
     found: dict[int, Tensor] = {}
     for token_code, part in parts.items():
-        for scan_code in by_scan.unique().tolist():
+        for scan_code in scan_codes:
             both = token_code | scan_code
             if both:
-                found[both] = found.get(both, 0.0) + part * (by_scan == scan_code)
+                here = part if len(scan_codes) == 1 else part * (by_scan == scan_code)
+                found[both] = found[both] + here if both in found else here
     if call.before is not None:
         memory.p, memory.codes = _last(p, K - 1, call.padding), _last(codes, K - 1, call.padding)
     return found
@@ -201,7 +199,7 @@ def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Fl
         for i in earlier:
             if code >> i & 1:
                 where = where & ~targets[i]
-        u = inputs.get(code, torch.zeros_like(lost)).unflatten(2, (H, P)).to(view.u.dtype)
+        u = (inputs[code] if code in inputs else torch.zeros_like(lost)).unflatten(2, (H, P)).to(view.u.dtype)
         if code & written:
             y = u * view.D[:, None]
         elif call.before is None and not bool(where.any()):
