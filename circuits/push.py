@@ -143,7 +143,7 @@ def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l 
     masks: dict[int, Tensor] = {}
     for node in graph.nodes:
         if node.kind == "head":
-            ones = torch.ones(frozen.length, frozen.model.cfg.E, dtype=frozen.dtype)
+            ones = frozen.resid(0).new_ones(frozen.length, frozen.model.cfg.E)
             masks.setdefault(node.layer, ones)[node.position, node.index] = 0
     return masks
 
@@ -151,7 +151,7 @@ def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l 
 def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[int, Tensor]) -> Changes:
     """One intervention for each node: it alone is taken away."""
     k, l, cfg = len(removed), frozen.length, frozen.model.cfg
-    changes = Changes(torch.zeros(k, dtype=torch.long), held=held)
+    changes = Changes(torch.zeros(k, dtype=torch.long, device=frozen.tokens.device), held=held)
     empty = frozen.resid(0).new_zeros(k, l, cfg.d_model)
     for i, node in enumerate(removed):
         if node.kind == "embed":
