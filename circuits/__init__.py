@@ -17,6 +17,7 @@ from circuits.graph import Node as Node
 from circuits.influence import influence as influence
 from circuits.influence import prune as prune
 from circuits.influence import scores as scores
+from circuits.influence import total_effects as total_effects
 from circuits.integrated import IntegratedGradients as IntegratedGradients
 from circuits.integrated import NodeEffects as NodeEffects
 from circuits.integrated import integrated_gradients as integrated_gradients

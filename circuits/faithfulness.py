@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.attribution import attribute
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
+from circuits.influence import total_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
 from circuits.targets import Metric, Target
@@ -40,6 +41,18 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class TurnedUp:
+    """Check (c): each feature of the circuit at twice its activation."""
+
+    foretold: float
+    """Mean change of the metric, counted positive in the direction that the graph foretells."""
+    right: float
+    """Share of features that move the metric in this direction."""
+    partners: float
+    """Mean size of the change by features of like norm and frequency, drawn at random, turned up as much."""
+
+
+@dataclass(frozen=True)
 class Faithfulness:
     """The report."""
 
@@ -47,9 +60,8 @@ class Faithfulness:
     """(a) The largest difference between an edge and the change that it foretells on the frozen model, over the edges
     of a hundred nodes; None where edges follow selection too, which no frozen model holds."""
     recovery: Recovery
-    features: tuple[float, float] | None
-    """(c) Mean change of the metric from turning the circuit's features up, and from their random partners; None
-    without features."""
+    features: TurnedUp | None
+    """(c); None without features."""
     patching: float
     """(d) Spearman's rank correlation with patching; nan where either is constant."""
 
@@ -62,7 +74,11 @@ class Faithfulness:
             f" (gradient x activation {self.recovery.gradient:.0%}, random {random:.0%})",
         ]
         if self.features is not None:
-            lines.append(f"(c) features turned up: {self.features[0]:+.3g} (random partners {self.features[1]:+.3g})")
+            up = self.features
+            lines.append(
+                f"(c) features at twice their activation move it by {up.foretold:+.3g} in the direction foretold,"
+                f" {up.right:.0%} of them in it (random partners by {up.partners:.3g} in either)"
+            )
         lines.append(f"(d) rank correlation with patching tokens: {self.patching:+.2f}")
         return "\n".join(lines)
 
@@ -204,11 +220,12 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
 
 
 @torch.no_grad()
-def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> tuple[float, float] | None:
+def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> TurnedUp | None:
     """Each feature of the circuit doubled where it is active, and a partner of like decoder norm and size instead."""
     nodes = [node for node in graph.nodes if node.kind == "feature"]
     if not nodes:
         return None
+    foretold = total_effects(graph).sign()[graph.where("feature")].tolist()
     generator = torch.Generator().manual_seed(seed)
     base = float(metric(frozen.logits)[0])
     own: list[float] = []
@@ -224,7 +241,9 @@ def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> 
         for index, effects in ((node.index, own), (partner, partners)):
             change = node.activation * coded.W_dec[index]
             effects.append(_with_change(frozen, node.layer, node.position, change, metric) - base)
-    return sum(own) / len(own), sum(partners) / len(partners)
+    along = [effect * sign for effect, sign in zip(own, foretold, strict=True)]
+    n = len(along)
+    return TurnedUp(sum(along) / n, sum(x > 0 for x in along) / n, sum(map(abs, partners)) / n)
 
 
 def _with_change(frozen: FrozenModel, layer: int, position: int, change: Tensor, metric: Metric) -> float:

@@ -57,6 +57,34 @@ def influence(graph: Graph) -> Float[Tensor, " n"]:
     raise ValueError("this graph has a cycle: its influences have no end")
 
 
+def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
+    """What each node adds to a target over all paths of the graph, signed; the target's own value at the target.
+
+    A node that something adds to passes the same share of it on: weights are linear in a head's u and in a feature's
+    activation.
+
+    Raises
+    ------
+    IndexError
+        There is no such target.
+    """
+    targets = graph.where("target").nonzero()[:, 0].tolist()
+    if not 0 <= target < len(targets):
+        raise IndexError(f"target {target} is out of range: this graph has {len(targets)}")
+    passed = [node.activation if node.kind == "feature" else node.value for node in graph.nodes]
+    size = torch.tensor(passed, dtype=graph.weights.dtype)
+    share = torch.where(size.unsqueeze(1) == 0, 0, graph.weights / size.unsqueeze(1))
+    arriving = torch.zeros_like(size)
+    arriving[targets[target]] = size[targets[target]]
+    total = arriving.clone()
+    for _ in range(len(graph)):
+        arriving = arriving @ share
+        if not bool(arriving.any()):
+            return total
+        total += arriving
+    raise ValueError("this graph has a cycle: its effects have no end")
+
+
 def edge_influence(graph: Graph) -> Float[Tensor, "n n"]:
     """Share of the targets that flows along each edge."""
     shares, _ = _shares(graph)

@@ -24,7 +24,8 @@ function make(name, attributes = {}, text = null, svg = false) {
 const draw = (name, attributes, text = null) => make(name, attributes, text, true);
 const visible = (token) => token.replace(/\n/g, "⏎").replace(/ /g, "·");
 const number = (x) => (Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.001) ? x.toExponential(1) : String(Number(x.toPrecision(3))));
-const called = (i) => nodes[i].name || nodes[i].label;
+const promotes = (i) => (data.features[String(i)]?.promoted ?? []).slice(0, 2).map(([token]) => visible(token)).join(" ");
+const called = (i) => nodes[i].name || nodes[i].label + (promotes(i) && ` (${promotes(i)})`);
 const said = (i) => (nodes[i].kind === "embed" ? `${nodes[i].label} ${visible(tokens[nodes[i].position] ?? "")}` : called(i));
 
 // Where everything stands: a row for each layer, targets on top, a column for each token and one for what has none.
@@ -238,3 +239,4 @@ by("picture").addEventListener("click", () => {
 });
 drawPaths();
 show();
+if (held >= 0) by("frame").scrollLeft = place[held][0] - by("frame").clientWidth / 2;

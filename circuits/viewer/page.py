@@ -23,6 +23,14 @@ from saes.explorer.page import Page, as_json
 
 HERE = Path(__file__).parent
 
+HELD = {
+    "none": "with norms, gates and selection held at this prompt",
+    "half": "a gate's product shared evenly by its factors, norms and selection held at this prompt",
+    "shares": "the scan's product shared by C, B and u, norms, gates and step sizes held at this prompt",
+    "gradient": "to first order: nothing is held, and what a straight line misses is left out",
+}
+"""What a graph's rule holds, in words."""
+
 
 def circuit_page(
     graph: Graph,
@@ -81,6 +89,7 @@ def circuit_page(
         prompt="".join(graph.tokens),
         replacement=f"{found.replacement:.0%}",
         completeness=f"{found.completeness:.0%}",
+        held=HELD[graph.about.get("selection", "none")],
         report=report,
         version=hooked_mamba.__version__,
     )

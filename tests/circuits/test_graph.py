@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from circuits import FrozenModel, Graph, Logit, Node, build_graph, greedy_path, influence, prune, scores, top_paths
-from circuits.influence import edge_influence
+from circuits.influence import edge_influence, total_effects
 from circuits.targets import Feature, Head
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
@@ -94,6 +94,29 @@ def all_paths(graph: Graph, start: int) -> list[tuple[tuple[int, ...], float]]:
 
     walk((start,), 1.0)
     return found
+
+
+def test_total_effects_are_sums_over_all_ways_down():
+    _, graph = graph_of(5, "local", max_features=6, max_heads=4)
+
+    def through(i: int, j: int) -> float:
+        """What reaches i from j for a unit of i: over every way between them."""
+        if i == j:
+            return 1.0
+        node = graph.nodes[i]
+        if node.kind not in ("target", "feature", "head"):
+            return 0.0
+        size = node.activation if node.kind == "feature" else node.value
+        return sum(float(graph.weights[i, k]) / size * through(k, j) for k in graph.weights[i].nonzero()[:, 0].tolist())
+
+    for target in (0, 1):
+        found = total_effects(graph, target)
+        value = graph.nodes[target].value
+        for j, node in enumerate(graph.nodes):
+            expected = 0.0 if node.kind == "target" and j != target else value * through(target, j)
+            assert abs(float(found[j]) - expected) < 1e-9 * (1 + abs(expected))
+    with pytest.raises(IndexError, match="target 2 is out of range: this graph has 2"):
+        total_effects(graph, 2)
 
 
 def test_paths_are_the_largest_of_all():

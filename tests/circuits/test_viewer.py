@@ -33,6 +33,13 @@ def test_the_page_holds_the_graph():
     assert data["supernodes"] == {"group": [0, 1]}
 
 
+def test_the_page_says_what_its_edges_hold():
+    for selection, words in (("none", "selection held at this prompt"), ("gradient", "nothing is held")):
+        _, graph = graph_of(5, None)
+        page = circuit_page(replace(graph, about={**graph.about, "selection": selection}))
+        assert words in page.html
+
+
 def test_no_text_becomes_markup(tmp_path):
     _, graph = graph_of(5, "block")
     graph = replace(graph, tokens=(HOSTILE,) * len(graph.tokens)).renamed({2: HOSTILE}).with_supernode(HOSTILE, [1])
