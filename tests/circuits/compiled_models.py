@@ -266,10 +266,11 @@ def echo(family: str, via: Literal["scan", "skip"], seed: int) -> Compiled:
         dt_bias[own], dt_bias[others] = 10 if via == "scan" else -20, -4
         mixer.D[own], mixer.D[others] = float(via == "skip"), 1
         mixer.out_proj.weight[OUT:, values] = eye
-        x[noisy, NOISE_AT:OUT] = torch.randn(VALUES, NOISE, generator=generator, dtype=W_in.dtype)
+        # Small, and written large: the norm behind Mamba-2's gate would else change so much that no coder fits.
+        x[noisy, NOISE_AT:OUT] = 0.3 * torch.randn(VALUES, NOISE, generator=generator, dtype=W_in.dtype)
         taps[noisy] = torch.randn(VALUES, K, generator=generator, dtype=W_in.dtype)
         writes = torch.randn(VALUES, VALUES, generator=generator, dtype=W_in.dtype)
-        mixer.out_proj.weight[OUT:, noisy] = 0.02 * writes
+        mixer.out_proj.weight[OUT:, noisy] = 0.1 * writes
         rotate(model, generator)
         channels = permute(mixer, generator)
     return Compiled(model, channels.argsort()[:VALUES].tolist())

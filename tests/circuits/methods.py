@@ -150,8 +150,7 @@ def tables(seeds: range = SEEDS, cases: int = CASES, prompts: int = PROMPTS) -> 
         yield f"| {name_of_family} | {' | '.join(TASKS)} |"
         yield "|---|" + "---|" * len(TASKS)
         for name in METHODS:
-            cells = [" / ".join(f"{100 * rate.value:.0f}" for rate in rates[name]) for rates in found]
-            yield f"| {title(name)} | {' | '.join(cells)} |"
+            yield f"| {title(name)} | {' | '.join(cell(rates[name]) for rates in found)} |"
         yield ""
     trained = {task: trained_rates(task, prompts, seed=1000) for task in ("recall", "induction")}
     columns = [f"{task}, {what}" for task in trained for what in ("largest path", "all paths")]
@@ -160,6 +159,12 @@ def tables(seeds: range = SEEDS, cases: int = CASES, prompts: int = PROMPTS) -> 
     for name in METHODS:
         if name not in ("acts", "nodes"):  # there is no coder
             yield f"| {title(name)} | {' | '.join(str(rate) for task in trained for rate in trained[task][name])} |"
+
+
+def cell(rates: Iterable[Rate]) -> str:
+    """Percents; one number if all are the same."""
+    percents = [f"{100 * rate.value:.0f}" for rate in rates]
+    return percents[0] if len(set(percents)) == 1 else " / ".join(percents)
 
 
 def title(name: str) -> str:
