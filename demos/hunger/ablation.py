@@ -54,8 +54,9 @@ def measure(subject: Subject, concept: Concept, found: Found, named: tuple[int, 
 
     mine = changes(*named)
     generator = torch.Generator().manual_seed(options.seed + 2)
-    below = int(found["coder"].split("-")[0].removeprefix("l"))
-    every = [(layer, e) for layer in range(below) for e in range(subject.model.cfg.E) if (layer, e) != tuple(named)]
+    every = [
+        (layer, e) for layer in range(found["layer"]) for e in range(subject.model.cfg.E) if (layer, e) != tuple(named)
+    ]
     drawn = [every[i] for i in torch.randperm(len(every), generator=generator)[: options.heads].tolist()]
     random = [changes(*head) for head in drawn]
     result: Found = {"head": list(named), "before": float(preactivation(subject, found, before).mean())}

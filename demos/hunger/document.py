@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from demos.hunger.claims import span
 from demos.hunger.concepts import HUNGRY
-from demos.hunger.page import claim_groups, headline, verdicts
+from demos.hunger.page import claim_groups, headline, search_sections, verdicts
 from demos.hunger.sections import taught
 from demos.hunger.stages import Found
 
@@ -18,14 +17,10 @@ A published story about MambaCoders: in “{prompt}” a feature is active that 
 tests it claim by claim on the bundled model, and on the one that was trained on real text alone. Sentences, thresholds
 and seeds were fixed before any result was seen (`concepts.py`, `claims.py`, `options.py`), and nothing is chosen by
 hand. Numbers here were written by the command, which also writes `out/hunger/results.json`, `graph.json`, figures and
-`report.html`, a page that needs no network. A run that was stopped goes on where it was.
-"""
+`report.html`, a page that needs no network. A run that was stopped goes on where it was. This page is written by
+`python -m demos.hunger --document docs/case-study.md`, its picture by `docs/images/case-study.sh`.
 
-
-LIMITS = """\
-Areas under the curve on the scored half. The model's own is that of the word's lead over its rival: how well the model
-tells the sentences apart when it comes to saying the word. The best with hindsight is the largest of any latent on the
-very half that scores, which no claim may use.
+![The report's first page](images/case-study.png)
 """
 
 
@@ -36,26 +31,18 @@ def document(results: Found) -> str:
     for group in claim_groups(results):
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
         parts.append(table(group["columns"], group["rows"]))
-    parts.append("## How much there is to find\n\n" + LIMITS)
-    parts.append(limits(results))
+    parts.append("## How much there is to find\n\n" + limits(results))
     parts.append("## What was planted\n")
     parts.append("".join(f"- {taught(m, f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
     return "\n".join(parts)
 
 
 def limits(results: Found) -> str:
-    """What the chosen latents reach, beside what there is."""
-    lines = [
-        "| model | feeling | latent | chosen | best with hindsight | the model's own |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, found in results["models"].items():
-        for name, study in found["concepts"].items():
-            chosen, scored = study["chosen"], study["scored"]
-            where = f"{chosen['coder']}, {chosen['feature']}"
-            areas = [span(scored["auc"]), f"{scored['hindsight']:.2f}", f"{scored['model_auc']:.2f}"]
-            lines.append(f"| {model} | {name} | {where} | {' | '.join(areas)} |")
-    return "\n".join(lines) + "\n"
+    """The table of all feelings."""
+    section = search_sections(results)[1]
+    assert section.table is not None
+    lines = [section.text + "\n", f"| {' | '.join(section.table.columns)} |", "|---" * len(section.table.columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in section.table.rows)]) + "\n"
 
 
 def table(columns: list[str], rows: list[tuple[Found, list[Found]]]) -> str:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from circuits import load_graph
+from circuits import Graph, load_graph
 from circuits.viewer import circuit_page
-from demos.hunger.claims import ESSENTIAL
+from demos.hunger.claims import ESSENTIAL, span
 from demos.hunger.concepts import CONCEPTS, HUNGRY
 from demos.hunger.sections import sections, taught
 from demos.hunger.stages import Found
 from demos.studies.report import Report, Section, Table, render
 from demos.tinystories.checkpoint import write_atomically
 
+EVERY = (
+    "The latent that was chosen for each of them, its area on both halves, the largest area of any latent on the very"
+    " half that scores, and that of the model's own lead of the word: how well it tells the sentences apart when it"
+    " speaks."
+)
 NOT = ("does not hold", "do not hold")
 TEMPLATE = Path(__file__).with_name("case_study.html")
 SOURCE = (
@@ -48,10 +53,18 @@ def write_pages(results: Found, out: Path) -> list[Path]:
         }
         text = render(shown, TEMPLATE, groups=groups, **around)
         write_atomically(page, text.encode())
-        graph = load_graph(out / model / name / "graph")
+        graph = named(load_graph(out / model / name / "graph"), found["concepts"][name]["chosen"], name)
         circuit_page(graph, f"{model}: {name}").save(out / model / name / "circuit.html")
         written.append(page)
     return written
+
+
+def named(graph: Graph, chosen: Found, name: str) -> Graph:
+    """The graph with the chosen latent called by the feeling."""
+    place = ("feature", chosen["layer"], chosen["feature"])
+    return graph.renamed(
+        {i: name for i, node in enumerate(graph.nodes) if (node.kind, node.layer, node.index) == place}
+    )
 
 
 def page_name(model: str, concept: str) -> str:
@@ -137,12 +150,12 @@ def search_sections(results: Found) -> list[Section]:
     rows = []
     for model, found in results["models"].items():
         for name, one in found["selection"].items():
-            studied = "yes" if name in found["concepts"] else ""
-            where = f"{one['coder']}, {one['feature']}"
-            rows.append([f"{model}: {name}", where, f"{one['auc']:.2f}", f"{one['effect']:+.2f}", studied])
+            label = f"{model}: {name}" + (" (studied)" if name in found["concepts"] else "")
+            areas = [f"{one['auc']:.2f}", span(one["scored_auc"]), f"{one['hindsight']:.2f}", f"{one['model_auc']:.2f}"]
+            rows.append([label, f"{one['coder']}, {one['feature']}", *areas])
     planted = " ".join(taught(model, found["planted"], HUNGRY.name) for model, found in results["models"].items())
-    columns = ["feeling", "latent", "AUC, half to find on", "nats at its maximum", "studied"]
+    columns = ["feeling", "latent", "AUC, find", "AUC, score (95%)", "best with hindsight", "the model's own"]
     return [
         Section("What was planted", planted),
-        Section("All feelings", "The latent that was chosen for each of them.", Table(columns, rows, texts=2)),
+        Section("All feelings", EVERY, Table(columns, rows, texts=2)),
     ]

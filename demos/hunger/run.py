@@ -14,7 +14,7 @@ from demos.hunger.concepts import CONCEPTS, HUNGRY, OTHERS, Concept
 from demos.hunger.stages import Found, Stages, source_hash
 from demos.hunger.subject import Subject
 
-SHARED, OWN = 2 + len(CONCEPTS), 10
+SHARED, OWN = 2 + 2 * len(CONCEPTS), 9
 """Stages of a model, and of a concept that is studied."""
 
 
@@ -36,26 +36,48 @@ def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found
     }
     stages = {c.name: Stages(shared.folder / c.name, key, bar) for c in CONCEPTS}
     chosen = {c.name: stages[c.name].run("selection", partial(selection.find, subject, c, rest)) for c in CONCEPTS}
-    found["selection"] = {name: {k: v for k, v in one.items() if k != "tried"} for name, one in chosen.items()}
-    found["concepts"][HUNGRY.name] = study(subject, HUNGRY, chosen[HUNGRY.name], rest, stages[HUNGRY.name])
+    scored = {
+        c.name: stages[c.name].run("scored", partial(selection.score, subject, c, chosen[c.name])) for c in CONCEPTS
+    }
+    found["selection"] = {name: summary(chosen[name], scored[name]) for name in chosen}
+
+    def whole(concept: Concept) -> Found:
+        before = {"chosen": chosen[concept.name], "scored": scored[concept.name]}
+        return study(subject, concept, before, rest, stages[concept.name])
+
+    found["concepts"][HUNGRY.name] = whole(HUNGRY)
     failed = [c["name"] for c in found["concepts"][HUNGRY.name]["claims"] if c["name"] in ESSENTIAL and not c["holds"]]
     if failed:
         # By what the half to find on says, so that the other half still judges.
         if bar is not None:
             bar.total += OWN
         best = max(OTHERS, key=lambda c: (chosen[c.name]["auc"], chosen[c.name]["effect"]))
-        found["concepts"][best.name] = study(subject, best, chosen[best.name], rest, stages[best.name])
+        found["concepts"][best.name] = whole(best)
     return found
 
 
-def study(subject: Subject, concept: Concept, chosen: Found, rest: Found, stages: Stages) -> Found:
-    """All stages of one concept, and its claims."""
+def summary(chosen: Found, scored: Found) -> Found:
+    """One feeling's latent in a line."""
+    kept = {key: chosen[key] for key in ("coder", "layer", "feature", "auc", "effect")}
+    return kept | {"scored_auc": scored["auc"], **{key: scored[key] for key in ("hindsight", "model_auc")}}
+
+
+def study(subject: Subject, concept: Concept, before: Found, rest: Found, stages: Stages) -> Found:
+    """All stages of one concept, and its claims.
+
+    Parameters
+    ----------
+    before
+        What was `chosen` and how it `scored`.
+    rest
+        Of `natural.measure`.
+    """
+    chosen = before["chosen"]
     how, graph = geometry.method(), stages.folder / "graph"
     results: dict[str, Any] = {
-        "chosen": chosen,
+        **before,
         "metrics": subject.metrics[chosen["coder"]],
         "pairs": stages.run("pairs", lambda: selection.describe(subject, concept)),
-        "scored": stages.run("scored", lambda: selection.score(subject, concept, chosen)),
         "activation": stages.run("activation", lambda: activation.measure(subject, concept, chosen, rest)),
         "geometry": stages.run("geometry", lambda: geometry.measure(subject, concept, chosen, rest)),
         "picture": stages.run(f"picture-{how}", lambda: geometry.picture(subject, concept, chosen, how)),

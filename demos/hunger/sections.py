@@ -228,8 +228,8 @@ def published(found: Found) -> Section:
         rows.append([str(edges), "what these leave of the latent", f"{step['remainder']:+.3f}"])
     layer, channel, source, effect = found["published"]["head"]
     text = (
-        "The same latent and prompt by the published method (preset “mambacoder” of `circuits`, which lists its"
-        " choices): all layers read through their MambaCoders and their heads as well, paths step by step, the"
+        "The same latent and prompt by the published method (preset “mambacoder” of the package circuits, which lists"
+        " its choices): all layers read through their MambaCoders and their heads as well, paths step by step, the"
         f" largest signed number first. Of heads it names layer {layer}, channel {channel}, at"
         f" {found['tokens'][source]!r} ({source}), with {effect:+.3f}."
     )

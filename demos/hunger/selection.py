@@ -67,7 +67,8 @@ def find(subject: Subject, concept: Concept, natural: Found) -> Found:
         candidates += [(-float(areas[f]), -float(gap[f]), name, f) for f in range(coder.cfg.d_sae)]
     tried = []
     for area, _, name, f in sorted(candidates)[: subject.options.shortlist]:
-        one: Found = {"coder": name, "feature": f, "auc": -area, "maximum": float(maxima[name][f])}
+        place = {"coder": name, "layer": subject.coders[name].cfg.layer, "feature": f}
+        one: Found = {**place, "auc": -area, "maximum": float(maxima[name][f])}
         tried.append(one | {"effect": effect(subject, one, others, without, word)})
     best = max(tried, key=lambda one: one["effect"])
     return {"tried": tried, **best, "baseline": best_token(cues, others)}

@@ -156,7 +156,7 @@ def test_controls_are_like_the_latent_but_not_the_latent():
 
 def test_controls_are_as_long_as_the_latent(subject):
     coder = subject.coders["l2-mambacoder"]
-    found = {"coder": "l2-mambacoder", "feature": 3, "maximum": 1.7}
+    found = {"coder": "l2-mambacoder", "layer": 2, "feature": 3, "maximum": 1.7}
     assert as_long(subject, found, 3) == pytest.approx(1.7)
     lengths = [as_long(subject, found, f) * float(coder.W_dec[f].norm()) for f in (3, 50, 700)]
     assert lengths == pytest.approx([lengths[0]] * 3, rel=1e-5)
