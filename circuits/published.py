@@ -106,6 +106,24 @@ PRESETS: dict[str, PathOptions] = {
 """Name -> options."""
 
 
+@dataclass(frozen=True)
+class AllLatents(CodedLayer):
+    """A coded layer that every latent adds to, by its pre-activation."""
+
+    @classmethod
+    def of(cls, frozen: FrozenModel, coded: CodedLayer) -> AllLatents:
+        """From one that the active latents add to."""
+        with torch.no_grad():
+            preact = coded.coder.preact(frozen.value_at(coded.coder.cfg.in_site)).to(frozen.dtype)
+        latents = torch.arange(preact.shape[-1], device=preact.device).expand(preact.shape)
+        parts: dict[str, Any] = {field.name: getattr(coded, field.name) for field in dataclasses.fields(coded)}
+        return cls(**{**parts, "codes": Codes(preact, latents)})
+
+    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l F"]:
+        """What the latents add to covectors on the output."""
+        return (V @ self.W_dec.to(V.dtype).t()) * self.codes.values[rows]
+
+
 class OptionedModel(FrozenModel):
     """A run that another method reads: the frozen model's own activations, taken back by the options.
 
@@ -129,13 +147,7 @@ class OptionedModel(FrozenModel):
         self.options = options
         self._exact, self._mixers = frozen, {}
         if options.acts == "preact":
-            self.coded = {layer: self._all_latents(coded) for layer, coded in frozen.coded.items()}
-
-    def _all_latents(self, coded: CodedLayer) -> CodedLayer:
-        with torch.no_grad():
-            preact = coded.coder.preact(self.value_at(coded.coder.cfg.in_site)).to(self.dtype)
-        latents = torch.arange(preact.shape[-1], device=preact.device).expand(preact.shape)
-        return dataclasses.replace(coded, codes=Codes(preact, latents))
+            self.coded = {layer: AllLatents.of(self, coded) for layer, coded in frozen.coded.items()}
 
     def mixer(self, layer: int) -> FrozenMixer:
         """The constants of one layer, with the options."""

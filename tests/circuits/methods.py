@@ -1,9 +1,9 @@
 """`python -m tests.circuits.methods`: how often the largest path is the right one, by method, where that is known.
 
 1. Models compiled by hand, channels permuted and the stream rotated, with distractors: is the largest head the right
-   (layer, channel) at the right source of the scan, and does the largest path of two edges end at the right embedding?
-2. The trained models of demos/localisation: does the largest path end at the answer's token, and is that token the one
-   that adds most over all paths?
+   (layer, channel) at the right source of the scan, and does the largest path to an embedding end at the right one?
+2. The trained models of demos/localisation: does that path end at the answer's token, and is this token the one that
+   adds most over all paths?
 
 3. An echo whose block is read by a MambaCoder made by hand: the right node is then the answer's latent.
 
@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from circuits import FrozenModel, Logit, PathOptions, attribute, trace_paths
+from circuits import FrozenModel, Logit, PathOptions, Trace, attribute, trace_paths
 from circuits.graph import Node
-from circuits.paths import Paths
 from circuits.published import EXACT, OptionedModel
 from demos.localisation.stats import Rate
 from demos.localisation.study import correct_prompts, load
@@ -85,10 +84,15 @@ TASKS = {
 }
 
 
-def named(paths: Paths, value: float) -> Node | None:
-    """Where the largest path ends; None if it is next to nothing."""
-    largest = next(iter(paths), None)
-    return None if largest is None or abs(largest.weight) < 1e-6 * abs(value) else largest.nodes[-1]
+def largest(trace: Trace, options: PathOptions, kind: str | None = None) -> Node | None:
+    """Where the largest path of one edge ends, or with `kind` the largest of all lengths that ends at such a node.
+
+    None if it is next to nothing.
+    """
+    found = [path for paths in trace.paths for path in paths if path.nodes[-1].kind == kind] if kind else trace.paths[0]
+    signed = options.rank == "signed"
+    best = max(found, key=lambda path: path.weight if signed else abs(path.weight), default=None)
+    return None if best is None or abs(best.weight) < 1e-6 * abs(trace.value) else best.nodes[-1]
 
 
 def judge(task: Task, compiled: Compiled, case: Case, options: PathOptions) -> tuple[bool, bool, bool]:
@@ -97,15 +101,14 @@ def judge(task: Task, compiled: Compiled, case: Case, options: PathOptions) -> t
     target = Logit(case.answer, minus=case.other)
     if task.held_back:
         target = Logit(case.other, minus=case.answer)
-    found = trace_paths(frozen, target, length=2, preset=options)
-    node = named(found.paths[0], found.value)
-    end = named(found.paths[1], found.value) if len(found.paths) > 1 else None
+    found = trace_paths(frozen, target, length=compiled.model.cfg.n_layers + 1, preset=options)
+    node, end = largest(found, options), largest(found, options, "embed")
     kind, index = ("feature", case.answer) if task.coded else ("head", compiled.channel_of[case.answer])
     of_kind = node is not None and node.kind == kind
     return (
         of_kind and node.position == case.scan_at,
         of_kind and (node.layer, node.index) == (compiled.model.cfg.n_layers - 1, index),
-        end is not None and end.kind == "embed" and end.position == case.value_at,
+        end is not None and end.position == case.value_at,
     )
 
 
@@ -125,7 +128,7 @@ def compiled_rates(
 
 
 def trained_rates(task: str, n: int, seed: int) -> dict[str, tuple[Rate, Rate]]:
-    """Method -> how often the answer's token ends the largest path of two edges, and adds most over all paths."""
+    """Method -> how often the answer's token ends the largest path to an embedding, and adds most over all paths."""
     model, kind = load(task)
     prompts, _ = correct_prompts(model, kind, n, seed)
     frozen = FrozenModel(model, prompts.tokens)
@@ -134,9 +137,9 @@ def trained_rates(task: str, n: int, seed: int) -> dict[str, tuple[Rate, Rate]]:
     for name, options in tqdm(METHODS.items(), desc=task, disable=not sys.stderr.isatty()):
         hits = 0
         for row, where in enumerate(prompts.where.tolist()):
-            trace = trace_paths(frozen, target, length=2, row=row, preset=options)
-            end = named(trace.paths[1], trace.value)
-            hits += end is not None and end.kind == "embed" and end.position == where
+            trace = trace_paths(frozen, target, length=model.cfg.n_layers + 1, row=row, preset=options)
+            end = largest(trace, options, "embed")
+            hits += end is not None and end.position == where
         by_token = attribute(OptionedModel(frozen, options), targets=target, keep_heads=False).embeddings
         found[name] = Rate(hits, n), Rate(int((by_token.argmax(1) == prompts.where).sum()), n)
     return found

@@ -240,3 +240,15 @@ def test_what_is_refused(unchecked):
         trace_paths(frozen, Logit(3), row=1)
     with pytest.raises(ValueError, match="selection 'half' has no preset"):
         trace_paths(FrozenModel(model, tokens, selection="half"), Logit(3), preset="mambacoder")
+
+
+@pytest.mark.parametrize("name", ["block", "hybrid"])
+def test_beside_features_stand_the_heads_of_the_whole_mixer(name):
+    coded = runs(5, "mamba")[name]
+    alone = FrozenModel(coded.model, coded.tokens, attention_mask=coded.mask.long())
+    one, other = (trace_paths(frozen, Logit(3), k=400, row=1, preset="mambacoder") for frozen in (coded, alone))
+    assert sorted(one.heads) == sorted(other.heads) == [0, 1]
+    for layer, heads in one.heads.items():
+        assert torch.allclose(heads, other.heads[layer], atol=1e-10)
+    kinds = [{path.nodes[-1].kind for path in found.paths[0]} for found in (one, other)]
+    assert kinds == [{"head", "feature", "embed"}, {"head", "embed"}]
