@@ -42,5 +42,6 @@ from circuits.targets import Direction as Direction
 from circuits.targets import Feature as Feature
 from circuits.targets import Head as Head
 from circuits.targets import Logit as Logit
+from circuits.targets import top_logits as top_logits
 from circuits.trace import Trace as Trace
 from circuits.trace import trace_paths as trace_paths

@@ -18,7 +18,7 @@ from circuits.influence import Scores, prune, scores, thin
 from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
 from circuits.rules import Selection
-from circuits.targets import Logit, Metric, Target
+from circuits.targets import Logit, Metric, Target, top_logits
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes.coder import SparseCoder
 
@@ -74,7 +74,7 @@ def extract_circuit(
         One text, or its tokens.
     target
         A token (text or id) whose logit at the last position is explained, a target, or several. None: the most
-        likely next tokens, up to ten or 95% of the probability.
+        likely next tokens (:func:`top_logits`).
     budget
         Most features and heads in the pruned graph.
     metric
@@ -132,10 +132,7 @@ def within(graph: Graph, budget: int, nodes: float = 0.8, edges: float = 0.98) -
 
 def _targets(frozen: FrozenModel, target: Any) -> list[Target]:
     if target is None:
-        p = frozen.logits[0, -1].softmax(-1)
-        best = p.topk(min(10, len(p)))
-        count = int((best.values.cumsum(0) < 0.95).sum()) + 1
-        return [Logit(int(token)) for token in best.indices[:count]]
+        return list(top_logits(frozen))
     several = list(target) if isinstance(target, list | tuple) else [target]
     return [one if isinstance(one, Target) else Logit(one) for one in several]
 

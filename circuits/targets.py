@@ -84,6 +84,24 @@ class Logit:
         return value - logits[..., [frozen.token_id(other, row) for other in several]].mean(-1)
 
 
+def top_logits(
+    frozen: FrozenModel, p: float | int = 0.95, most: int = 10, position: int = -1, row: int = 0
+) -> list[Logit]:
+    """The logits of the most likely next tokens: as many as have a share p of the probability, but no more than `most`.
+
+    Raises
+    ------
+    ValueError
+        p is not above 0 and at most 1, or `most` is below 1.
+    """
+    if not 0 < p <= 1 or most < 1:
+        raise ValueError(f"p must be above 0 and at most 1, and most at least 1; got p={p}, most={most}")
+    probabilities = frozen.logits[row, frozen.column(position)].softmax(-1)
+    best = probabilities.topk(min(most, len(probabilities)))
+    count = int((best.values.cumsum(0) < p).sum()) + 1
+    return [Logit(int(token), position) for token in best.indices[:count]]
+
+
 @dataclass(frozen=True)
 class Feature:
     """The pre-activation of one latent of a coder (of a gated coder, its gate)."""

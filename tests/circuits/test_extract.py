@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from circuits import FrozenModel, Logit, build_graph, extract_circuit, load_graph, prune, save_graph
+from circuits import FrozenModel, Logit, build_graph, extract_circuit, load_graph, prune, save_graph, top_logits
 from circuits.faithfulness import spearman
 from circuits.files import to_circuit_tracer, to_networkx
 from circuits.keep import Keep, only
@@ -131,6 +131,11 @@ def test_without_a_target_the_likely_tokens_are_explained():
     assert circuit.targets[0] == Logit(int(best))
     chosen = sum(float(p[t.token]) for t in circuit.targets)
     assert chosen >= 0.95 or len(circuit.targets) == 10
+    fewer = top_logits(circuit.frozen, p=0.5, most=3)
+    assert fewer == circuit.targets[: len(fewer)]
+    assert sum(float(p[t.token]) for t in fewer) >= 0.5 or len(fewer) == 3
+    with pytest.raises(ValueError, match="p must be above 0"):
+        top_logits(circuit.frozen, p=0.0)
 
 
 def test_errors_say_what_is_wrong():
