@@ -23,7 +23,7 @@ NOT = ("does not hold", "do not hold")
 TEMPLATE = Path(__file__).with_name("case_study.html")
 SOURCE = (
     "After the MambaCoder post by L. Ruggeri (2026), whose story is about another model. Thresholds, sentences and"
-    " seeds were fixed before any result was seen."
+    " seeds were fixed before any result was seen; of what the gates judge, the dictionaries' own figures were known."
 )
 
 
