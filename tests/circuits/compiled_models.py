@@ -230,8 +230,8 @@ def echo_cases(n: int, seed: int) -> list[Case]:
     return cases
 
 
-def echo(family: str, via: Literal["scan", "skip"], seed: int) -> Compiled:
-    """One layer in either family, with distractors and turned."""
+def echo(family: str, via: Literal["scan", "skip"], seed: int, distractors: bool = True) -> Compiled:
+    """One layer in either family, turned."""
     generator = torch.Generator().manual_seed(seed)
     common: dict[str, Any] = {
         "d_model": WIDTH, "n_layers": 1, "d_vocab": QUERY + 1, "d_conv": K, "tie_embeddings": False, "d_state": 1,
@@ -246,7 +246,7 @@ def echo(family: str, via: Literal["scan", "skip"], seed: int) -> Compiled:
     model = model.double()
     with torch.no_grad():
         _zero(model)
-        _embeddings(model, generator, distractors=True)
+        _embeddings(model, generator, distractors)
         mixer = model.blocks[0].mixer
         W_in, taps = mixer.in_proj.weight, mixer.conv1d.weight[:, 0]
         eye = torch.eye(VALUES, dtype=W_in.dtype)
@@ -266,18 +266,21 @@ def echo(family: str, via: Literal["scan", "skip"], seed: int) -> Compiled:
         dt_bias[own], dt_bias[others] = 10 if via == "scan" else -20, -4
         mixer.D[own], mixer.D[others] = float(via == "skip"), 1
         mixer.out_proj.weight[OUT:, values] = eye
-        # Small, and written large: the norm behind Mamba-2's gate would else change so much that no coder fits.
-        x[noisy, NOISE_AT:OUT] = 0.3 * torch.randn(VALUES, NOISE, generator=generator, dtype=W_in.dtype)
-        taps[noisy] = torch.randn(VALUES, K, generator=generator, dtype=W_in.dtype)
-        writes = torch.randn(VALUES, VALUES, generator=generator, dtype=W_in.dtype)
-        mixer.out_proj.weight[OUT:, noisy] = 0.1 * writes
+        if distractors:
+            x[noisy, NOISE_AT:OUT] = 0.3 * torch.randn(VALUES, NOISE, generator=generator, dtype=W_in.dtype)
+            taps[noisy] = torch.randn(VALUES, K, generator=generator, dtype=W_in.dtype)
+            writes = torch.randn(VALUES, VALUES, generator=generator, dtype=W_in.dtype)
+            mixer.out_proj.weight[OUT:, noisy] = 0.1 * writes
         rotate(model, generator)
         channels = permute(mixer, generator)
     return Compiled(model, channels.argsort()[:VALUES].tolist())
 
 
 def echo_coder(model: Any) -> SparseCoder:
-    """A MambaCoder of an echo's block with a latent for each value: 1 at its token, before the ReLU -2 at others."""
+    """A MambaCoder of an echo's block with a latent for each value: 1 at its token, before the ReLU -2 at others.
+
+    It reads one position, and knows of no distractors, which read several.
+    """
     d = model.cfg.d_model
     coder = SparseCoder(mambacoder_config(0, d, VALUES, architecture="standard"), seed=0).double()
     tokens = torch.arange(QUERY + 1)[:, None].expand(-1, K)  # said K times, so that the convolution sees it alone

@@ -5,7 +5,7 @@
 2. The trained models of demos/localisation: does that path end at the answer's token, and is this token the one that
    adds most over all paths?
 
-3. An echo whose block is read by a MambaCoder made by hand: the right node is then the answer's latent.
+3. An echo without distractors, its block read by a MambaCoder made by hand: the right node is the answer's latent.
 
 Methods: exact, the published preset, and the exact method with one published choice each. Of these acts and nodes act
 through coders alone. A path below a millionth of the target names nothing.
@@ -80,7 +80,7 @@ TASKS = {
     "induction": Task(lambda family, seed: induction(family, seed, **FULL), induction_cases),
     "echo through the scan": Task(lambda family, seed: echo(family, "scan", seed), echo_cases),
     "echo through D": Task(lambda family, seed: echo(family, "skip", seed), echo_cases),
-    "echo, by a coder": Task(lambda family, seed: echo(family, "skip", seed), echo_cases, coded=True),
+    "echo, by a coder": Task(lambda family, seed: echo(family, "skip", seed, False), echo_cases, coded=True),
 }
 
 
