@@ -12,8 +12,8 @@ INTRODUCTION = """\
 
     make case-study
 
-A published story about MambaCoders: in “{prompt}” a feature is active that reads like
-“hungry”; turned up, it makes the model say so; and its circuit goes through a mixer head at the food. `demos/hunger`
+A published story about MambaCoders: in “{prompt}” a feature is active that reads like “hungry”;
+turned up, it makes the model say so; and its circuit goes through a mixer head at the food. `demos/hunger`
 tests it claim by claim on the bundled model, and on the one that was trained on real text alone. Sentences, thresholds
 and seeds were fixed before any result was seen (`concepts.py`, `claims.py`, `options.py`; of what the gates judge, the
 dictionaries' own figures were known), and nothing is chosen by hand. Areas with hindsight, the cue's real effect and
@@ -21,8 +21,9 @@ the published method's paths were added afterwards; no claim uses them. It is no
 better: these are the ones that were written down.
 
 Numbers here were written by the command, which also writes `out/hunger/results.json`, `graph.json`, figures and
-`report.html`, a page that needs no network. A run that was stopped goes on where it was. This page is written by
-`python -m demos.hunger --document docs/case-study.md`, its picture by `docs/images/case-study.sh`.
+`report.html`, a page that needs no network. A run that was stopped goes on where it was. Its picture of the embeddings
+is UMAP's with the extra `.[umap]`, and PCA's without. This page is written by `python -m demos.hunger --document
+docs/case-study.md`, its picture by `docs/images/case-study.sh`.
 
 ![The report's first page](images/case-study.png)
 """

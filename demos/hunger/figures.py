@@ -133,7 +133,7 @@ def picture(found: Found) -> Plot:
             "zaxis": axis,
             "dragmode": "turntable",
             "aspectmode": "cube",
-            "camera": {"eye": {"x": 0.85, "y": 0.85, "z": 0.5}},
+            "camera": {"eye": {"x": 1.15, "y": 1.15, "z": 0.7}},
         },
         dragmode="turntable",
         title={"text": how, "font": {"size": 13}, "x": 0, "y": 0.02, "yanchor": "bottom"},
@@ -144,9 +144,11 @@ def picture(found: Found) -> Plot:
 
 def tokens_map(circuit: Found) -> Plot:
     """What each token's embedding adds to the latent, by all paths."""
-    return layer_map(
+    plot = layer_map(
         torch.tensor([circuit["embeddings"]]),
         circuit["tokens"],
         "added to the latent's pre-activation",
         rows=["all paths"],
     )
+    plot.figure.update_xaxes(automargin=True)
+    return plot
