@@ -199,7 +199,8 @@ class _Step(Descent):
         effect, width = group.effects.reshape(len(group.effects), -1)[i, at], group.effects.shape[2:].numel()
         value, position = float(effect), at // width
         if group.kind == "head":
-            return self.head(i, group.layer, position, None if width == 1 else at % width, effect)
+            channel = at % width if self.options.head == "each" else None
+            return self.head(i, group.layer, position, channel, effect)
         if group.kind == "feature":
             coded = self.frozen.coded[group.layer]
             index = int(coded.codes.indices[self.row, position, at % width])
@@ -214,13 +215,13 @@ class _Step(Descent):
         self, i: int, layer: int, position: int, channel: int | None, effect: Float[Tensor, ""]
     ) -> tuple[Node, Covector]:
         """A head, or all channels of a source under the name of the one that adds most."""
-        vector = self.onward[layer][i, position]
+        vector, coded = self.onward[layer][i, position], self.frozen.coded.get(layer)
         if channel is None:
             channel = int(self.effects[layer][i, position].argmax())
         else:
-            vector = vector * torch.nn.functional.one_hot(torch.tensor(channel), len(vector)).to(vector)
-        tokens = (
-            layer in self.frozen.coded and self.frozen.coded[layer].mode == "hybrid" and self.options.nodes == "once"
-        )
-        covector = Covector("p" if tokens else "u", layer, position, vector, 0 * effect, effect)
+            alone = torch.zeros_like(vector)
+            alone[channel] = vector[channel]
+            vector = alone
+        by_token = coded is not None and coded.mode == "hybrid" and self.options.nodes == "once"
+        covector = Covector("p" if by_token else "u", layer, position, vector, 0 * effect, effect)
         return Node("head", layer, position, channel, float(effect)), covector
