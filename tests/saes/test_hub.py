@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
@@ -22,7 +23,13 @@ from tests.saes.hub_server import TOKEN, Hub, serving
 
 REPO = "someone/coders"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # between the client and its httpx
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # between the client and its httpx
+    pytest.mark.skipif(
+        int(huggingface_hub.__version__.split(".")[0]) < 1,
+        reason="the client before 1.0 takes another hub's address from the environment at import only",
+    ),
+]
 
 
 @pytest.fixture

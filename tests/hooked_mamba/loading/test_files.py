@@ -50,6 +50,12 @@ class TestResolve:
         with pytest.raises(CheckpointError, match=r"nor a hub id.*come with the package: tiny"):
             resolve("./nowhere/at all")
 
+    @pytest.mark.parametrize("name", bundled_names())
+    def test_bundled_tokenizers_are_of_a_class_that_all_versions_know(self, name):
+        """transformers 5 writes a class of its own, which 4 does not have."""
+        about = json.loads((files.PRETRAINED / name / "tokenizer_config.json").read_text())
+        assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
+
     def test_a_local_folder(self, tmp_path):
         assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
         with pytest.raises(CheckpointError, match="has no revisions"):
