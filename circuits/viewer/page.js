@@ -239,4 +239,5 @@ by("picture").addEventListener("click", () => {
 });
 drawPaths();
 show();
-if (held >= 0) by("frame").scrollLeft = place[held][0] - by("frame").clientWidth / 2;
+// Where the target stands outside of a narrow frame, begin there.
+if (held >= 0 && place[held][0] > by("frame").clientWidth - 60) by("frame").scrollLeft = place[held][0] - by("frame").clientWidth / 2;
