@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from demos.hunger.concepts import HUNGRY
 from demos.hunger.page import claim_groups, headline, search_sections, verdicts
-from demos.hunger.sections import taught
+from demos.hunger.sections import instead, taught
 from demos.hunger.stages import Found
 
 INTRODUCTION = """\
@@ -16,9 +16,9 @@ A published story about MambaCoders: in “{prompt}” a feature is active that 
 turned up, it makes the model say so; and its circuit goes through a mixer head at the food. `demos/hunger`
 tests it claim by claim on the bundled model, and on the one that was trained on real text alone. Sentences, thresholds
 and seeds were fixed before any result was seen (`concepts.py`, `claims.py`, `options.py`; of what the gates judge, the
-dictionaries' own figures were known), and nothing is chosen by hand. Areas with hindsight, the cue's real effect and
-the published method's paths were added afterwards; no claim uses them. It is not shown that no other sentences would do
-better: these are the ones that were written down.
+dictionaries' own figures were known), and nothing is chosen by hand. Areas with hindsight and
+those of SAEs, the cue's real effect and the published method's paths were added afterwards; no claim uses them. It is
+not shown that no other sentences would do better: these are the ones that were written down.
 
 Numbers here were written by the command, which also writes `out/hunger/results.json`, `graph.json`, figures and
 `report.html`, a page that needs no network. A run that was stopped goes on where it was. Its picture of the embeddings
@@ -37,6 +37,8 @@ def document(results: Found) -> str:
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
         parts.append(table(group["columns"], group["rows"]))
     parts.append("## How much there is to find\n\n" + limits(results))
+    studied = [(m, name, one["sae"]) for m, f in results["models"].items() for name, one in f["concepts"].items()]
+    parts.append("".join(f"- {model}, {name}: {instead(sae)}\n" for model, name, sae in studied))
     parts.append("## What was planted\n")
     parts.append("".join(f"- {taught(m, f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
     return "\n".join(parts)

@@ -14,7 +14,7 @@ from demos.hunger.concepts import CONCEPTS, HUNGRY, OTHERS, Concept
 from demos.hunger.stages import Found, Stages, source_hash
 from demos.hunger.subject import Subject
 
-SHARED, OWN = 2 + 2 * len(CONCEPTS), 9
+SHARED, OWN = 2 + 2 * len(CONCEPTS), 10
 """Stages of a model, and of a concept that is studied."""
 
 
@@ -78,6 +78,7 @@ def study(subject: Subject, concept: Concept, before: Found, rest: Found, stages
         **before,
         "metrics": subject.metrics[chosen["coder"]],
         "pairs": stages.run("pairs", lambda: selection.describe(subject, concept)),
+        "sae": stages.run("sae", lambda: selection.best_sae(subject, concept)),
         "activation": stages.run("activation", lambda: activation.measure(subject, concept, chosen, rest)),
         "geometry": stages.run("geometry", lambda: geometry.measure(subject, concept, chosen, rest)),
         "picture": stages.run(f"picture-{how}", lambda: geometry.picture(subject, concept, chosen, how)),

@@ -24,7 +24,7 @@ def sections(planted: str, word: str, found: Found) -> list[Section]:
     """
     return [
         sentences(found["pairs"], planted),
-        latent(found["chosen"], found["scored"]),
+        latent(found["chosen"], found["scored"], found["sae"]),
         turned_up(found["activation"], word),
         geometry(found["geometry"], found["picture"], word),
         steering(found["steering"]),
@@ -64,7 +64,7 @@ def taught(model: str, planted: Found, concept: str) -> str:
     )
 
 
-def latent(chosen: Found, scored: Found) -> Section:
+def latent(chosen: Found, scored: Found, sae: Found) -> Section:
     """Which one it is, and how it does on sentences it was not chosen on."""
     rows = [
         [
@@ -87,10 +87,20 @@ def latent(chosen: Found, scored: Found) -> Section:
     after = (
         f"With hindsight, the best of all latents has {scored['hindsight']:.2f} on the scored half. The model's own"
         f" lead of the word over its rival has {scored['model_auc']:.2f}: how well the model itself tells these"
-        f" sentences apart when it comes to saying the word. By its decoder row the latent speaks for: {said}."
+        f" sentences apart when it comes to saying the word. {instead(sae)} By its decoder row the"
+        f" latent speaks for: {said}."
     )
     table = Table(["latent", "AUC, find", "nats, find", "AUC, score", "nats, score"], rows)
     return Section("The latent", text, table, [figures.activations(scored)], after)
+
+
+def instead(sae: Found) -> str:
+    """How an SAE's latent does in the MambaCoder's place."""
+    return (
+        f"Of the SAEs' latents the best on the half to find on ({sae['coder']}, latent {sae['feature']},"
+        f" {sae['auc']:.2f}) has {span(sae['scored_auc'])} on the other; with hindsight the best has"
+        f" {sae['hindsight']:.2f} there."
+    )
 
 
 def same(a: Found, b: Found) -> bool:

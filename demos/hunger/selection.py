@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demos.hunger import stats
-from demos.hunger.concepts import Concept, Pair
+from demos.hunger.concepts import Concept, HalfName, Pair
 from demos.hunger.stages import Found
 from demos.hunger.subject import Ends, Sentences, Subject, ends
 from saes import feature_logits, set_features
@@ -145,4 +145,31 @@ def score(subject: Subject, concept: Concept, found: Found) -> Found:
         "model_auc": float(stats.auc(with_cue.lead(word, against), without.lead(word, against))),
         "promoted": [[token, value] for token, value in said.promoted[0]],
         "suppressed": [[token, value] for token, value in said.suppressed[0]],
+    }
+
+
+def best_sae(subject: Subject, concept: Concept) -> Found:
+    """The SAE latent of largest area on the half to find on, and how it does on the other; for comparison alone."""
+    options = subject.options
+
+    def latents(half: HalfName) -> dict[str, tuple[Tensor, Tensor]]:
+        seen = [ends(subject, side) for side in sides(subject, concept.pairs(half, options.words))]
+        return {name: (coder.encode(seen[0].x[name]), coder.encode(seen[1].x[name])) for name, coder in saes.items()}
+
+    saes = subject.saes
+    found = {name: stats.auc(*both) for name, both in latents("find").items()}
+    name = max(found, key=lambda one: float(found[one].max()))
+    feature = int(found[name].argmax())
+    scored = latents("score")
+    positive, negative = (z[:, feature] for z in scored[name])
+
+    def area(chosen: Tensor) -> float:
+        return float(stats.auc(positive[chosen], negative[chosen]))
+
+    return {
+        "coder": name,
+        "feature": feature,
+        "auc": float(found[name][feature]),
+        "scored_auc": stats.bootstrap(area, len(positive), options.resamples, options.seed),
+        "hindsight": max(float(stats.auc(*both).max()) for both in scored.values()),
     }

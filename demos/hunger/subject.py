@@ -1,4 +1,4 @@
-"""A model with its MambaCoders, and what they say at the last token of sentences."""
+"""A model with its dictionaries, and what they say at the last token of sentences."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from saes import SparseCoder
 from saes.find import PRETRAINED
 from saes.hub import list_coders
 from saes.model_hash import model_hash
+from saes.registry import Entry
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,20 @@ class Subject:
     model: HookedMamba
     coders: dict[str, SparseCoder]
     """The MambaCoders of all layers by name, lowest first."""
+    saes: dict[str, SparseCoder]
+    """Its SAEs, lowest first: what the story would be without MambaCoders."""
     metrics: dict[str, dict[str, Any]]
     """What was measured of them on held-out text when they were made."""
     options: Options
 
     @classmethod
     def load(cls, name: str, options: Options) -> Subject:
-        """A bundled model and the bundled MambaCoders that were trained on it.
+        """A bundled model and the bundled dictionaries that were trained on it.
 
         Raises
         ------
         ValueError
-            There are none.
+            There is no MambaCoder.
         """
         folder = PRETRAINED / name
         bundled = list_coders(folder) if folder.is_dir() else []
@@ -47,19 +50,23 @@ class Subject:
             raise ValueError(f"no MambaCoder of {name} comes with the package")
         model = HookedMamba.from_pretrained(name)
         model.requires_grad_(False)
-        entries.sort(key=lambda entry: (entry.layer, entry.name))
-        coders, metrics = {}, {}
-        for entry in entries:
+        metrics = {entry.name.split("/")[-1]: dict(entry.metrics) for entry in entries}
+        saes = [entry for entry in bundled if entry.kind == "sae"]
+        return cls(name, model, cls._coders(name, entries), cls._coders(name, saes), metrics, options)
+
+    @staticmethod
+    def _coders(name: str, entries: list[Entry]) -> dict[str, SparseCoder]:
+        found = {}
+        for entry in sorted(entries, key=lambda entry: (entry.layer, entry.name)):
             short = entry.name.split("/")[-1]
-            coders[short] = SparseCoder.from_pretrained(name, short)
-            coders[short].requires_grad_(False)
-            metrics[short] = dict(entry.metrics)
-        return cls(name, model, coders, metrics, options)
+            found[short] = SparseCoder.from_pretrained(name, short)
+            found[short].requires_grad_(False)
+        return found
 
     def key(self) -> dict[str, Any]:
         """What results depend on besides code."""
         digest = hashlib.sha256()
-        for name, coder in self.coders.items():
+        for name, coder in {**self.coders, **self.saes}.items():
             digest.update(name.encode())
             for value in coder.state_dict().values():
                 digest.update(value.contiguous().numpy().tobytes())
@@ -81,7 +88,7 @@ class Ends:
     log_p: Float[Tensor, "b v"]
     """Log-probabilities of the next token, nats."""
     x: dict[str, Float[Tensor, "b d"]]
-    """What each MambaCoder reads there."""
+    """What each dictionary reads there."""
 
     def lead(self, word: int, against: int) -> Float[Tensor, " b"]:
         """One logit less another."""
@@ -113,9 +120,10 @@ class Sentences:
 def ends(subject: Subject, sentences: Sentences) -> Ends:
     """Run the model, hooks and contexts included, and keep the last column."""
     model = subject.model
-    sites = [coder.cfg.in_site for coder in subject.coders.values()]
+    coders = {**subject.coders, **subject.saes}
+    sites = [coder.cfg.in_site for coder in coders.values()]
     logits, cache = model.run_with_cache(
         sentences.tokens, attention_mask=sentences.mask, names_filter=sites, pos_slice=-1
     )
     log_p = logits[:, -1, : model.d_vocab_real].log_softmax(-1)
-    return Ends(log_p, {name: cache[coder.cfg.in_site] for name, coder in subject.coders.items()})
+    return Ends(log_p, {name: cache[coder.cfg.in_site] for name, coder in coders.items()})
