@@ -163,7 +163,7 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
             "run_idx": 0,
             "reverse_ctx_idx": 0,
             "jsNodeId": ids[i],
-            "clerp": node.name or node.label,
+            "clerp": _title(node, float(graph.importance[i])),
             "influence": float(reached[i]),
             "activation": node.activation if node.kind == "feature" else None,
         }
@@ -177,6 +177,7 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
     return {
         "metadata": {
             "slug": slug, "scan": scan, "prompt": "".join(graph.tokens), "prompt_tokens": list(graph.tokens),
+            "transcoder_list": [scan],
             "node_threshold": 1.0, "schema_version": 1,
             "info": {"generator": {"name": "hooked-mamba circuits"}},
             "replacement_score": found.replacement, "completeness_score": found.completeness,
@@ -189,6 +190,12 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
         "nodes": nodes,
         "links": links,
     }  # fmt: skip
+
+
+def _title(node: Node, importance: float) -> str:
+    """What front ends show; they look for a probability in a logit's title, and fail where there is none."""
+    title = node.name or node.label
+    return f'Output "{title}" (p={importance:.3f})' if node.kind == "target" else title
 
 
 def _layer_name(node: Node) -> str:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from circuits import FrozenModel, Logit, build_graph, extract_circuit, load_graph, prune, save_graph, top_logits
-from circuits.faithfulness import spearman
+from circuits.faithfulness import recovery, spearman
 from circuits.files import to_circuit_tracer, to_networkx
 from circuits.keep import Keep, only
 from tests.circuits.models import random_model, random_tokens
@@ -94,7 +94,16 @@ def test_a_circuit_in_one_call(target):
     text = str(circuit)
     assert "all other paths" in text
     assert "recover" in text
-    assert max(circuit.frozen.model.parameters(), key=lambda p: p.numel()).grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_checks_leave_gradients_as_they_are():
+    frozen = frozen_for("mamba", None)
+    for parameter in frozen.model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    recovery(frozen, Keep.everything(frozen), lambda logits: logits[:, -1, 3])
+    assert all(bool((parameter.grad == 3).all()) for parameter in frozen.model.parameters())
 
 
 @pytest.mark.parametrize("target", [None, "block"])
@@ -243,6 +252,11 @@ def test_the_json_of_circuit_tracer():
     for node in found["nodes"]:
         layer, feature, position = node["node_id"].split("_")
         assert (layer, int(feature), int(position)) == (node["layer"], node["feature"], node["ctx_idx"])
+        if node["feature_type"] == "logit":  # their front end takes the probability from the title, and fails without
+            assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(node["token_prob"], abs=1e-3)
+    required = {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold"}  # their data classes
+    assert required <= set(found["metadata"])
+    assert set(found["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
     assert json.loads(json.dumps(found)) == found
     with pytest.raises(ValueError, match="slug"):
         to_circuit_tracer(graph, "a b")
