@@ -15,6 +15,8 @@ from saes.command_parts import coder_folders, load_coders, model_of, run_options
 from saes.options import OptionError
 
 app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
+explore_app = new_app("explore")
+"""`sae explore` once more, beside the other commands that look."""
 
 CodersArgument = Annotated[
     list[str], typer.Argument(help="Folders of coders, bundled names or hub ids; a folder of folders is all of them.")
@@ -116,6 +118,7 @@ def eval_(
         report.save(json_file)
 
 
+@explore_app.command()
 @app.command()
 @reports_errors
 def explore(

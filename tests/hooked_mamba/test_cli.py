@@ -50,6 +50,15 @@ def test_help_names_every_command():
     assert call("--version").output.strip() == hooked_mamba.__version__
 
 
+def test_the_shell_completes_commands_and_options(monkeypatch):
+    monkeypatch.setenv("_HOOKED_MAMBA_COMPLETE", "complete_bash")
+    for typed, expected in (("c", {"cache", "circuit"}), ("cache --si", {"--site"})):
+        monkeypatch.setenv("COMP_WORDS", f"hooked-mamba {typed}")
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+        result = CliRunner().invoke(cli.make_app(), [], prog_name="hooked-mamba")
+        assert set(result.output.split()) == expected
+
+
 def test_cache_shows_sites_and_predictions_and_writes_tensors(folder, tmp_path):
     out = tmp_path / "deep" / "sites.safetensors"
     result = call(
@@ -173,7 +182,11 @@ def test_other_packages_bring_commands(tmp_path, monkeypatch):
 
 def test_the_installed_package_declares_the_saes():
     declared = {entry.name: entry.value for entry in entry_points(group=cli.GROUP)}
-    assert declared.get("sae") == "saes.commands:app"
+    assert declared == {
+        "circuit": "circuits.commands:app",
+        "explore": "saes.commands:explore_app",
+        "sae": "saes.commands:app",
+    }
     scripts = {entry.name: entry.value for entry in entry_points(group="console_scripts")}
     assert scripts["hooked-mamba"] == "hooked_mamba.cli:main"
 
