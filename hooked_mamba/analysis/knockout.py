@@ -39,6 +39,8 @@ def knockout(
 ) -> Iterator[Any]:
     """Cut the flow from sources to targets in every forward pass inside the `with`, also in `generate`.
 
+    Contexts may be nested, of any kind and in any order: what two of them cut is cut once.
+
     Parameters
     ----------
     model
@@ -56,8 +58,6 @@ def knockout(
         be None. The skip D u is a read: "write" leaves it.
     channels
         Channels e of E (in Mamba-2 e = h P + p); None: all.
-
-    Contexts may be nested, of any kind and in any order: what two of them cut is cut once.
 
     Raises
     ------

@@ -109,9 +109,10 @@ def load(path: str | Path, cls: type[C], *, device: str = "cpu", **hints: Any) -
         SparseCoder, or SAE or MambaCoder, which refuse the other kind.
     device
         Where to put it.
-    k, in_site, out_site, target, reads, model_name
-        What other libraries' files do not say or name otherwise: k of a recurrentlens TopK must be given, the sites
-        where they are none of a Mamba model. In our own files they say all, and what is given must agree.
+    **hints
+        k, in_site, out_site, target, reads, model_name: what other libraries' files do not say or name otherwise. The k
+        of a recurrentlens TopK must be given, and sites that are none of a Mamba model. Our own files say all of this,
+        and what is given must agree.
 
     Returns
     -------
