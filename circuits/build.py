@@ -41,11 +41,10 @@ class Columns:
         for layer in sorted(frozen.coded):
             nodes += [Node("error", layer, t, value=1.0) for t in range(frozen.length)]
         for layer, coded in sorted(frozen.coded.items()):
-            values, indices = coded.codes.values[0], coded.codes.indices[0]
+            values, indices = coded.codes.values[0].tolist(), coded.codes.indices[0].tolist()
             for t in range(frozen.length):
                 nodes += [
-                    Node("feature", layer, t, int(j), activation=float(z))
-                    for z, j in zip(values[t], indices[t], strict=True)
+                    Node("feature", layer, t, j, activation=z) for z, j in zip(values[t], indices[t], strict=True)
                 ]
         for layer, mask in sorted(heads.items()):
             nodes += [Node("head", layer, s, e) for s, e in mask.nonzero().tolist()]
@@ -120,7 +119,7 @@ def build_graph(
 
     def trace(wanted: Sequence[Any]) -> tuple[Tensor, Tensor]:
         found = attribute(frozen, targets=wanted, keep_heads=False, nodes=heads, batch=batch)
-        return Columns.rows(found), found.target
+        return Columns.rows(found).cpu(), found.target.cpu()  # a graph is no work for an accelerator
 
     effects, values = trace(chosen)
     head_places = [i for i, node in enumerate(columns.nodes) if node.kind == "head"]
@@ -149,10 +148,9 @@ def build_graph(
         bar.update(len(best))
     bar.close()
     graph = _assemble(frozen, chosen, weight, columns, effects, values, rows)
-    if keep is not None:
-        return graph
+    asked_for = graph.where("target", "embed") if keep is None else graph.where("target", "embed", "feature", "head")
     # Ends that add to nothing only crowd the picture.
-    return graph.keep(graph.where("target", "embed") | (graph.weights != 0).any(0) | (influence(graph) > 0))
+    return graph.keep(asked_for | (graph.weights != 0).any(0) | (influence(graph) > 0))
 
 
 def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float | int] | None) -> Tensor:
@@ -165,7 +163,7 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
         weight = torch.stack([p[frozen.column(t.position), frozen.token_id(t.token)] for t in targets])
     else:
         weight = torch.ones(len(targets), dtype=frozen.dtype)
-    return weight / weight.sum()
+    return (weight / weight.sum()).cpu()
 
 
 def _choose_heads(
@@ -177,6 +175,7 @@ def _choose_heads(
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
     of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
+    weight = weight.to(found.target.device)
     size = torch.stack([torch.einsum("n,nle->le", weight, of_layer[i].abs()) for i in layers])
     best = size.flatten().topk(min(count, int((size > 0).sum()))).indices
     mask = torch.zeros_like(size).flatten()

@@ -148,7 +148,8 @@ def recovery(
     kept = circuit if isinstance(circuit, Keep) else Keep.of_graph(frozen, circuit)
     active = _sizes(frozen)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.where(active > 0, torch.rand(active.shape, generator=generator), -1) for _ in range(randoms)]
+    drawn = [torch.rand(active.shape, generator=generator).to(active.device) for _ in range(randoms)]
+    drawn = [torch.where(active > 0, scores, -1) for scores in drawn]
     return Recovery(
         len(kept),
         share(kept),
@@ -166,7 +167,7 @@ def _parts(frozen: FrozenModel) -> list[tuple[str, int, tuple[int, int]]]:
 
 def _largest(frozen: FrozenModel, scores: Float[Tensor, " m"], count: int) -> Keep:
     """The nodes with the largest scores."""
-    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[scores.topk(min(count, len(scores))).indices] = True
     keep, start = Keep.nothing(frozen), 0
     for kind, layer, (l, width) in _parts(frozen):
@@ -194,8 +195,7 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
     kept: dict[tuple[str, int], Tensor] = {}
 
     def watch(value: Tensor, hook: Any) -> Tensor:
-        value = value.requires_grad_() if value.is_leaf else value
-        value.retain_grad()
+        value = value if value.requires_grad else value.requires_grad_()
         kept[hook.name.split(".")[-1], hook.layer()] = value
         return value
 
@@ -203,19 +203,20 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
         f"blocks.{i}.mixer.{s}" for i in range(model.cfg.n_layers) for s in ("hook_x_pre", "hook_x", "hook_out_proj")
     ]
     with torch.enable_grad(), model.hooks([(name, watch) for name in names]):
-        metric(model(frozen.tokens))[0].backward()
-    model.zero_grad(set_to_none=True)
+        value = metric(model(frozen.tokens))[0]
+        gradients = dict(
+            zip(kept, torch.autograd.grad(value, list(kept.values()), materialize_grads=True), strict=True)
+        )
     found = []
     for kind, layer, _ in _parts(frozen):
         if kind == "feature":
-            gradient = kept["hook_out_proj", layer].grad
-            assert gradient is not None
-            effect = gradient[0].to(frozen.dtype) @ frozen.coded[layer].W_dec.to(frozen.dtype).t()
+            effect = (
+                gradients["hook_out_proj", layer][0].to(frozen.dtype) @ frozen.coded[layer].W_dec.to(frozen.dtype).t()
+            )
             found.append(effect * frozen.latents(layer)[0])
         else:
-            value = kept["hook_x_pre" if layer in frozen.coded else "hook_x", layer]
-            assert value.grad is not None
-            found.append((value.grad * value.detach())[0].flatten(1)[:, : model.cfg.E])
+            at = "hook_x_pre" if layer in frozen.coded else "hook_x", layer
+            found.append((gradients[at] * kept[at].detach())[0].flatten(1)[:, : model.cfg.E])
     return torch.cat([part.flatten() for part in found])
 
 
@@ -274,7 +275,7 @@ def _patching(
         rows = tokens.repeat(len(others), 1)
         rows[:, t] = others
         changes.append(whole - float(metric(frozen.model(rows)).mean()))
-    return spearman(effects.double(), torch.tensor(changes, dtype=torch.float64))
+    return spearman(effects.double().cpu(), torch.tensor(changes, dtype=torch.float64))
 
 
 def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:

@@ -74,9 +74,9 @@ def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
     passed = [node.activation if node.kind == "feature" else node.value for node in graph.nodes]
     size = torch.tensor(passed, dtype=graph.weights.dtype)
     share = torch.where(size.unsqueeze(1) == 0, 0, graph.weights / size.unsqueeze(1))
-    arriving = torch.zeros_like(size)
-    arriving[targets[target]] = size[targets[target]]
+    arriving = graph.weights[targets[target]]  # not by the target's share: it may be 0, as a tie of two logits
     total = arriving.clone()
+    total[targets[target]] = size[targets[target]]
     for _ in range(len(graph)):
         arriving = arriving @ share
         if not bool(arriving.any()):

@@ -138,7 +138,7 @@ class NodeEffects:
         """The heads and features with the largest effects, whatever their sign; errors are never among them."""
         kinds = [*self.heads.values(), *self.features.values()]
         sizes = torch.cat([part.abs().flatten() for part in kinds])
-        best = torch.zeros(len(sizes), dtype=torch.bool)
+        best = torch.zeros_like(sizes, dtype=torch.bool)
         best[sizes.topk(min(count, int((sizes > 0).sum()))).indices] = True
         masks = iter(best.split([part.numel() for part in kinds]))
         return Keep(
@@ -167,14 +167,14 @@ def node_effects(
     Raises
     ------
     ValueError
-        More than one prompt, a reference of another length, fewer than one step.
+        More than one prompt, fewer than one step, or what :func:`circuits.keep.only` refuses.
     """
     if frozen.batch != 1:
         raise ValueError(f"expected one prompt, got {frozen.batch}: call once for each")
     start = Keep.nothing(frozen)
     kinds = (start.heads, start.features, start.errors)
     places = [(kind, layer) for kind, part in enumerate(kinds) for layer in part]
-    sums = [torch.zeros(kinds[kind][layer].shape, dtype=frozen.dtype) for kind, layer in places]
+    sums = [torch.zeros_like(kinds[kind][layer], dtype=frozen.dtype) for kind, layer in places]
 
     def run(masks: list[Tensor]) -> Tensor:
         parts: tuple[dict[int, Any], ...] = ({}, {}, {})

@@ -37,12 +37,15 @@ class Keep:
     @classmethod
     def nothing(cls, frozen: FrozenModel) -> Keep:
         """All masks, all False."""
-        l, cfg = frozen.length, frozen.model.cfg
+        l, cfg, device = frozen.length, frozen.model.cfg, frozen.tokens.device
         mixed = [i for i in range(cfg.n_layers) if i not in frozen.coded or frozen.coded[i].mode == "hybrid"]
         return cls(
-            {i: torch.zeros(l, cfg.E, dtype=torch.bool) for i in mixed},
-            {i: torch.zeros(l, coded.coder.cfg.d_sae, dtype=torch.bool) for i, coded in frozen.coded.items()},
-            {i: torch.zeros(l, dtype=torch.bool) for i in frozen.coded},
+            {i: torch.zeros(l, cfg.E, dtype=torch.bool, device=device) for i in mixed},
+            {
+                i: torch.zeros(l, coded.coder.cfg.d_sae, dtype=torch.bool, device=device)
+                for i, coded in frozen.coded.items()
+            },
+            {i: torch.zeros(l, dtype=torch.bool, device=device) for i in frozen.coded},
         )
 
     @classmethod
@@ -85,9 +88,13 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     Raises
     ------
     ValueError
-        The reference has another length.
+        The reference has another length, or the run is padded or goes on from a memory, which these passes lack.
     """
     model = frozen.model
+    if frozen.mask is not None:
+        raise ValueError("this run is padded, and nodes are ablated in whole prompts: give the prompt alone")
+    if any(bool(part.any()) for state in frozen.before for part in state):
+        raise ValueError("this run goes on from an initial state, and nodes are ablated in whole prompts: give one")
     if reference is not None and reference.length != frozen.length:
         raise ValueError(f"the reference has {reference.length} positions, this run {frozen.length}")
     n = model.cfg.n_layers
@@ -121,7 +128,7 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         true, moved = out, torch.zeros_like(out)
         if coded.mode == "hybrid":
             mixer = FrozenMixer.of(cache, layer, before[layer], None)
-            rows = torch.arange(out.shape[0])
+            rows = torch.arange(out.shape[0], device=out.device)
             heads = keep.heads[layer].to(mixer.p.dtype)
             usual_p = 0.0 if reference is None else reference.mixer(layer).p.mean(0)
             true = mixer.local(mixer.p - mixer.b_x, rows)

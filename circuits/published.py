@@ -28,7 +28,6 @@ What a trained coder predicts, layer_norm(x + block(x)) in the published trainin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -42,6 +41,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.targets import Stream
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.names import unalias
+from saes.files.checks import nearest
 from saes.sparse import Codes
 
 
@@ -82,11 +82,8 @@ class PathOptions:
         if preset is None:
             return cls()
         if preset not in PRESETS:
-            near = difflib.get_close_matches(preset, PRESETS, n=1)
-            raise ValueError(
-                f"preset must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}"
-                + (f"; nearest: {near[0]!r}" if near else "")
-            )
+            names = ", ".join(map(repr, PRESETS))
+            raise ValueError(f"preset must be one of {names}, got {preset!r}{nearest(preset, PRESETS)}")
         return PRESETS[preset]
 
     def single(self) -> dict[str, PathOptions]:

@@ -135,7 +135,7 @@ def frozen_changes(
         elif node.kind in ("feature", "target"):
             read = chosen[node.index] if node.kind == "target" else _feature(frozen, node)
             changes[:, i] = pushed.read(read.covector(frozen, 0))
-    return changes
+    return changes.to(graph.weights.device)
 
 
 def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l E"]]:

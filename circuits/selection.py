@@ -149,7 +149,7 @@ def patch_effects(
     count = torch.bincount(where, minlength=len(columns)).clamp(min=1)
 
     def mean(rows: list[Tensor]) -> Tensor:
-        joined = torch.cat(rows)
+        joined = torch.cat(rows).cpu()
         sums = joined.new_zeros(len(columns), *joined.shape[1:]).index_add_(0, where, joined)
         return sums / count.reshape(-1, *[1] * (joined.ndim - 1))
 

@@ -60,11 +60,15 @@ def frozen_effects(
     Raises
     ------
     ValueError
-        Edits that do not fit the model, a coder that writes to a site that is no stream of the frozen model, a state of
-        a hybrid layer, whose local part the coder has taken out of the scan, or a run with another rule than "none".
+        No target, edits that do not fit the model, a coder that writes to a site that is no stream of the frozen model,
+        a state of a hybrid layer, whose local part the coder has taken out of the scan, or a run with another rule than
+        "none".
     """
     if frozen.rule.name != "none":
         raise ValueError(f"effects follow the value path: this run has selection={frozen.rule.name!r}, expected 'none'")
+    chosen = [targets] if isinstance(targets, Target) else list(targets)
+    if not chosen:
+        raise ValueError("no target: give a Logit, a Feature, a Head, a Direction, or several")
     listed = checked(frozen.model, edits)
     changes = Changes(frozen.rows_of(1), held={} if hold is None else held_heads(frozen, hold))
     changes.inside = _Inside(frozen, listed, changes.held)
@@ -79,7 +83,7 @@ def frozen_effects(
         into[layer] = into.get(layer, 0.0) + _change_of(frozen, coder, mine)
     pushed = Pushed(frozen, changes)
     effects = []
-    for target in [targets] if isinstance(targets, Target) else list(targets):
+    for target in chosen:
         covectors = [target.covector(frozen, row) for row in range(frozen.batch)]
         effect = torch.stack([pushed.read(c)[row] for row, c in enumerate(covectors)])
         if covectors[0].stream == "out" and covectors[0].layer in changes.outs:

@@ -29,10 +29,12 @@ def coders_for(model, target="block", architecture="topk", seed=0, **options):
             layer, d, 11, architecture=architecture, target=target, **ARCHITECTURES[architecture], **options
         )
         coder = SparseCoder(cfg, seed=seed + layer).double()
+        generator = torch.Generator().manual_seed(seed + layer)
         with torch.no_grad():
             for name, parameter in coder.named_parameters():
                 if parameter.ndim == 1 or name == "W_skip":
-                    parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype).abs())
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                    parameter.add_(0.2 * noise.abs())
         coders.append(coder)
     return coders
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,9 @@ def test_total_effects_are_sums_over_all_ways_down():
             assert abs(float(found[j]) - expected) < 1e-9 * (1 + abs(expected))
     with pytest.raises(IndexError, match="target 2 is out of range: this graph has 2"):
         total_effects(graph, 2)
+    tie = replace(graph, nodes=(replace(graph.nodes[0], value=0.0), *graph.nodes[1:]))
+    assert torch.allclose(total_effects(tie)[1:], total_effects(graph)[1:])
+    assert total_effects(tie)[0] == 0
 
 
 def test_paths_are_the_largest_of_all():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits import FrozenModel, Logit, integrated_gradients, node_effects
+from circuits import FrozenModel, Logit, build_graph, integrated_gradients, node_effects
+from circuits.faithfulness import recovery
 from circuits.keep import Keep, only
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.circuits.models import random_model, random_tokens
@@ -73,3 +74,29 @@ def test_the_largest_are_kept():
         node_effects(frozen, lambda logits: logits[:, -1, 3], steps=0)
     with pytest.raises(ValueError, match="expected one prompt, got 2"):
         node_effects(FrozenModel(model, random_tokens(1, batch=2)), lambda logits: logits[:, -1, 3])
+
+
+def test_runs_that_are_no_whole_prompt_are_refused():
+    model, tokens = random_model(2, "mamba", n_layers=2), random_tokens(2, length=6)
+    with torch.no_grad():
+        _, past = model(random_tokens(3), return_state=True)
+    refused = {
+        "is padded": FrozenModel(model, tokens, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]])),
+        "goes on from an initial state": FrozenModel(model, tokens, initial_state=past),
+    }
+    for match, frozen in refused.items():
+        with pytest.raises(ValueError, match=match):
+            node_effects(frozen, lambda logits: logits[:, -1, 3])
+        with pytest.raises(ValueError, match=match):
+            recovery(frozen, Keep.everything(frozen), lambda logits: logits[:, -1, 3])
+    empty = FrozenModel(model, tokens, attention_mask=torch.ones(1, 6), initial_state=None)
+    assert node_effects(empty, lambda logits: logits[:, -1, 3], steps=1).whole == float(empty.logits[0, -1, 3])
+
+
+def test_a_graph_of_chosen_nodes_has_no_ends_that_add_nothing():
+    model, tokens = random_model(2, "mamba", n_layers=2), random_tokens(2, length=6)
+    frozen = FrozenModel(model, tokens)
+    keep = node_effects(frozen, lambda logits: logits[:, -1, 3], steps=1).largest(7)
+    graph = build_graph(frozen, Logit(3), keep=keep)
+    assert int(graph.where("head").sum()) == 7
+    assert not graph.where("initial").any()  # nothing was before the first position

@@ -269,6 +269,8 @@ def test_what_is_refused():
         frozen_effects(FrozenModel(model, random_tokens(5, 1, 5)), ScaleState(1, 9), Logit(3))
     with pytest.raises(IndexError, match="position 9"):
         frozen_effects(frozen, CutHead(1, 9), Logit(3))
+    with pytest.raises(ValueError, match="no target: give a Logit"):
+        frozen_effects(frozen, CutHead(1, 2), [])
     half = FrozenModel(model, random_tokens(5, 1, 5), selection="half")
     with pytest.raises(ValueError, match="selection='half'"):
         frozen_effects(half, CutHead(1, 1), Logit(3))
