@@ -120,12 +120,12 @@ class CodedLayer:
         read = delta if self.coder.cfg.reads == "resid" else delta * norm
         return read @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, V: Float[Tensor, "n l d"], norm: Float[Tensor, "n l d"]) -> Tensor | None:
+    def pull_skip(self, frozen: FrozenModel, V: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | None:
         """What a skip adds to V below; None without one."""
         if self.coder.W_skip is None:
             return None
         below = V @ self.coder.W_skip.detach().to(V.dtype).t()
-        return below if self.coder.cfg.reads == "resid" else below * norm
+        return below if self.coder.cfg.reads == "resid" else frozen.behind_norm(self.layer, below, rows)
 
 
 def _layer_of(coder: SparseCoder) -> int:

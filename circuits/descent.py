@@ -83,8 +83,7 @@ class Descent:
         A coder does not stand between its own layer's output and a target that reads this very output: such targets
         go through the mixer itself.
         """
-        coded, mixer, rows = self.frozen.coded.get(layer), self.frozen.mixer(layer), self.rows
-        nodes = self.nodes.get(layer)
+        coded, rows, nodes = self.frozen.coded.get(layer), self.rows, self.nodes.get(layer)
         passing = None if nodes is None else 1 - nodes
         if coded is None:
             pulled = self.frozen.pull(layer, out, rows, passing)
@@ -105,7 +104,7 @@ class Descent:
         self.parts["features"][layer] = coded.feature_effects(by_coder, rows)
         self.parts["coder_biases"][layer] = coded.bias_effect(by_coder)
         self.parts["errors"][layer] = coded.error_effects(by_coder, rows)
-        skip = coded.pull_skip(by_coder, mixer.norm[rows])
+        skip = coded.pull_skip(self.frozen, by_coder, rows)
         return below if skip is None else below + skip
 
     def across(

@@ -42,7 +42,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class TurnedUp:
-    """Check (c): each feature of the circuit at twice its activation."""
+    """Check (c): each feature of the circuit that a path leads from to the target, at twice its activation."""
 
     foretold: float
     """Mean change of the metric, counted positive in the direction that the graph foretells."""
@@ -61,7 +61,7 @@ class Faithfulness:
     of a hundred nodes; None where edges follow selection too, which no frozen model holds."""
     recovery: Recovery
     features: TurnedUp | None
-    """(c); None without features."""
+    """(c); None without such features."""
     patching: float
     """(d) Spearman's rank correlation with patching; nan where either is constant."""
 
@@ -223,15 +223,15 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
 @torch.no_grad()
 def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> TurnedUp | None:
     """Each feature of the circuit doubled where it is active, and a partner of like decoder norm and size instead."""
-    nodes = [node for node in graph.nodes if node.kind == "feature"]
-    if not nodes:
+    signs = total_effects(graph).sign().tolist()
+    foretold = [(node, sign) for node, sign in zip(graph.nodes, signs, strict=True) if node.kind == "feature" and sign]
+    if not foretold:
         return None
-    foretold = total_effects(graph).sign()[graph.where("feature")].tolist()
     generator = torch.Generator().manual_seed(seed)
     base = float(metric(frozen.logits)[0])
     own: list[float] = []
     partners: list[float] = []
-    for node in nodes:
+    for node, _ in foretold:
         coded = frozen.coded[node.layer]
         norms = coded.W_dec.norm(dim=1)
         used = (frozen.latents(node.layer)[0] != 0).sum(0)
@@ -242,7 +242,7 @@ def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> 
         for index, effects in ((node.index, own), (partner, partners)):
             change = node.activation * coded.W_dec[index]
             effects.append(_with_change(frozen, node.layer, node.position, change, metric) - base)
-    along = [effect * sign for effect, sign in zip(own, foretold, strict=True)]
+    along = [effect * sign for effect, (_, sign) in zip(own, foretold, strict=True)]
     n = len(along)
     return TurnedUp(sum(along) / n, sum(x > 0 for x in along) / n, sum(map(abs, partners)) / n)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from hooked_mamba import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.config import Mamba2Config
-from hooked_mamba.scan_view import ScanView, run_scan
+from hooked_mamba.scan_view import ScanView, diagonal, run_scan
 from hooked_mamba.state import LayerState
 from hooked_mamba.token_sources import TokenPath
 
@@ -181,11 +181,17 @@ class FrozenMixer:
 
     def local_gain(self) -> Float[Tensor, "b l E"]:
         """G (C . B_bar + D) sigma kappa[K-1]: what channel e passes on of its own position's p."""
-        view = self.scan
-        per_group = view.n_lanes // view.B.shape[2]
-        own = view.dt * (view.B * view.C).sum(-1).repeat_interleave(per_group, 2) + view.D
-        own = own.repeat_interleave(view.u.shape[-1], 2)
-        return self.gain * own * self.path.sigma * self.path.taps[:, -1]
+        return self.gain * (self.own() + self.skip()) * self.path.sigma * self.path.taps[:, -1]
+
+    def own(self) -> Float[Tensor, "b l E"]:
+        """C_t . B_bar_t: what channel e reads of what it has just written."""
+        at = torch.arange(self.scan.length, device=self.scan.dt.device)
+        own = diagonal(self.scan, at, include_dt=True, include_skip=False)
+        return own.repeat_interleave(self.scan.u.shape[-1], 2).to(self.u.dtype)
+
+    def skip(self) -> Float[Tensor, " E"]:
+        """D of each channel."""
+        return self.scan.D.repeat_interleave(self.scan.u.shape[-1]).to(self.u.dtype)
 
     def pull_local(self, V: Float[Tensor, "n l d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
         """The covector on p of the local part alone: what a position's own input gives."""

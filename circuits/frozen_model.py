@@ -176,19 +176,23 @@ class FrozenModel:
         """w / scale of the final norm."""
         return at_least_fp32(self.model.ln_final.weight).detach() / self.cache["ln_final.hook_scale"]
 
-    def behind_norm(self, layer: int, row: int, position: int, covector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        """A covector on what a block's norm (n_layers: the final one) gives, as one on the stream that it reads.
+    def behind_norm(self, layer: int, covectors: Float[Tensor, "... d"], at: Any) -> Float[Tensor, "... d"]:
+        """Covectors on what a block's norm (n_layers: the final one) gives, as ones on the stream that it reads.
 
         The norm is held, but for selection "gradient", where it is differentiated.
+
+        Parameters
+        ----------
+        at
+            Where they are: a row and a position, or rows that have covectors at all positions.
         """
         final = layer == self.model.cfg.n_layers
-        factor = (self.final_norm if final else self.mixer(layer).norm)[row, position]
-        behind = covector * factor
+        behind = covectors * (self.final_norm if final else self.mixer(layer).norm)[at]
         if self.rule.name != "gradient":
             return behind
-        x = self.resid(layer)[row, position]
-        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][row, position]
-        return behind - x * (behind @ x) / (len(x) * scale.square())
+        x = self.resid(layer)[at]
+        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
+        return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
 
     def mixer(self, layer: int) -> FrozenMixer:
         """The constants of one layer."""
@@ -204,7 +208,7 @@ class FrozenModel:
         site = unalias(site)
         stream, layer = self._stream_of(site)
         if site.endswith("norm.hook_out"):
-            covector = self.behind_norm(layer, row, position, covector)
+            covector = self.behind_norm(layer, covector, (row, position))
         return stream, layer, covector
 
     def _stream_of(self, site: str) -> tuple[Stream, int]:

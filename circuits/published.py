@@ -211,7 +211,7 @@ class OptionedMixer(FrozenMixer):
     def local_gain(self) -> Float[Tensor, "b l E"]:
         """What channel e passes on of its own position's p."""
         taps = self.path.sigma * self.path.taps[:, -1] if self.options.conv == "taps" else self.ratio
-        return self.gain * (self._own() * self.options.include_self + self._skip() * self.options.include_D) * taps
+        return self.gain * (self.own() * self.options.include_self + self.skip() * self.options.include_D) * taps
 
     @property
     def ratio(self) -> Float[Tensor, "b l E"]:
@@ -222,17 +222,7 @@ class OptionedMixer(FrozenMixer):
         """The scan's adjoint without the terms that are left out."""
         ub, h0b = self._adjoint(vy, rows)
         if not self.options.include_self:
-            ub = ub - self._own()[rows] * vy
+            ub = ub - self.own()[rows] * vy
         if not self.options.include_D:
-            ub = ub - self._skip() * vy
+            ub = ub - self.skip() * vy
         return ub, h0b
-
-    def _own(self) -> Float[Tensor, "b l E"]:
-        """C_t . B_bar_t."""
-        view = self.scan
-        own = view.dt * (view.B * view.C).sum(-1).repeat_interleave(view.n_lanes // view.B.shape[2], 2)
-        return own.repeat_interleave(view.u.shape[-1], 2).to(self.u.dtype)
-
-    def _skip(self) -> Float[Tensor, " E"]:
-        """D of each channel."""
-        return self.scan.D.repeat_interleave(self.scan.u.shape[-1]).to(self.u.dtype)

@@ -71,7 +71,7 @@ class Logit:
     def covector(self, frozen: FrozenModel, row: int) -> Covector:
         position, n = frozen.column(self.position), frozen.model.cfg.n_layers
         direction = self.of(frozen.model.unembed.weight.detach().t().to(frozen.dtype), frozen, row)
-        vector = frozen.behind_norm(n, row, position, direction)
+        vector = frozen.behind_norm(n, direction, (row, position))
         value = self.of(frozen.logits[row, position].to(frozen.dtype), frozen, row)
         return Covector("resid", n, position, vector, vector.new_zeros(()), value)
 

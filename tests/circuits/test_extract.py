@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import networkx
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from circuits import FrozenModel, Logit, build_graph, extract_circuit, load_graph, prune, save_graph, top_logits
-from circuits.faithfulness import recovery, spearman
+from circuits.faithfulness import faithfulness, recovery, spearman
 from circuits.files import to_circuit_tracer, to_networkx
 from circuits.keep import Keep, only
 from tests.circuits.models import random_model, random_tokens
@@ -266,3 +267,20 @@ def test_what_a_graph_explains_can_be_weighted():
     frozen, _ = graph_of(1, "block")
     graph = build_graph(frozen, [Logit(3), Logit(4)], importance=[3, 1])
     assert graph.importance[:2].tolist() == [0.75, 0.25]
+
+
+def test_features_of_which_a_graph_foretells_nothing_are_not_turned_up():
+    frozen = frozen_for("mamba", "block")
+    graph = build_graph(frozen, Logit(3), max_features=6, max_heads=0)
+    features = graph.where("feature").nonzero()[:, 0].tolist()
+    assert len(features) == 6
+
+    def turned_up(left_out):
+        weights = graph.weights.clone()
+        weights[:, left_out] = 0
+        cut = replace(graph, weights=weights)
+        return faithfulness(frozen, graph, cut, Logit(3), lambda logits: logits[:, -1, 3], randoms=0).features
+
+    assert turned_up([]).right > 0
+    assert turned_up(features[1:]).right in (0, 1)  # one is left, and is the only one that counts
+    assert turned_up(features) is None

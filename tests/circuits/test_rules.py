@@ -9,6 +9,7 @@ from circuits import Direction, FrozenModel, Head, Logit, attribute, build_graph
 from hooked_mamba.state import ModelState
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
+from tests.circuits.test_attribution import coders_for
 
 
 def targets_of(model):
@@ -117,3 +118,19 @@ def test_what_is_refused():
         FrozenModel(model, tokens, [coder.double()], selection="half")
     with pytest.raises(ValueError, match="takes a run with selection 'none'"):
         patch_effects(FrozenModel(model, tokens, selection="half"), target=3, replace_by=1)
+
+
+@pytest.mark.parametrize("reads", ["normalized", "resid"])
+def test_a_skip_is_differentiated_with_its_norm(reads):
+    """Features and errors are where paths end, so that below them the skip alone is left."""
+    model, tokens = random_model(4, "mamba", n_layers=1), random_tokens(4, batch=2, length=5)
+    coder = coders_for(model, skip=True, reads=reads)[0]
+    frozen = FrozenModel(model, tokens, [coder], selection="gradient")
+    found = attribute(frozen, targets=Logit(3))
+    embed = frozen.resid(0).requires_grad_()
+    read = embed if reads == "resid" else model.blocks[0].norm(embed)
+    out = embed + (frozen.out(0) - (read @ coder.W_skip).detach()) + read @ coder.W_skip
+    logits = model.unembed(model.ln_final(out))
+    assert torch.allclose(logits, frozen.logits)
+    (gradient,) = torch.autograd.grad(logits[:, -1, 3].sum(), embed)
+    assert torch.allclose(found.embeddings, (gradient * embed).sum(-1))
