@@ -1,48 +1,51 @@
-"""What the site's build does beyond mkdocs: pages made from code and notebooks, and equations as MathML."""
+"""What mkdocs calls while it builds: pages that are made, and links and equations that are rewritten."""
 
 from __future__ import annotations
 
-import html
 import re
-import sys
-from pathlib import Path
-from typing import Any
 
-from latex2mathml.converter import convert
-from mkdocs.structure.files import File
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import notebook_pages  # noqa: E402
-import reference  # noqa: E402
-
-NOTEBOOKS = reference.ROOT / "demos" / "notebooks"
+import notebook_pages
+import reference
+from mathml import with_mathml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from repository import GUESTS, NOTEBOOKS, page_of, relink
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """Add the reference, and a page for every notebook."""
-    for name in reference.PAGES:
-        files.append(File.generated(config, f"api/{name}.md", content=reference.page(name)))
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_pages.page(path)))
+def made_pages() -> dict[str, str]:
+    """Pages that are no files of `docs/`: name on the site -> markdown."""
+    pages = {f"reference/{package}.md": reference.page(package) for package in reference.PAGES}
+    pages |= {name: (reference.ROOT / path).read_text(encoding="utf-8") for path, name in GUESTS.items()}
+    for path in sorted((reference.ROOT / NOTEBOOKS).glob("*.ipynb")):
+        pages[str(page_of(NOTEBOOKS + path.name))] = notebook_pages.page(path)
+    return pages
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the notebooks and the reference into the navigation."""
+    made = made_pages()
+    for title, folder in (("Notebooks", "notebooks/"), ("Reference", "reference/")):
+        if entries := [name for name in made if name.startswith(folder)]:
+            assert config.nav is not None  # it is in mkdocs.yml
+            config.nav.append({title: entries})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made."""
+    for name, text in made_pages().items():
+        files.append(File.generated(config, name, content=text))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead links to notebooks to their pages here, and leave other links out of docs/ as plain text."""
-    up = "../" if "/" in page.file.src_uri else ""
-    markdown = re.sub(r"\]\(\.\./demos/notebooks/(\w+)\.ipynb\)", rf"]({up}notebooks/\1.md)", markdown)
-    return markdown if up else re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Links as the site has them."""
+    name = page.file.src_uri
+    return markdown if name.startswith("reference/") else relink(markdown, name)
 
 
-def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Equations become MathML, which browsers draw by themselves; Sphinx' roles in docstrings lose their names."""
-
-    def mathml(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[2]), display="block" if found[1] == "[" else "inline")
-
-    content = re.sub(
-        r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', mathml, content, flags=re.S
-    )
-    return re.sub(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]*)</code>", r"<code>\1</code>", content)
+def on_page_content(html: str, **_: object) -> str:
+    """Equations as MathML; Sphinx' roles in docstrings lose their names."""
+    html = re.sub(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]*)</code>", r"<code>\1</code>", html)
+    return with_mathml(html)

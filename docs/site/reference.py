@@ -1,4 +1,4 @@
-"""The API reference: pages made from what the packages export, so that no name can be missing."""
+"""The API reference: one page a package, made from what its `__init__` exports, so that no name can be missing."""
 
 from __future__ import annotations
 
@@ -7,47 +7,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-PAGES: dict[str, list[str]] = {
-    "hooked_mamba": ["hooked_mamba", "hooked_mamba.loading"],
-    "analysis": ["hooked_mamba.analysis", "hooked_mamba.patching", "hooked_mamba.analysis.plots", "hooked_mamba.utils"],
-    "saes": ["saes", "saes.hub", "saes.files"],
-    "training": ["saes.training", "saes.store"],
-    "circuits": ["circuits"],
+PAGES: dict[str, tuple[str, ...]] = {
+    "hooked_mamba": ("hooked_mamba.sites", "hooked_mamba.utils"),
+    "hooked_mamba.analysis": ("hooked_mamba.analysis.plots", "hooked_mamba.analysis.tasks"),
+    "hooked_mamba.patching": (),
+    "hooked_mamba.ops": (),
+    "hooked_mamba.loading": (),
+    "saes": ("saes.hub", "saes.metrics.probing", "saes.synthetic"),
+    "saes.training": (),
+    "saes.store": (),
+    "saes.files": (),
+    "saes.explorer": (),
+    "circuits": ("circuits.files", "circuits.viewer"),
 }
-"""Page -> packages, of which it has the exports, and modules, of which it has everything public."""
+"""Page, named after its package -> modules that are shown whole behind the package's exports."""
 
 
-def exports(package: str) -> dict[str, list[str]]:
-    """What a package's `__init__` exports as `X as X`: module -> names, in the order they stand there."""
-    found: dict[str, list[str]] = {}
-    for node in ast.parse(source(package).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [alias.name for alias in node.names if alias.asname == alias.name]
-            found.setdefault(node.module, []).extend(names)
-    return {module: names for module, names in found.items() if names}
+def parse(module: str) -> ast.Module:
+    """A module's source, not run."""
+    path = ROOT / module.replace(".", "/")
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
 
 
-def source(name: str) -> Path:
-    """The file of a module, or a package's `__init__`."""
-    folder = ROOT / name.replace(".", "/")
-    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+def exports(module: str) -> list[str]:
+    """Public names in their order: what is imported as itself (`X as X`), and what is defined there."""
+    names: list[str] = []
+    for node in parse(module).body:
+        match node:
+            case ast.ImportFrom():
+                names += [alias.name for alias in node.names if alias.asname == alias.name]
+            case ast.FunctionDef() | ast.ClassDef():
+                names.append(node.name)
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.append(name)
+    return [name for name in names if not name.startswith("_")]
 
 
-def page(title: str) -> str:
-    """One page's markdown: a directive of mkdocstrings for every module that something is exported from."""
-    lines = [f"# {', '.join(name for name in PAGES[title] if source(name).name == '__init__.py')}"]
-    for name in PAGES[title]:
-        if source(name).name != "__init__.py":
-            lines.append(directive(name))
-            continue
-        for module, names in exports(name).items():
-            modules = [inner for inner in names if source(f"{module}.{inner}").exists()]
-            lines += [directive(f"{module}.{inner}") for inner in modules]
-            if rest := [inner for inner in names if inner not in modules]:
-                lines.append(directive(module, rest))
-    return "\n\n".join(lines) + "\n"
-
-
-def directive(module: str, members: list[str] | None = None) -> str:
-    """A module's docstring and members; None: all that are public."""
-    return f"::: {module}" + (f"\n    options:\n      members: {members}" if members else "")
+def page(package: str) -> str:
+    """The page of a package: its docstring, its exports and its modules, as mkdocstrings reads them."""
+    names = [*(f"{package}.{name}" for name in exports(package)), *PAGES[package]]
+    return "\n\n".join([f"# {package}", ast.get_docstring(parse(package)) or "", *(f"::: {name}" for name in names)])

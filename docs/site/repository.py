@@ -1,4 +1,4 @@
-"""Links of pages that are read in the repository as well: what they lead to there, and on the site."""
+"""Where pages stand in the repository and on the site, and links that hold in both."""
 
 from __future__ import annotations
 
@@ -8,30 +8,49 @@ import re
 GUESTS = {"README.md": "readme.md"}
 """Files from above `docs/` that are pages of the site -> their names there."""
 
+NOTEBOOKS = "demos/notebooks/"
+"""Where the notebooks stand; each is a page in `notebooks/`."""
+
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
-CODE = re.compile(r"(?ms)^```.*?^```$|`[^`\n]+`")
+CODE = re.compile(r"(?ms)^(?P<fence>```+).*?^(?P=fence)$|`[^`\n]+`")
 
 
-def relink(markdown: str, folder: str) -> str:
+def page_of(path: str) -> str | None:
+    """The site's name of a file of the repository; None if the site does not hold it."""
+    if path.startswith(NOTEBOOKS) and path.endswith(".ipynb"):
+        return f"notebooks/{posixpath.basename(path).removesuffix('.ipynb')}.md"
+    if path.startswith("docs/") and not path.endswith((".py", ".sh", ".yml")):
+        return path.removeprefix("docs/")
+    return GUESTS.get(path)
+
+
+def file_of(name: str) -> str:
+    """The inverse of `page_of`."""
+    if name.startswith("notebooks/"):
+        return NOTEBOOKS + posixpath.basename(name).removesuffix(".md") + ".ipynb"
+    return {page: path for path, page in GUESTS.items()}.get(name, f"docs/{name}")
+
+
+def relink(markdown: str, name: str) -> str:
     """A page with links that hold on the site.
 
     Parameters
     ----------
     markdown
-        The page's text.
-    folder
-        Where it stands in the repository: "docs", or "" for a guest.
+        Its text as in the repository.
+    name
+        Its name on the site.
 
-    Links into `docs/` and to guests lead to their pages. A file that the site does not hold is named instead: the site
-    may be read without the repository beside it.
+    A file that the site does not hold is named instead of linked: the site may be read without the repository.
     """
 
     def replace(link: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join(folder, link["target"]))
-        here = GUESTS.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
-        if here is not None:
-            return f"{link['image']}[{link['text']}]({here}{link['anchor'] or ''})"
-        return link["text"] if path in link["text"] else f"{link['text']} (`{path}`)"
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file_of(name)), link["target"]))
+        there = page_of(path)
+        if there is None:
+            return link["text"] if path in link["text"] else f"{link['text']} (`{path}`)"
+        target = posixpath.relpath(there, posixpath.dirname(name) or ".")
+        return f"{link['image']}[{link['text']}]({target}{link['anchor'] or ''})"
 
     pieces, end = [], 0
     for code in CODE.finditer(markdown):
