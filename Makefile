@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies case-study test test-all bench lint format
+.PHONY: help install demo studies case-study docs test test-all bench lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -18,6 +18,9 @@ studies: .venv/.installed ## repeat six published experiments; writes out/studie
 
 case-study: .venv/.installed ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
 	$(RUN) demos.hunger
+
+docs: .venv/.installed ## build the documentation; open out/site/index.html (offline)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 test: .venv/.installed ## the tests, without those that take minutes
 	$(RUN) pytest
@@ -38,7 +41,7 @@ format: .venv/.installed ## rewrite the code as `make lint` wants it
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 PEERS := .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
