@@ -100,13 +100,15 @@ def build_graph(
     Raises
     ------
     ValueError
-        More than one row.
+        More than one row, or no target.
     MemoryError
         The rows of effects would not fit; says what to lower.
     """
     if frozen.batch != 1:
         raise ValueError(f"a graph is of one prompt, this run has {frozen.batch}: build one for each row")
     chosen = [targets] if isinstance(targets, Target) else list(targets)
+    if not chosen:
+        raise ValueError("no target: give a Logit, a Feature, a Head, a Direction, or several")
     weight = _importance(frozen, chosen, importance)
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)

@@ -95,7 +95,8 @@ def extract_circuit(
     Raises
     ------
     ValueError
-        More than one prompt, a budget below 1, an unknown choice, or no metric for a target that is no logit.
+        More than one prompt, no target, a budget below 1, an unknown choice, or no metric for a target that is no
+        logit.
     """
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
@@ -134,12 +135,16 @@ def _targets(frozen: FrozenModel, target: Any) -> list[Target]:
     if target is None:
         return list(top_logits(frozen))
     several = list(target) if isinstance(target, list | tuple) else [target]
+    if not several:
+        raise ValueError("no target: give one or several, or None for the most likely next tokens")
     return [one if isinstance(one, Target) else Logit(one) for one in several]
 
 
 def _metric(frozen: FrozenModel, target: Target) -> Metric:
     if not isinstance(target, Logit):
-        raise ValueError(f"the checks need a metric for {target.label}: pass metric=, or check=False")
+        raise ValueError(
+            f"no metric for {target.label}: pass metric= for the checks and choose='integrated', or do without both"
+        )
 
     def measure(logits: Tensor) -> Tensor:
         at = logits[:, frozen.column(target.position)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.frozen_model import FrozenModel
 from circuits.keep import Keep, only
-from circuits.targets import Logit, Metric
+from circuits.targets import Logit, Metric, Target
 from hooked_mamba import HookedMamba, HookedMamba2
 
 
@@ -73,14 +73,18 @@ def integrated_gradients(
     Raises
     ------
     ValueError
-        No target, no prompt, fewer than one step.
+        Targets that are no logits, or none; no prompt; a baseline of another size; fewer than one step.
     """
     if isinstance(model, FrozenModel) != (prompt is None):
         raise ValueError("give a model and a prompt, or a FrozenModel alone")
     frozen = model if isinstance(model, FrozenModel) else FrozenModel(model, prompt)  # type: ignore[arg-type]
-    chosen = [targets] if isinstance(targets, Logit) else list(targets)
-    if not chosen:
-        raise ValueError("no target: give a Logit, or several")
+    several = [targets] if isinstance(targets, Target) else list(targets)
+    chosen = [target for target in several if isinstance(target, Logit)]
+    if not chosen or len(chosen) < len(several):
+        raise ValueError(f"targets must be a Logit or several, got {several}")
+    d = frozen.model.cfg.d_model
+    if baseline is not None and baseline.shape != (d,):
+        raise ValueError(f"the baseline must be an embedding [{d}], got {list(baseline.shape)}")
     embed = frozen.cache["hook_embed"].detach()
     origin = frozen.model.embed.weight.detach().mean(0) if baseline is None else baseline.to(embed.dtype)
     way = embed - origin
@@ -136,6 +140,8 @@ class NodeEffects:
 
     def largest(self, count: int) -> Keep:
         """The heads and features with the largest effects, whatever their sign; errors are never among them."""
+        if count < 0:
+            raise ValueError(f"count must not be negative, got {count}")
         kinds = [*self.heads.values(), *self.features.values()]
         sizes = torch.cat([part.abs().flatten() for part in kinds])
         best = torch.zeros_like(sizes, dtype=torch.bool)

@@ -88,7 +88,8 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     Raises
     ------
     ValueError
-        The reference has another length, or the run is padded or goes on from a memory, which these passes lack.
+        The reference has another length or lacks a coder, or the run is padded or goes on from a memory, which these
+        passes do not.
     """
     model = frozen.model
     if frozen.mask is not None:
@@ -97,6 +98,8 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         raise ValueError("this run goes on from an initial state, and nodes are ablated in whole prompts: give one")
     if reference is not None and reference.length != frozen.length:
         raise ValueError(f"the reference has {reference.length} positions, this run {frozen.length}")
+    if reference is not None and (lacking := sorted(frozen.coded.keys() - reference.coded.keys())):
+        raise ValueError(f"the reference is not read through the coders of layers {lacking}: give it the run's coders")
     n = model.cfg.n_layers
     per_block = ("hook_resid_pre", "norm.hook_scale", "norm.hook_out", *(f"mixer.{site}" for site in SITES))
     names = [f"blocks.{i}.{site}" for i in range(n) for site in per_block]

@@ -27,11 +27,13 @@ from hooked_mamba.components import at_least_fp32
 from hooked_mamba.config import MambaConfig
 from hooked_mamba.scan_view import run_scan
 from hooked_mamba.state import LayerState, Padding
+from saes.files.checks import nearest
 
 if TYPE_CHECKING:
     from circuits.frozen_model import FrozenModel
 
 RULES = ("none", "half", "shares", "gradient")
+_VALID = f"selection must be one of {', '.join(RULES)}, or three shares"
 
 Selection = str | Sequence[float | int]
 """A rule; three numbers are "shares" of C, B and u other than a third each."""
@@ -55,11 +57,13 @@ class Rule(NamedTuple):
         """
         if isinstance(selection, str):
             if selection not in RULES:
-                raise ValueError(f"selection must be one of {', '.join(RULES)}, or three shares; got {selection!r}")
+                raise ValueError(f"{_VALID}; got {selection!r}{nearest(selection, RULES)}")
             third = 1 / 3
             return cls(selection, (third, third, third) if selection == "shares" else (0.0, 0.0, 1.0))
+        if not isinstance(selection, Sequence):
+            raise ValueError(f"{_VALID}; got {selection!r}")
         given = [float(share) for share in selection]
-        if len(given) != 3 or abs(sum(given) - 1) > 1e-6:
+        if len(given) != 3 or not abs(sum(given) - 1) <= 1e-6:
             raise ValueError(f"shares must be three, of C, B and u, that sum to 1, got {given}")
         return cls("shares", (given[0], given[1], given[2]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits import FrozenModel, Logit, build_graph, integrated_gradients, node_effects
+from circuits import FrozenModel, Head, Logit, build_graph, integrated_gradients, node_effects
 from circuits.faithfulness import recovery
 from circuits.keep import Keep, only
 from saes import SparseCoder, mambacoder_config, sae_config
@@ -29,6 +29,17 @@ def test_embeddings_sum_to_the_way_from_the_baseline(family):
     alone = integrated_gradients(model, tokens[1:, 2:], Logit(3), baseline=origin, steps=128)
     assert torch.allclose(padded.embeddings[1, 2:], alone.embeddings[0], atol=1e-9)
     assert padded.embeddings[1, :2].abs().max() == 0
+
+
+def test_what_embeddings_are_not_integrated_for(unchecked):
+    model, tokens = random_model(7, "mamba", n_layers=1), random_tokens(7, length=4)
+    for targets in ([], Head(0, 1, 2), [Logit(3), Head(0, 1, 2)]):
+        with pytest.raises(ValueError, match=r"targets must be a Logit or several, got \["):
+            integrated_gradients(model, tokens, targets)
+    with pytest.raises(ValueError, match=r"must be an embedding \[\d+\], got \[3\]"):
+        integrated_gradients(model, tokens, Logit(3), baseline=torch.zeros(3))
+    with pytest.raises(ValueError, match="give a model and a prompt, or a FrozenModel alone"):
+        integrated_gradients(model, targets=Logit(3))
 
 
 def coders_of(model):
@@ -70,6 +81,8 @@ def test_the_largest_are_kept():
     mask = torch.stack([keep.heads[i] for i in (0, 1)])
     assert sizes[mask].min() >= sizes[~mask].max()
     assert len(effects.largest(10**6)) <= sizes.numel()
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        effects.largest(-1)
     with pytest.raises(ValueError, match="at least one step, got 0"):
         node_effects(frozen, lambda logits: logits[:, -1, 3], steps=0)
     with pytest.raises(ValueError, match="expected one prompt, got 2"):

@@ -107,12 +107,17 @@ def test_graphs_with_edges_of_selection():
     assert value.about["selection"] == "none"
 
 
-def test_what_is_refused():
+def test_what_is_refused(unchecked):
     model, tokens = random_model(1, "mamba"), random_tokens(1, length=4)
     with pytest.raises(ValueError, match="selection must be one of none, half"):
         FrozenModel(model, tokens, selection="lrp")
-    with pytest.raises(ValueError, match="that sum to 1"):
-        FrozenModel(model, tokens, selection=(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="got 'gradients'; nearest: 'gradient'"):
+        FrozenModel(model, tokens, selection="gradients")
+    with pytest.raises(ValueError, match="or three shares; got None"):
+        FrozenModel(model, tokens, selection=None)
+    for shares in ((1.0, 1.0, 1.0), (0.5, 0.5), (float("nan"), 0.5, 0.5)):
+        with pytest.raises(ValueError, match="that sum to 1"):
+            FrozenModel(model, tokens, selection=shares)
     coder = SparseCoder(mambacoder_config(0, model.cfg.d_model, 12, architecture="topk", k=2, target="local"), seed=0)
     with pytest.raises(ValueError, match="has no hybrid layers, and layer 0 is one"):
         FrozenModel(model, tokens, [coder.double()], selection="half")
