@@ -28,7 +28,7 @@ from hooked_mamba.analysis.tasks import Prompts
 
 WAYS = {
     "integrated": "what ablating a head does (integrated gradients)",
-    "influence": "share of the frozen paths",
+    "influence": "what a head adds along the frozen paths",
     "gradient": "gradient x activation",
     "random": "at random",
 }
