@@ -29,21 +29,39 @@ def parse(module: str) -> ast.Module:
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
 
 
-def exports(module: str) -> list[str]:
-    """Public names in their order: what is imported as itself (`X as X`), and what is defined there."""
-    names: list[str] = []
-    for node in parse(module).body:
+def exports(package: str) -> dict[str, str]:
+    """Public names of a package in their order -> where they are defined, as far as the packages tell.
+
+    The place of definition, since a function may be named like its module: `circuits.faithfulness` is the module.
+    """
+    found: dict[str, str] = {}
+    for node in parse(package).body:
         match node:
-            case ast.ImportFrom():
-                names += [alias.name for alias in node.names if alias.asname == alias.name]
-            case ast.FunctionDef() | ast.ClassDef():
-                names.append(node.name)
+            case ast.ImportFrom(module=str(module)):
+                found |= {a.name: definition(module, a.name, package) for a in node.names if a.asname == a.name}
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found[name] = f"{package}.{name}"
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
-                names.append(name)
-    return [name for name in names if not name.startswith("_")]
+                found[name] = f"{package}.{name}"
+    return {name: place for name, place in found.items() if not name.startswith("_")}
+
+
+def definition(module: str, name: str, package: str) -> str:
+    """Where a package's import leads: through another package's exports, to a module's own name, or to a submodule."""
+    if module in PAGES and module != package:
+        return exports(module)[name]
+    return f"{module}.{name}"
 
 
 def page(package: str) -> str:
-    """The page of a package: its docstring, its exports and its modules, as mkdocstrings reads them."""
-    names = [*(f"{package}.{name}" for name in exports(package)), *PAGES[package]]
-    return "\n\n".join([f"# {package}", ast.get_docstring(parse(package)) or "", *(f"::: {name}" for name in names)])
+    """The page of a package: its docstring, its exports and its modules, as mkdocstrings reads them.
+
+    What an earlier page shows is linked to.
+    """
+    pages = list(PAGES)
+    earlier = {place for other in pages[: pages.index(package)] for place in exports(other).values()}
+    here = exports(package)
+    shown = [place for place in here.values() if place not in earlier]
+    linked = ", ".join(f"[`{name}`][{place}]" for name, place in here.items() if place in earlier)
+    parts = [f"# {package}", ast.get_docstring(parse(package)) or "", f"Also from here: {linked}." if linked else ""]
+    return "\n\n".join(filter(None, [*parts, *(f"::: {name}" for name in (*shown, *PAGES[package]))]))
