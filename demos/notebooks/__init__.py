@@ -1,0 +1,1 @@
+"""Notebooks: each runs by itself, in Jupyter or in Colab; `python -m demos.notebooks` keeps their outputs."""
