@@ -30,6 +30,7 @@ from tests.circuits.elsewhere import Elsewhere, another_device, moved
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
 
+pytestmark = pytest.mark.usefixtures("fast")
 TARGET = Logit(3, minus=2)
 EDITS = [
     ScaleEmbedding([0, 2], 0.5), CutHead(1, [1, 2], 2), CutTokens(2, [3, 4], 0), ScaleState(0, 3), SetState(1, 2, 0.4),
@@ -69,9 +70,7 @@ def everything(family, coded, elsewhere):
     return found
 
 
-@pytest.mark.parametrize("coded", [None, "block", "local"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_numbers_are_those_of_the_cpu(family, coded):
+def check(family, coded):
     expected = everything(family, coded, elsewhere=False)
     with another_device():
         found = everything(family, coded, elsewhere=True)
@@ -82,6 +81,18 @@ def test_numbers_are_those_of_the_cpu(family, coded):
         number = numbers[name].held if isinstance(numbers[name], Elsewhere) else numbers[name]
         assert torch.allclose(number, torch.as_tensor(value), atol=1e-9), name
     assert isinstance(found["attribution"], Elsewhere)  # it was there indeed
+
+
+@pytest.mark.parametrize(("family", "coded"), [("mamba", None), ("mamba2", "local")])
+def test_numbers_are_those_of_the_cpu(family, coded):
+    check(family, coded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("coded", [None, "block", "local"])
+def test_numbers_are_those_of_the_cpu_in_all_modes(family, coded):
+    check(family, coded)
 
 
 def test_a_tensor_made_in_the_wrong_place_is_seen():
