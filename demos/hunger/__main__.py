@@ -27,9 +27,9 @@ from hooked_mamba import __version__
 def main(argv: list[str] | None = None) -> int:
     """Measure, judge, write; 2 if a model or its dictionaries are not there."""
     args = parse_args(argv)
-    torch.set_grad_enabled(False)
     try:
-        results = measured(args.models, args.options, args.out)
+        with torch.no_grad():
+            results = measured(args.models, args.options, args.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
