@@ -149,6 +149,13 @@ def knockout_sweep(
     -------
     Tensor
         n_layers - window + 1 rows, one column a source.
+
+    Raises
+    ------
+    ValueError
+        No position, or a window of no layer or of more than there are.
+    IndexError
+        A position that does not exist.
     """
     n_layers = model.cfg.n_layers
     if not 1 <= window <= n_layers:
@@ -156,7 +163,10 @@ def knockout_sweep(
     ids, found = model.input_to_tokens(tokens)
     attention_mask = found if attention_mask is None else attention_mask
     b, length = ids.shape
-    columns = list(range(length)) if positions is None else [t % length for t in positions]
+    wanted = range(length) if positions is None else positions
+    if wrong := [t for t in wanted if not -length <= t < length]:
+        raise IndexError(f"position {wrong[0]} is out of range for {length} positions")
+    columns = [t % length for t in wanted]
     at_once = max(1, batch_size // b)
     starts = range(n_layers - window + 1)
     results: list[Tensor] = []

@@ -302,6 +302,8 @@ def test_a_sweep_is_its_single_runs(family):
     torch.testing.assert_close(by_row.mean(-1), sweep)
     with pytest.raises(ValueError, match="no source positions"):
         knockout_sweep(model, tokens, lambda logits: logits.mean(), positions=[], progress=False)
+    with pytest.raises(IndexError, match="position 9 is out of range for 7 positions"):
+        knockout_sweep(model, tokens, lambda logits: logits.mean(), positions=[0, 9], progress=False)
 
 
 def test_knockout_leaves_no_hook_and_reports_wrong_arguments():
