@@ -18,7 +18,10 @@ PAGES: dict[str, tuple[str, ...]] = {
     "saes.store": (),
     "saes.files": (),
     "saes.explorer": (),
-    "circuits": ("circuits.files", "circuits.viewer"),
+    "saes.activations": (),
+    "circuits": ("circuits.files",),
+    "circuits.interventions": (),
+    "circuits.viewer": (),
 }
 """Page, named after its package -> modules that are shown whole behind the package's exports."""
 
@@ -61,7 +64,7 @@ def page(package: str) -> str:
     pages = list(PAGES)
     earlier = {place for other in pages[: pages.index(package)] for place in exports(other).values()}
     here = exports(package)
-    shown = [place for place in here.values() if place not in earlier]
+    shown = [p for p in here.values() if p not in earlier and p.rpartition(".")[0] not in PAGES[package]]
     linked = ", ".join(f"[`{name}`][{place}]" for name, place in here.items() if place in earlier)
     parts = [f"# {package}", ast.get_docstring(parse(package)) or "", f"Also from here: {linked}." if linked else ""]
     return "\n\n".join(filter(None, [*parts, *(f"::: {name}" for name in (*shown, *PAGES[package]))]))
