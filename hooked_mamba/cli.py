@@ -210,7 +210,7 @@ def start(
 
 def make_app(plugins: Iterable[EntryPoint] | None = None) -> typer.Typer:
     """The whole command line: the commands of this file, and those of other packages, found by their entry points."""
-    app = new_app("hooked-mamba")
+    app = new_app("hooked-mamba", help=start.__doc__)
     app.callback()(start)
     app.command()(cache)
     app.command()(demo)
