@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -117,5 +118,6 @@ def _tidied(notebook: Any) -> Any:
                 layout.pop("template", None)  # most of a small figure's size, and hardly seen
                 data["text/plain"] = f"[figure: {layout.get('title', {}).get('text', 'untitled')}]"
             elif "text/html" in data:  # as text it would be there a second time
-                data["text/plain"] = f"[{data['text/plain'].partition('(')[0]}]"
+                name = re.match(r"(\w+)\(", data["text/plain"])
+                data["text/plain"] = f"[{name[1] if name else 'table'}]"
     return notebook
