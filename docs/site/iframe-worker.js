@@ -1,4 +1,4 @@
-// The search runs in a worker, which a page opened from disk may not start: here it runs in a frame without an address.
+// The search runs in a worker, which a page opened from disk may not start: there it runs in a frame without an address.
 "use strict";
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
@@ -7,32 +7,14 @@ if (location.protocol === "file:") {
       const frame = document.createElement("iframe");
       frame.hidden = true;
       document.body.append(frame);
-      const inside = frame.contentWindow;
-      inside.document.open();
-      inside.document.write("<!doctype html><html><body></body></html>");
-      inside.document.close();
-      this.inside = inside;
-      inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
-      inside.importScripts = (...urls) =>
-        urls.reduce(
-          (before, one) => before.then(() => load(inside, new URL(one, url).href)),
-          Promise.resolve(),
-        );
-      this.ready = load(inside, url);
+      this.inside = frame.contentWindow;
+      this.inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
+      const script = this.inside.document.createElement("script");
+      this.ready = new Promise((loaded, failed) => Object.assign(script, { src: url, onload: loaded, onerror: failed }));
+      this.inside.document.body.append(script);
     }
     postMessage(data) {
       this.ready.then(() => this.inside.dispatchEvent(new MessageEvent("message", { data })));
     }
-    terminate() {
-      this.inside.frameElement.remove();
-    }
   };
-  const load = (inside, url) =>
-    new Promise((done, failed) => {
-      const script = inside.document.createElement("script");
-      script.src = url;
-      script.onload = done;
-      script.onerror = failed;
-      inside.document.body.append(script);
-    });
 }
