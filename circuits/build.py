@@ -225,6 +225,7 @@ def _assemble(
         "model": _plain(frozen.model.cfg.to_dict()),
         "tokens": frozen.tokens[0].tolist(),
         "selection": frozen.rule.name,
+        "shares": list(frozen.rule.shares) if frozen.rule.name == "shares" else None,
         "modes": {str(i): (frozen.coded[i].mode if i in frozen.coded else "mixer") for i in range(top)},
         "coders": {str(i): _plain(coded.coder.cfg.to_dict()) for i, coded in frozen.coded.items()},
     }

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,15 +146,16 @@ def recovery(
         return (measure(keep) - none) / (whole - none)
 
     kept = circuit if isinstance(circuit, Keep) else Keep.of_graph(frozen, circuit)
+    nodes = len(replace(kept, errors={}))  # the others are never given errors
     active = _sizes(frozen)
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.rand(active.shape, generator=generator).to(active.device) for _ in range(randoms)]
     drawn = [torch.where(active > 0, scores, -1) for scores in drawn]
     return Recovery(
-        len(kept),
+        nodes,
         share(kept),
-        share(_largest(frozen, _gradients(frozen, metric).abs(), len(kept))),
-        tuple(share(_largest(frozen, scores, len(kept))) for scores in drawn),
+        share(_largest(frozen, _gradients(frozen, metric).abs(), nodes)),
+        tuple(share(_largest(frozen, scores, nodes)) for scores in drawn),
     )
 
 

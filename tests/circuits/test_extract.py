@@ -282,6 +282,14 @@ def test_what_a_graph_explains_can_be_weighted():
     assert graph.importance[:2].tolist() == [0.75, 0.25]
 
 
+def test_errors_that_are_kept_count_for_no_node():
+    frozen = frozen_for("mamba", "block")
+    keep = Keep.everything(frozen)
+    found = recovery(frozen, keep, lambda logits: logits[:, -1, 3], randoms=0)
+    assert found.nodes == sum(mask.numel() for part in (keep.heads, keep.features) for mask in part.values())
+    assert found.nodes < len(keep)
+
+
 def test_features_of_which_a_graph_foretells_nothing_are_not_turned_up():
     frozen = frozen_for("mamba", "block")
     graph = build_graph(frozen, Logit(3), max_features=6, max_heads=0)

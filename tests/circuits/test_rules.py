@@ -104,7 +104,9 @@ def test_graphs_with_edges_of_selection():
         assert graph.residual().abs().max() < 1e-10
         assert graph.about["selection"] == selection
     value = build_graph(FrozenModel(model, tokens), Logit(3), max_heads=5)
-    assert value.about["selection"] == "none"
+    assert (value.about["selection"], value.about["shares"]) == ("none", None)
+    uneven = build_graph(FrozenModel(model, tokens, selection=(0.5, 0.2, 0.3)), Logit(3), max_heads=5)
+    assert (uneven.about["selection"], uneven.about["shares"]) == ("shares", [0.5, 0.2, 0.3])
 
 
 def test_what_is_refused(unchecked):
