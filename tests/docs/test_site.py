@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import os
 import re
@@ -14,6 +15,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from docs.site.notebook_pages import shown
 from docs.site.reference import PAGES, exports, page
 from docs.site.repository import relink
 from tests.docs.blocks import ROOT
@@ -81,8 +83,8 @@ def test_equations_become_mathml():
     pytest.importorskip("latex2mathml", reason="the extra `docs` is not installed")
     from docs.site.mathml import with_mathml
 
-    html = r'<p><span class="arithmatex">\(h_t &lt; 1\)</span></p><div class="arithmatex">\[\bar A\]</div>'
-    made = with_mathml(html)
+    before = r'<p><span class="arithmatex">\(h_t &lt; 1\)</span></p><div class="arithmatex">\[\bar A\]</div>'
+    made = with_mathml(before)
     assert re.findall(r'<math [^>]*display="(\w+)"', made) == ["inline", "block"]
     assert re.fullmatch(r"<p><math.*</math></p><math.*</math>", made)
     assert "&amp;" not in made  # the sign, not its name in HTML
@@ -94,9 +96,12 @@ class Requests(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.frames: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
+            if name == "srcdoc":
+                self.frames.append(value or "")
             if name in ("src", "srcset", "data", "poster") or (name == "href" and tag not in ("a", "base")):
                 self.found.append(value or "")
 
@@ -104,7 +109,7 @@ class Requests(HTMLParser):
 def requests_of(text: str) -> list[str]:
     parser = Requests()
     parser.feed(text)
-    return parser.found
+    return parser.found + [one for frame in parser.frames for one in requests_of(frame)]
 
 
 def test_requests_are_seen():
@@ -155,16 +160,27 @@ def test_the_site_asks_for_nothing_from_a_network(site):
 @pytest.mark.slow
 def test_the_built_reference_has_every_name(site):
     for package in PAGES:
-        html = (site / "reference" / f"{package}.html").read_text(encoding="utf-8")
-        ids = re.findall(r' id="([^"]+)"', html)
+        text = (site / "reference" / f"{package}.html").read_text(encoding="utf-8")
+        ids = re.findall(r' id="([^"]+)"', text)
         assert len(ids) == len(set(ids)), package
         for name, place in exports(package).items():
-            assert place in ids or f"#{place}" in html, f"{package}.{name}"
+            assert place in ids or f"#{place}" in text, f"{package}.{name}"
 
 
 @pytest.mark.slow
 def test_equations_on_the_built_site(site):
-    html = (site / "concepts.html").read_text(encoding="utf-8")
-    assert html.count("<math") > 20
-    assert "arithmatex" not in html
-    assert "<merror" not in html
+    text = (site / "concepts.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 20
+    assert "arithmatex" not in text
+    assert "<merror" not in text
+
+
+def test_a_page_in_a_notebook_keeps_every_byte():
+    inner = "<p>\n\n<script>\nlet x = 1\n\n\nlet y\n</script>"
+    made = shown(
+        {"output_type": "display_data", "data": {"text/html": [f'<iframe srcdoc="{html.escape(inner)}">\n\n</iframe>']}}
+    )
+    assert "\n\n" not in made
+    frame = Requests()
+    frame.feed(made)
+    assert frame.frames == [inner]
