@@ -110,6 +110,8 @@ def build_graph(
     if not chosen:
         raise ValueError("no target: give a Logit, a Feature, a Head, a Direction, or several")
     weight = _importance(frozen, chosen, importance)
+    if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
+        raise ValueError("keep must say of each head and feature whether it is a node: masks of True and False")
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
     else:

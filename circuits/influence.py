@@ -61,7 +61,8 @@ def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
     """What each node adds to a target over all paths of the graph, signed; the target's own value at the target.
 
     A node that something adds to passes the same share of it on: weights are linear in a head's u and in a feature's
-    activation.
+    activation, which moves as its pre-activation does. (In gated coders, whose gate alone is traced, that is a first
+    approximation.)
 
     Raises
     ------

@@ -99,7 +99,18 @@ def top_logits(
     probabilities = frozen.logits[row, frozen.column(position)].softmax(-1)
     best = probabilities.topk(min(most, len(probabilities)))
     count = int((best.values.cumsum(0) < p).sum()) + 1
-    return [Logit(int(token), position) for token in best.indices[:count]]
+    return [Logit(_named(frozen, int(token)), position) for token in best.indices[:count]]
+
+
+def _named(frozen: FrozenModel, token: int) -> int | str:
+    """A token's text, where it stands for this token alone."""
+    if frozen.model.tokenizer is None:
+        return token
+    text = frozen.model.to_single_str_token(token)
+    try:
+        return text if frozen.token_id(text) == token else token
+    except ValueError:  # text that the tokenizer reads as other tokens, such as half a character
+        return token
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def circuit_page(
         prompt="".join(graph.tokens),
         replacement=f"{found.replacement:.0%}",
         completeness=f"{found.completeness:.0%}",
-        held=HELD[graph.about.get("selection", "none")],
+        held=HELD.get(str(rule := graph.about.get("selection", "none")), f"by the rule {rule}"),
         report=report,
         version=hooked_mamba.__version__,
     )

@@ -15,6 +15,7 @@ from circuits import FrozenModel, Head, Logit, build_graph, extract_circuit, loa
 from circuits.faithfulness import faithfulness, recovery, spearman
 from circuits.files import to_circuit_tracer, to_networkx
 from circuits.keep import Keep, only
+from hooked_mamba import HookedMamba
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
 from tests.circuits.test_graph import graph_of
@@ -148,7 +149,19 @@ def test_without_a_target_the_likely_tokens_are_explained():
         top_logits(circuit.frozen, p=0.0)
 
 
+def test_likely_tokens_have_their_texts():
+    model = HookedMamba.from_pretrained("tinystories-4l")
+    found = top_logits(FrozenModel(model, "I like to eat toast for breakfast. I'm so"), most=3)
+    assert found[0].token == " hungry"
+    assert [model.to_single_token(one.token) if isinstance(one.token, str) else one.token for one in found] == (
+        model("I like to eat toast for breakfast. I'm so")[0, -1].topk(3).indices.tolist()
+    )
+
+
 def test_errors_say_what_is_wrong():
+    frozen = frozen_for("mamba", None)
+    with pytest.raises(ValueError, match="masks of True and False"):
+        build_graph(frozen, Logit(3), keep=Keep({0: torch.full((6, frozen.model.cfg.E), 0.5)}, {}, {}))
     with pytest.raises(ValueError, match="choose must be 'influence' or 'integrated', got 'best'"):
         extract_circuit(random_model(5), [], random_tokens(5), 3, choose="best")
     frozen = frozen_for("mamba", None)
