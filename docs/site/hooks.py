@@ -14,10 +14,11 @@ from repository import GUESTS, NOTEBOOKS, page_of, relink
 
 
 def made_pages() -> dict[str, str]:
-    """Pages that are no files of `docs/`: name on the site -> markdown."""
+    """Pages that are no files of `docs/`: name on the site -> markdown. Notebooks in the order of their README."""
     pages = {f"reference/{package}.md": reference.page(package) for package in reference.PAGES}
     pages |= {name: (reference.ROOT / path).read_text(encoding="utf-8") for path, name in GUESTS.items()}
-    for path in sorted((reference.ROOT / NOTEBOOKS).glob("*.ipynb")):
+    listed = (reference.ROOT / NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    for path in sorted((reference.ROOT / NOTEBOOKS).glob("*.ipynb"), key=lambda path: listed.find(path.name)):
         pages[str(page_of(NOTEBOOKS + path.name))] = notebook_pages.page(path)
     return pages
 
@@ -26,14 +27,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the notebooks and the reference into the navigation."""
     made = made_pages()
     for title, folder in (("Notebooks", "notebooks/"), ("Reference", "reference/")):
-        if entries := [name for name in made if name.startswith(folder)]:
-            assert config.nav is not None  # it is in mkdocs.yml
-            config.nav.append({title: entries})
+        assert config.nav is not None  # it is in mkdocs.yml
+        config.nav.append({title: [name for name in made if name.startswith(folder)]})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made."""
+    """Add the pages that are made or brought."""
     for name, text in made_pages().items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -5,11 +5,11 @@ from __future__ import annotations
 import posixpath
 import re
 
-GUESTS = {"README.md": "readme.md"}
-"""Files from above `docs/` that are pages of the site -> their names there."""
-
 NOTEBOOKS = "demos/notebooks/"
 """Where the notebooks stand; each is a page in `notebooks/`."""
+
+GUESTS = {"README.md": "readme.md", f"{NOTEBOOKS}README.md": "notebooks/index.md"}
+"""Files from outside `docs/` that are pages of the site -> their names there."""
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 CODE = re.compile(r"(?ms)^(?P<fence>```+).*?^(?P=fence)$|`[^`\n]+`")
@@ -26,9 +26,10 @@ def page_of(path: str) -> str | None:
 
 def file_of(name: str) -> str:
     """The inverse of `page_of`."""
-    if name.startswith("notebooks/"):
+    guests = {page: path for path, page in GUESTS.items()}
+    if name.startswith("notebooks/") and name not in guests:
         return NOTEBOOKS + posixpath.basename(name).removesuffix(".md") + ".ipynb"
-    return {page: path for path, page in GUESTS.items()}.get(name, f"docs/{name}")
+    return guests.get(name, f"docs/{name}")
 
 
 def relink(markdown: str, name: str) -> str:

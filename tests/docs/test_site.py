@@ -72,6 +72,7 @@ def test_links_hold_on_the_site():
         "[tests](sites.md) of it (`LICENSE`), Makefile"
     )
     assert relink("[n](../demos/notebooks/a.ipynb)", "index.md") == "[n](notebooks/a.md)"
+    assert relink("[b](b.ipynb), [r](../../README.md)", "notebooks/index.md") == "[b](b.md), [r](../readme.md)"
     assert relink("[s](../../docs/sites.md), [b](b.ipynb)", "notebooks/a.md") == "[s](../sites.md), [b](b.md)"
     assert (
         relink("````text\n```\n[x](../README.md)\n```\n````", "index.md")
