@@ -115,7 +115,8 @@ class Generation:
 
         Returns
         -------
-        Prompt and continuation: a string, a list of strings, or tokens b l+new. Padding is left out of strings.
+        str, list or Tensor
+            Prompt and continuation: a string, a list of strings, or tokens b l+new. Padding is left out of strings.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")

@@ -196,7 +196,8 @@ class HookedRoot(nn.Module):
 
         Returns
         -------
-        The model's output and an :class:`ActivationCache`; cached tensors are detached.
+        Any, ActivationCache
+            The model's output and an :class:`ActivationCache`; cached tensors are detached.
         """
         select = PositionSelect(pos_slice)
         names = self.default_names() if names_filter is None else match_names(names_filter, list(self.hook_dict))

@@ -82,7 +82,8 @@ def test_prompt(
 
     Returns
     -------
-    For each answer, one entry a token (TransformerLens only prints).
+    list
+        For each answer, one entry a token (TransformerLens only prints).
     """
     results = []
     for text in [answer] if isinstance(answer, str) else list(answer):

@@ -67,7 +67,8 @@ class TunedLens(nn.Module):
 
         Returns
         -------
-        For each step, the KL in nats of every layer before that step.
+        list
+            For each step, the KL in nats of every layer before that step.
         """
         optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
         history = []

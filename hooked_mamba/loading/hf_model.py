@@ -62,8 +62,9 @@ def to_hf_model(cfg: MambaConfig | Mamba2Config, state_dict: Mapping[str, Tensor
 
     Returns
     -------
-    A MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM in evaluation mode; tied embeddings are one
-    parameter.
+    Module
+        A MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM in evaluation mode; tied embeddings are one
+        parameter.
 
     Raises
     ------
