@@ -193,9 +193,12 @@ class OptionedMixer(FrozenMixer):
         vy = (V @ self.W_o) * self.gain[rows]
         ub, h0b = self._back(vy, rows)
         heads = ub * self.u[rows] if self.options.ssm_input == "source" else self._back(vy * self.u[rows], rows)[0]
-        if self.options.norm_at == "dest":
+        share = 1 if through is None else through
+        pulled = self.pull_u(ub * share, rows)
+        if self.options.norm_at == "dest":  # of what passes a norm: biases and memory do not
             ub = self._back(vy * self.r[rows], rows)[0] / self.r[rows]
-        pulled = self.pull_u(ub if through is None else ub * through, rows)
+            scaled = self.pull_u(ub * share, rows)
+            pulled = dataclasses.replace(scaled, bias=pulled.bias, initial=pulled.initial)
         initial = pulled.initial + (h0b * self.before.ssm[rows]).flatten(1).sum(1).to(pulled.initial.dtype)
         bias = pulled.bias + (V @ self.b_o).sum(1)
         return OptionedPulled(pulled.below, ub, pulled.pb, bias, initial, heads)
