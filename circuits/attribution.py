@@ -20,6 +20,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.targets import Covector, Target
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes.coder import SparseCoder
+from saes.naming import Coders
 from saes.sparse import Codes
 
 Source = Literal["scan", "token"]
@@ -97,7 +98,7 @@ class Attribution:
 
 def attribute(
     model: HookedMamba | HookedMamba2 | FrozenModel,
-    coders: Iterable[SparseCoder] = (),
+    coders: Coders | Iterable[SparseCoder] = (),
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Target | Sequence[Any] = (),
     *,
@@ -151,7 +152,7 @@ def attribute(
 
 def _frozen(
     model: HookedMamba | HookedMamba2 | FrozenModel,
-    coders: Iterable[SparseCoder],
+    coders: Coders | Iterable[SparseCoder],
     prompt: Any,
     mode: LayerMode | dict[int, LayerMode] | None,
     run: dict[str, Any],

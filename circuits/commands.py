@@ -18,7 +18,7 @@ def circuit(
     prompt: Annotated[str, typer.Argument(help="The text whose last token is explained.")],
     target: Annotated[str | None, typer.Option(help="The token to explain; default: the most likely ones.")] = None,
     minus: Annotated[str | None, typer.Option(help="Explain the lead over this token instead.")] = None,
-    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("circuit.html"),
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("out/circuit.html"),
     model: ModelOption = DEFAULT_MODEL,
     coder: Annotated[list[str] | None, typer.Option(help="A coder's folder, name or hub id; may be repeated.")] = None,
     budget: Annotated[int, typer.Option(help="Most features and heads of the circuit.")] = 100,
@@ -41,14 +41,15 @@ def circuit(
     from circuits.files import save_graph
     from circuits.targets import Logit
     from circuits.viewer import about_features, circuit_page
-    from saes.command_parts import load_coders
+    from saes.command_parts import load_coders, note_other_weights
 
     if minus is not None and target is None:
         raise ValueError("--minus needs --target: which token's lead is explained?")
     if text is not None and not text.is_file():
         raise FileNotFoundError(f"--text {text}: there is no such file")
     loaded = load_model(model)
-    coders = load_coders(coder or ()).values()
+    coders = load_coders(coder or ())
+    note_other_weights(coders, loaded, model)
     chosen = None if target is None else Logit(target, minus=minus)
     found = extract_circuit(
         loaded, coders, prompt, chosen, budget, choose=choose, selection=selection, check=check, verbose=True

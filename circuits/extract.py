@@ -21,6 +21,7 @@ from circuits.rules import Selection
 from circuits.targets import Logit, Metric, Target, top_logits
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes.coder import SparseCoder
+from saes.naming import Coders
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Circuit:
 
 def extract_circuit(
     model: HookedMamba | HookedMamba2,
-    coders: Iterable[SparseCoder],
+    coders: Coders | Iterable[SparseCoder],
     prompt: str | Sequence[Any] | Tensor,
     target: Target | str | int | Sequence[Any] | None = None,
     budget: int = 200,

@@ -6,7 +6,7 @@ constants of each layer are read from the cache when they are first asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from hooked_mamba.config import Mamba2Config
 from hooked_mamba.names import unalias
 from hooked_mamba.state import ModelState, Padding
 from saes.coder import SparseCoder
+from saes.naming import Coders, named_coders
 
 
 class FrozenModel:
@@ -36,8 +37,8 @@ class FrozenModel:
     input
         Text, a list of texts, or token ids.
     coders
-        At most one for each layer: a MambaCoder, or an SAE on a mixer's output. They replace their layers by
-        features and an error; layers without one are mixers, taken apart into heads.
+        One, several, or several by name; at most one for each layer: a MambaCoder, or an SAE on a mixer's output. They
+        replace their layers by features and an error; layers without one are mixers, taken apart into heads.
     mode
         "mixer", "block" or "hybrid", for all layers or layer -> mode. None: what each layer's coder was trained for
         ("block", or "hybrid" for target="local"), and "mixer" without one.
@@ -60,7 +61,7 @@ class FrozenModel:
         self,
         model: HookedMamba | HookedMamba2,
         input: str | Sequence[Any] | Tensor,
-        coders: Iterable[SparseCoder] = (),
+        coders: Coders | Iterable[SparseCoder] = (),
         mode: LayerMode | dict[int, LayerMode] | None = None,
         *,
         attention_mask: Tensor | None = None,
@@ -93,7 +94,9 @@ class FrozenModel:
         self.cache = cache
         self.logits: Float[Tensor, "b l V"] = logits.detach()
         self._mixers: dict[int, FrozenMixer] = {}
-        self.coded = CodedLayer.of_all(self, coders, mode)
+        if not isinstance(coders, SparseCoder | Mapping | str):
+            coders = list(coders)
+        self.coded = CodedLayer.of_all(self, named_coders(coders).values() if coders else (), mode)
         hybrid = [i for i, coded in self.coded.items() if coded.mode == "hybrid"]
         if hybrid and self.rule.name != "none":
             raise ValueError(f"selection {self.rule.name!r} has no hybrid layers, and layer {hybrid[0]} is one")

@@ -151,6 +151,8 @@ class ActivationCache(SSMDecomposition):
             grad = "_grad" if key.endswith("_grad") else ""
             return unalias(get_act_name(key.removesuffix("_grad"))) + grad
         name, *rest = key
+        if not isinstance(name, str):
+            raise KeyError(f"a key is a name, or a name and a layer such as ('dt', 0): got {key!r}")
         grad = "_grad" if name.endswith("_grad") else ""
         layer = rest[0] if rest else None
         if isinstance(layer, int) and layer < 0:  # cache["resid_post", -1], as in TransformerLens

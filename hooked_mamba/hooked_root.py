@@ -124,6 +124,8 @@ class HookedRoot(nn.Module):
         added: list[tuple[list[Hook], Hook]] = []
         try:
             for direction, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
+                    raise TypeError(f"{direction}_hooks is a list of pairs (name, function): put [ ] around this one")
                 for name, fn in hooks:
                     for site in match_names(name, list(self.hook_dict)):
                         point = self.hook_point(site)

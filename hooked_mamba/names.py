@@ -87,14 +87,20 @@ def match_names(names_filter: NamesFilter, names: Sequence[str]) -> list[str]:
     Raises
     ------
     HookNameError
-        If a name, or a glob, fits no site.
+        If a name, a glob or a function fits no site.
     """
     if names_filter is None:
         return list(names)
     if isinstance(names_filter, nn.Module):  # a hook point is callable, but no predicate
         raise TypeError(f"a names_filter holds names, got the hook point {getattr(names_filter, 'name', names_filter)}")
     if callable(names_filter):
-        return [name for name in names if names_filter(name)]
+        found = [name for name in names if names_filter(name)]
+        if not found:
+            raise HookNameError(
+                f"the function chose none of the {len(names)} sites, which have names such as"
+                f" {', '.join([*names[:1], *names[-3:-1]])}; model.hook_dict lists them"
+            )
+        return found
     if isinstance(names_filter, str):
         names_filter = [names_filter]
     chosen: dict[str, None] = {}

@@ -118,7 +118,9 @@ class TextMethods:
         ids = self._ids(string, prepend_bos=False)
         if len(ids) != 1:
             parts = self.to_str_tokens(torch.tensor(ids))
-            raise ValueError(f"{string!r} is not one token but {len(ids)}: {parts}")
+            spaced = " " + string
+            hint = f"; {spaced!r} is one" if len(self._ids(spaced, prepend_bos=False)) == 1 else ""
+            raise ValueError(f"{string!r} is not one token but {len(ids)}: {parts}{hint}")
         return ids[0]
 
     def to_single_str_token(self, int_token: int) -> str:

@@ -136,17 +136,23 @@ def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -
         They do not say, or name several.
     """
     from hooked_mamba.cli import load_model
-    from saes.model_hash import model_hash
 
     said = sorted({str(coder.cfg.model_name) for coder in coders.values()})
     if name is None and (len(said) != 1 or said[0] in ("None", "custom")):
         raise OptionError(f"say which model to read: --model; the coders were trained on {', '.join(said)}")
     model = load_model(name or said[0], device)
+    note_other_weights(coders, model, name or said[0])
+    return model
+
+
+def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedSSM, name: str) -> None:
+    """Say which coders were trained on other weights than the model's."""
+    from saes.model_hash import model_hash
+
     there = model_hash(model) if any(coder.cfg.model_hash for coder in coders.values()) else None
     for short, coder in coders.items():
         if coder.cfg.model_hash not in (None, there):
-            typer.echo(f"note: {short} was trained on other weights than those of {name or said[0]}", err=True)
-    return model
+            typer.echo(f"note: {short} was trained on other weights than those of {name}", err=True)
 
 
 def text_rows(text: Path, model: HookedSSM, context_length: int, seed: int = 0) -> Any:

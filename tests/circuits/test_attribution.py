@@ -239,3 +239,13 @@ def test_heads_as_nodes(family, target):
     weight = first @ torch.linalg.inv(torch.eye(len(places)) - between / values)
     through = direct.embeddings[0] + (weight / traced.target) @ traced.embeddings
     assert torch.allclose(through, whole.embeddings[0], atol=1e-10)
+
+
+def test_coders_in_any_form():
+    """One, a list, an iterator, or several by name."""
+    model, tokens = random_model(5, n_layers=2), random_tokens(5, 1, 6)
+    coders = coders_for(model, "block")
+    expected = attribute(model, coders, tokens, Logit(3)).embeddings
+    for given in (tuple(coders), iter(coders), {"a": coders[0], "b": coders[1]}):
+        assert torch.equal(attribute(model, given, tokens, Logit(3)).embeddings, expected)
+    assert list(FrozenModel(model, tokens, coders[0]).coded) == [coders[0].cfg.layer]

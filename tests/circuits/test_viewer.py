@@ -98,6 +98,14 @@ def test_the_commands_page_shows_what_features_mean(tmp_path):
         assert all(known["promoted"] for known in data["features"].values())
 
 
+def test_coders_of_other_weights_are_named(tmp_path):
+    coders = ["--coder", "tinystories-4l-real/l2-mambacoder"]
+    arguments = ["I like to eat", "--budget", "4", "--no-check", *coders, "--out", str(tmp_path / "c.html")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "note: l2-mambacoder was trained on other weights than those of tinystories-4l" in result.output
+
+
 def test_the_commands_errors_are_one_line(tmp_path):
     out = str(tmp_path / "c.html")
     for arguments, said in (

@@ -9,6 +9,7 @@ import torch
 
 from hooked_mamba import HookedMamba, HookedMamba2, LayerState, Mamba2Config, MambaConfig, ModelState, memory
 from hooked_mamba.loading import CheckpointError
+from hooked_mamba.names import HookNameError
 from tests.hooked_mamba.tiny import build, tokens_for
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -374,3 +375,20 @@ def test_a_wrong_dtype(model, tmp_path):
     for wrong in ("float31", "int8", "nn"):
         with pytest.raises(ValueError, match=f"dtype must be 'float32', .* got '{wrong}'"):
             type(model).from_pretrained(tmp_path / "m", dtype=wrong)
+
+
+def test_what_a_newcomer_tries():
+    model = build("mamba")
+    tokens = tokens_for(model)
+    with pytest.raises(HookNameError, match="the function chose none of the"):
+        model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith("hook_pattern"), lambda x, hook: x)])
+    with pytest.raises(HookNameError, match="the function chose none of the"):
+        model.run_with_cache(tokens, names_filter=lambda name: False)
+    with pytest.raises(TypeError, match="fwd_hooks is a list of pairs"):
+        model.run_with_hooks(tokens, fwd_hooks=("hook_embed", lambda x, hook: x))
+    _, cache = model.run_with_cache(tokens)
+    with pytest.raises(KeyError, match="a name and a layer such as"):
+        cache[0, "dt"]
+    story = HookedMamba.from_pretrained("tinystories-4l")
+    with pytest.raises(ValueError, match="' hungry' is one"):
+        story.to_single_token("hungry")
