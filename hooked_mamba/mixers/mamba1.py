@@ -69,7 +69,7 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
         real = zero_padding(padding)
         h0 = None if state is None else state.ssm  # an empty memory is None: some kernels start from no other
-        past = self.initial_state(len(resid)).conv if state is None else state.conv
+        past = self.empty_history(len(resid)) if state is None else state.conv
 
         xz = self.hook_in_proj(self.in_proj(resid))
         x = self.hook_x_pre(real(xz[..., :E]))
@@ -164,11 +164,12 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:
         """The empty memory, where the weights are; on "meta" its shapes alone."""
-        cfg, weight = self.cfg, self.in_proj.weight
-        return LayerState(
-            weight.new_zeros(batch, cfg.d_conv - 1, cfg.E, device=device),
-            self.A_log.new_zeros(batch, cfg.E, cfg.d_state, device=device),
-        )
+        ssm = self.A_log.new_zeros(batch, self.cfg.E, self.cfg.d_state, device=device)
+        return LayerState(self.empty_history(batch, device), ssm)
+
+    def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k E"]:
+        """The convolution's inputs before the first position."""
+        return self.in_proj.weight.new_zeros(batch, self.cfg.d_conv - 1, self.cfg.E, device=device)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -69,7 +69,7 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
         real = zero_padding(padding)
         h0 = None if state is None else state.ssm  # an empty memory is None: some kernels start from no other
-        past = self.initial_state(len(resid)).conv if state is None else state.conv
+        past = self.empty_history(len(resid)) if state is None else state.conv
 
         zxBCdt = self.hook_in_proj(self.in_proj(resid))
         z, xBC, dt_pre = zxBCdt.split([E, cfg.conv_dim, H], -1)
@@ -155,11 +155,13 @@ class Mamba2Mixer(KeepsFloat32, nn.Module):
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:
         """The empty memory, where the weights are; on "meta" its shapes alone."""
-        cfg, weight = self.cfg, self.in_proj.weight
-        return LayerState(
-            weight.new_zeros(batch, cfg.d_conv - 1, cfg.conv_dim, device=device),
-            self.A_log.new_zeros(batch, cfg.H, cfg.P, cfg.d_state, device=device),
-        )
+        cfg = self.cfg
+        ssm = self.A_log.new_zeros(batch, cfg.H, cfg.P, cfg.d_state, device=device)
+        return LayerState(self.empty_history(batch, device), ssm)
+
+    def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k c"]:
+        """The convolution's inputs before the first position."""
+        return self.in_proj.weight.new_zeros(batch, self.cfg.d_conv - 1, self.cfg.conv_dim, device=device)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
