@@ -27,10 +27,17 @@ def about_features(
     options
         As of `saes.explorer.collect`, such as n_tokens.
     """
-    found = {}
-    for layer, coded in frozen.coded.items():
-        wanted = sorted({node.index for node in graph.nodes if (node.kind, node.layer) == ("feature", layer)})
-        if wanted:
-            where = frozen.tokens if text is None else text
-            (found[layer],) = collect(frozen.model, coded.coder, where, features=wanted, **options).values()
-    return found
+    wanted: dict[int, set[int]] = {}
+    for node in graph.nodes:
+        if node.kind == "feature":
+            wanted.setdefault(node.layer, set()).add(node.index)
+    if not wanted:
+        return {}
+    found = collect(
+        frozen.model,
+        {str(layer): frozen.coded[layer].coder for layer in wanted},
+        frozen.tokens if text is None else text,
+        features={str(layer): sorted(indices) for layer, indices in wanted.items()},
+        **options,
+    )
+    return {int(layer): data for layer, data in found.items()}

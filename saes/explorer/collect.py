@@ -30,7 +30,7 @@ def collect(
     coders: Coders,
     tokens: Text,
     *,
-    features: Sequence[int] | None = None,
+    features: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     n_tokens: int | None = None,
     context_length: int = 128,
     pack: bool = True,
@@ -57,7 +57,7 @@ def collect(
     tokens
         A text file, texts, token ids or a data set; see `saes.store.data`. Read through once.
     features
-        Numbers of the features to look at; None: all.
+        Numbers of the features to look at, of every dictionary or by its name; None: all.
     n_tokens
         Stop after so many positions; None: at the end of the text.
     context_length, pack, rows_per_pass, exclude_tokens
@@ -86,7 +86,10 @@ def collect(
     )
     rows = rows_of(tokens, model, data)
     reader = Reader(model, named)
-    chosen = {name: chosen_features(features, coder.cfg.d_sae, name) for name, coder in named.items()}
+    asked = features if isinstance(features, Mapping) else dict.fromkeys(named, features)
+    if set(asked) != set(named):
+        raise OptionError(f"features are of {', '.join(asked)}, and the dictionaries are {', '.join(named)}")
+    chosen = {name: chosen_features(asked[name], coder.cfg.d_sae, name) for name, coder in named.items()}
     tallies = {
         name: Tally(len(chosen[name]), top=top, sampled=sampled, before=before, after=after, seed=seed)
         for name in named

@@ -160,6 +160,10 @@ def test_some_features_are_rows_of_all(case):
         assert torch.equal(held.promoted.indices, data.promoted.indices[[7, 2]])
     with pytest.raises(IndexError, match="feature 3 of mine"):
         chosen.only([3])
+    both = collect(model, {"a": coder, "b": coder}, explored.text(), features={"a": [7, 2], "b": [5]}, **OPTIONS)
+    assert torch.equal(both["a"].counts, some.counts)
+    assert both["b"].features.tolist() == [5]
+    assert torch.equal(both["b"].top.tokens, data.top.tokens[[5]])
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -209,6 +213,8 @@ def test_errors(unchecked):
     model, coder = explored.model(), explored.sae()
     with pytest.raises(OptionError, match="feature 40 does not exist: l1-out_proj has features 0 to 39"):
         collect(model, coder, explored.text(), features=[40], **OPTIONS)
+    with pytest.raises(OptionError, match="features are of b, and the dictionaries are a"):
+        collect(model, {"a": coder}, explored.text(), features={"b": [1]}, **OPTIONS)
     with pytest.raises(OptionError, match="label of feature 99"):
         collect(model, coder, explored.text(), labels={99: "x"}, **OPTIONS)
     with pytest.raises(OptionError, match="labels are given for 'b', and the dictionaries are a"):
