@@ -198,7 +198,7 @@ def _assemble(
     rows: EffectRows,
 ) -> Graph:
     ends = [i for i, node in enumerate(columns.nodes) if node.kind not in ("feature", "head")]
-    traced = {i: rows.at(i) for i in rows.places}
+    traced = rows.by_place()
     kept = sorted([*traced, *ends])
     top = frozen.model.cfg.n_layers
     first = [

@@ -59,10 +59,9 @@ class EffectRows:
         self.places += places
         self.values += values.tolist()
 
-    def at(self, place: int) -> tuple[Float[Tensor, " m"], float]:
-        """One node's row and value."""
-        i = self.places.index(place)
-        return self._rows[i], self.values[i]
+    def by_place(self) -> dict[int, tuple[Float[Tensor, " m"], float]]:
+        """Node -> its row and value."""
+        return {place: (self._rows[i], self.values[i]) for i, place in enumerate(self.places)}
 
     def reach(self, effects: Float[Tensor, "n m"], weight: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """Influence of all columns on targets, as far as rows are known: a node without a row passes nothing on.

@@ -159,29 +159,23 @@ def recovery(
     )
 
 
-def _parts(frozen: FrozenModel) -> list[tuple[str, int, tuple[int, int]]]:
-    """All candidates in one order: (kind, layer, shape l x width)."""
+def _parts(frozen: FrozenModel) -> list[tuple[str, int]]:
+    """All candidates in the order of :meth:`Keep.where`: (kind, layer)."""
     empty = Keep.nothing(frozen)
-    parts = [("head", i, tuple(mask.shape)) for i, mask in sorted(empty.heads.items())]
-    return parts + [("feature", i, tuple(mask.shape)) for i, mask in sorted(empty.features.items())]  # type: ignore[return-value]
+    return [("head", i) for i in empty.heads] + [("feature", i) for i in empty.features]
 
 
 def _largest(frozen: FrozenModel, scores: Float[Tensor, " m"], count: int) -> Keep:
     """The nodes with the largest scores."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[scores.topk(min(count, len(scores))).indices] = True
-    keep, start = Keep.nothing(frozen), 0
-    for kind, layer, (l, width) in _parts(frozen):
-        part = mask[start : start + l * width].reshape(l, width)
-        (keep.heads if kind == "head" else keep.features)[layer] = part
-        start += l * width
-    return keep
+    return Keep.nothing(frozen).where(mask)
 
 
 def _sizes(frozen: FrozenModel) -> Float[Tensor, " m"]:
     """|u| (|p| in hybrid layers) of heads and latents of features."""
     found = []
-    for kind, layer, _ in _parts(frozen):
+    for kind, layer in _parts(frozen):
         if kind == "feature":
             found.append(frozen.latents(layer)[0])
         else:
@@ -209,7 +203,7 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
             zip(kept, torch.autograd.grad(value, list(kept.values()), materialize_grads=True), strict=True)
         )
     found = []
-    for kind, layer, _ in _parts(frozen):
+    for kind, layer in _parts(frozen):
         if kind == "feature":
             effect = (
                 gradients["hook_out_proj", layer][0].to(frozen.dtype) @ frozen.coded[layer].W_dec.to(frozen.dtype).t()

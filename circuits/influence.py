@@ -47,14 +47,18 @@ def _shares(graph: Graph) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
 def influence(graph: Graph) -> Float[Tensor, " n"]:
     """Share of the targets that flows through each node; 1 in all over the targets themselves."""
     shares, _ = _shares(graph)
-    arriving = graph.importance.to(shares.dtype)
+    return _all_the_way_down(graph.importance.to(shares.dtype), shares)
+
+
+def _all_the_way_down(arriving: Float[Tensor, " n"], shares: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    """What arrives at each node, and what it passes on by its shares, and so on to the end."""
     total = arriving.clone()
-    for _ in range(len(graph)):
+    for _ in range(len(shares)):
         arriving = arriving @ shares
         if not bool(arriving.any()):
             return total
         total += arriving
-    raise ValueError("this graph has a cycle: its influences have no end")
+    raise ValueError("this graph has a cycle: what flows down it has no end")
 
 
 def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
@@ -75,15 +79,10 @@ def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
     passed = [node.activation if node.kind == "feature" else node.value for node in graph.nodes]
     size = torch.tensor(passed, dtype=graph.weights.dtype)
     share = torch.where(size.unsqueeze(1) == 0, 0, graph.weights / size.unsqueeze(1))
-    arriving = graph.weights[targets[target]]  # not by the target's share: it may be 0, as a tie of two logits
-    total = arriving.clone()
+    # From what the target gets, not from its value and its shares: it may be 0, as a tie of two logits is.
+    total = _all_the_way_down(graph.weights[targets[target]], share)
     total[targets[target]] = size[targets[target]]
-    for _ in range(len(graph)):
-        arriving = arriving @ share
-        if not bool(arriving.any()):
-            return total
-        total += arriving
-    raise ValueError("this graph has a cycle: its effects have no end")
+    return total
 
 
 def edge_influence(graph: Graph) -> Float[Tensor, "n n"]:

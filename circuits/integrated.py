@@ -142,16 +142,10 @@ class NodeEffects:
         """The heads and features with the largest effects, whatever their sign; errors are never among them."""
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        kinds = [*self.heads.values(), *self.features.values()]
-        sizes = torch.cat([part.abs().flatten() for part in kinds])
+        sizes = torch.cat([part.abs().flatten() for part in (*self.heads.values(), *self.features.values())])
         best = torch.zeros_like(sizes, dtype=torch.bool)
         best[sizes.topk(min(count, int((sizes > 0).sum()))).indices] = True
-        masks = iter(best.split([part.numel() for part in kinds]))
-        return Keep(
-            {i: next(masks).reshape(part.shape) for i, part in self.heads.items()},
-            {i: next(masks).reshape(part.shape) for i, part in self.features.items()},
-            {i: torch.zeros_like(part, dtype=torch.bool) for i, part in self.errors.items()},
-        )
+        return Keep(self.heads, self.features, self.errors).where(best)
 
 
 def node_effects(
@@ -182,11 +176,14 @@ def node_effects(
     places = [(kind, layer) for kind, part in enumerate(kinds) for layer in part]
     sums = [torch.zeros_like(kinds[kind][layer], dtype=frozen.dtype) for kind, layer in places]
 
+    def by_kind(values: list[Tensor]) -> Keep:
+        parts: tuple[dict[int, Tensor], ...] = ({}, {}, {})
+        for (kind, layer), value in zip(places, values, strict=True):
+            parts[kind][layer] = value
+        return Keep(*parts)
+
     def run(masks: list[Tensor]) -> Tensor:
-        parts: tuple[dict[int, Any], ...] = ({}, {}, {})
-        for (kind, layer), mask in zip(places, masks, strict=True):
-            parts[kind][layer] = mask
-        with only(frozen, Keep(*parts), reference) as model:
+        with only(frozen, by_kind(masks), reference) as model:
             return metric(model(frozen.tokens))[0]
 
     for point, weight in gauss_legendre(steps):
@@ -198,8 +195,5 @@ def node_effects(
     with torch.no_grad():
         none = float(run([torch.zeros_like(total) for total in sums]))
         whole = float(metric(frozen.logits)[0])
-    by_kind: list[dict[int, Tensor]] = [{}, {}, {}]
-    for (kind, layer), total in zip(places, sums, strict=True):
-        by_kind[kind][layer] = total
-    heads, features, errors = by_kind
-    return NodeEffects(heads, features, errors, whole, none)
+    found = by_kind(sums)
+    return NodeEffects(found.heads, found.features, found.errors, whole, none)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from circuits.frozen_mixer import SITES, FrozenMixer
@@ -66,6 +66,16 @@ class Keep:
             elif node.kind == "error" and errors:
                 kept.errors[node.layer][node.position] = True
         return kept
+
+    def where(self, mask: Bool[Tensor, " m"]) -> Keep:
+        """Of all heads, then all features, as they stand here, those where a flat mask is True; no errors."""
+        parts = [*self.heads.values(), *self.features.values()]
+        pieces = iter(mask.split([part.numel() for part in parts]))
+        return Keep(
+            {i: next(pieces).reshape(part.shape) for i, part in self.heads.items()},
+            {i: next(pieces).reshape(part.shape) for i, part in self.features.items()},
+            {i: torch.zeros_like(part, dtype=torch.bool) for i, part in self.errors.items()},
+        )
 
     def __len__(self) -> int:
         """Nodes that stay."""

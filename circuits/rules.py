@@ -100,7 +100,8 @@ def pull(
         leaf = frozen.resid(layer)[rows].detach().requires_grad_()
         conv, ssm = (state[rows].detach().requires_grad_() for state in frozen.before[layer])
         held = _Held(cache, cfg, frozen.rule, mask, ssm)
-        with model.hooks([*held.hooks(layer), (f"{prefix}x", held.stops(through))]):
+        stops = [] if through is None else [(f"{prefix}x", stopping(through))]
+        with model.hooks([*held.hooks(layer), *stops]):
             block(leaf, LayerState(conv, ssm), padding)
         out, u, p = cache[f"{prefix}out_proj"], cache[f"{prefix}x"], cache[f"{prefix}x_pre"]
         value = (at_least_fp32(out) * V).sum()
@@ -142,18 +143,6 @@ class _Held:
         else:
             hooks += [(mixer + "hook_gate", hold), (mixer + "hook_y", self.y)]
         return hooks if self.mamba1 else [*hooks, (mixer + "norm.hook_scale", hold)]
-
-    def stops(self, through: Tensor | None) -> Any:
-        """Heads that are nodes of their own get what they get, and pass nothing on."""
-
-        def stop(u: Tensor, hook: Any) -> Tensor:
-            if through is None:
-                return u
-            stay = through.reshape(u.shape[1:])
-            # A head's own covector is read at what this hook returns: it must not be a view of what passes.
-            return _Stop.apply(u, stay.to(u.dtype))  # type: ignore[no-untyped-call]
-
-        return stop
 
     def at(self, hook: Any, site: str) -> Tensor:
         return self.cache[f"blocks.{hook.layer()}.mixer.hook_{site}"]
@@ -214,6 +203,16 @@ class _Stop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient * ctx.saved_tensors[0], None
+
+
+def stopping(through: Float[Tensor, "l E"]) -> Any:
+    """A hook on u by which heads that are nodes of their own get what they get, and pass nothing on."""
+
+    def stop(u: Tensor, hook: Any) -> Tensor:
+        # A head's own covector is read at what this hook returns: it must not be a view of what passes.
+        return _Stop.apply(u, through.reshape(u.shape[1:]).to(u.dtype))  # type: ignore[no-untyped-call]
+
+    return stop
 
 
 def hold(x: Tensor, hook: Any) -> Tensor:

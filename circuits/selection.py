@@ -27,8 +27,8 @@ from torch import Tensor
 from circuits.frozen_mixer import FrozenMixer
 from circuits.frozen_model import FrozenModel
 from circuits.targets import Covector, Logit, Target
-from hooked_mamba import HookedMamba, HookedMamba2, LayerState, ModelState
-from hooked_mamba.scan_view import ScanView, run_scan
+from hooked_mamba import HookedMamba, HookedMamba2
+from hooked_mamba.scan_view import run_scan
 
 Order = Literal["forward", "reverse"]
 PARTS = ("value", "selection", "gates")
@@ -232,16 +232,9 @@ def _complement(at: _Swapped) -> _Swapped:
 
 def _run_like(frozen: FrozenModel, tokens: Int[Tensor, "k l"]) -> FrozenModel:
     """Other tokens, run as this prompt was."""
-    k, before = len(tokens), frozen.before
-    mask = None if frozen.mask is None else frozen.mask.expand(k, -1)
-    if mask is not None:
-        return FrozenModel(frozen.model, tokens, attention_mask=mask.long())
-    state = ModelState(tuple(LayerState(_rows(s.conv, k), _rows(s.ssm, k)) for s in before))
-    return FrozenModel(frozen.model, tokens, initial_state=state)
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    return x.expand(k, *x.shape[1:]).contiguous()
+    if frozen.mask is not None:
+        return FrozenModel(frozen.model, tokens, attention_mask=frozen.mask.expand(len(tokens), -1).long())
+    return FrozenModel(frozen.model, tokens, initial_state=frozen.before.rows([0] * len(tokens)))
 
 
 def _replay(
@@ -282,9 +275,5 @@ def _mixer(
     with_past = torch.cat([gater.before.conv[g_rows].to(p.dtype), p], 1)
     mixed = torch.stack([taps[:, j] * with_past[:, j : j + l] for j in range(K)]).sum(0)
     u = gater.path.sigma[g_rows] * (mixed + gater.path.bias)
-    view = chooser.scan
-    B, C = view.B[c_rows].to(u.dtype), view.C[c_rows].to(u.dtype)
-    lanes = u.reshape(*u.shape[:2], view.n_lanes, -1)
-    chosen = ScanView(lanes, view.dt[c_rows], view.A, B, C, view.D)
-    y = run_scan(chosen, chooser.before.ssm[c_rows]).flatten(2)
+    y = run_scan(chooser.view_of(u, c_rows), chooser.before.ssm[c_rows]).flatten(2)
     return {"p": p, "u": u, "out": (y * gater.gain[g_rows]) @ gater.W_o.t() + gater.b_o}
