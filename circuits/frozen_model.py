@@ -21,7 +21,7 @@ from circuits.targets import Stream
 from hooked_mamba import ActivationCache, HookedMamba, HookedMamba2
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.config import Mamba2Config
-from hooked_mamba.names import unalias
+from hooked_mamba.hooks.names import unalias
 from hooked_mamba.state import ModelState, Padding
 from saes.coder import SparseCoder
 from saes.naming import Coders, named_coders

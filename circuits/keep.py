@@ -21,8 +21,8 @@ from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
 from hooked_mamba.config import Mamba2Config
-from hooked_mamba.hook_points import HookPoint
-from hooked_mamba.names import unalias
+from hooked_mamba.hooks.names import unalias
+from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.scan_view import run_scan
 
 

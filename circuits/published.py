@@ -40,7 +40,7 @@ from circuits.frozen_mixer import FrozenMixer, Pulled
 from circuits.frozen_model import FrozenModel
 from circuits.targets import Stream
 from hooked_mamba.components import at_least_fp32
-from hooked_mamba.names import unalias
+from hooked_mamba.hooks.names import unalias
 from saes.files.checks import nearest
 from saes.sparse import Codes
 

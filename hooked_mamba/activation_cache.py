@@ -1,26 +1,12 @@
-"""The cache: what a forward pass left at its hook sites."""
+"""The cache of a language model: activations by name, and what they can be taken apart into."""
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-from hooked_mamba.display import cache_html
-from hooked_mamba.names import get_act_name, split_state_point, unalias, unknown_name
-from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.cache import HookCache
 from hooked_mamba.ssm_decomposition import SSMDecomposition
 
-if TYPE_CHECKING:
-    from hooked_mamba.hooked_root import HookedRoot
 
-Key = str | tuple[str, int] | tuple[str, int, str | None]
-"""A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
-
-
-class ActivationCache(SSMDecomposition):
+class ActivationCache(HookCache, SSMDecomposition):
     """Cached activations by name, and what they can be taken apart into.
 
     `cache["blocks.0.mixer.hook_dt"]`, `cache["dt", 0]`, `cache["resid_pre", 1]`, `cache["h.4", 2]`,
@@ -35,130 +21,3 @@ class ActivationCache(SSMDecomposition):
     has_batch_dim
         False once :meth:`remove_batch_dim` was called.
     """
-
-    def __init__(self, cache_dict: dict[str, Tensor], model: HookedRoot, has_batch_dim: bool = True) -> None:
-        self.cache_dict = cache_dict
-        self.model = model
-        self.has_batch_dim = has_batch_dim
-
-    def __getitem__(self, key: Key) -> Tensor:
-        name = self._full_name(key)
-        if name not in self.cache_dict:
-            if self._is_a_site(name.removesuffix("_grad")):
-                raise KeyError(
-                    f"{name} was not cached. Ask for it by names_filter={name.removesuffix('_grad')!r}"
-                    + (" and incl_bwd=True" if name.endswith("_grad") else "")
-                    + f"; this cache holds {len(self.cache_dict)} sites"
-                )
-            raise unknown_name(name, list(self.model.hook_dict))
-        return self.cache_dict[name]
-
-    def __contains__(self, key: object) -> bool:
-        try:
-            return self._full_name(key) in self.cache_dict  # type: ignore[arg-type]
-        except (KeyError, TypeError):
-            return False
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.cache_dict)
-
-    def __len__(self) -> int:
-        return len(self.cache_dict)
-
-    def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} sites, {self.nbytes() / 2**20:.1f} MiB)"
-
-    def _repr_html_(self) -> str:
-        return cache_html(self)
-
-    def keys(self) -> KeysView[str]:
-        """Full names."""
-        return self.cache_dict.keys()
-
-    def values(self) -> ValuesView[Tensor]:
-        """Tensors."""
-        return self.cache_dict.values()
-
-    def items(self) -> ItemsView[str, Tensor]:
-        """Pairs of full name and tensor."""
-        return self.cache_dict.items()
-
-    def nbytes(self) -> int:
-        """Memory of the tensors, counting shared memory once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.values()}
-        return sum(storages.values())
-
-    def remove_batch_dim(self) -> ActivationCache:
-        """Drop the batch axis of every tensor, in place.
-
-        Raises
-        ------
-        ValueError
-            If the batch is larger than one: which row should stay?
-        """
-        if self.has_batch_dim:
-            for name, value in self.cache_dict.items():
-                if value.shape[0] != 1:
-                    raise ValueError(
-                        f"cannot drop the batch axis of {value.shape[0]} rows ({name} is {list(value.shape)});"
-                        " cache one prompt, or index the rows"
-                    )
-            self.cache_dict = {name: value[0] for name, value in self.cache_dict.items()}
-            self.has_batch_dim = False
-        return self
-
-    def apply_slice_to_batch_dim(self, batch_slice: PosSlice) -> ActivationCache:
-        """A cache of chosen rows: an int drops the batch axis, a slice, list or index tensor keeps it, None takes all.
-
-        Raises
-        ------
-        ValueError
-            If the batch axis is gone already.
-        """
-        if batch_slice is None:
-            return ActivationCache(dict(self.cache_dict), self.model, self.has_batch_dim)
-        if not self.has_batch_dim:
-            raise ValueError("this cache has no batch axis to choose rows from")
-        select = PositionSelect(batch_slice, "batch_slice", "row")
-        chosen = {name: value[select.index(value.shape[0])] for name, value in self.cache_dict.items()}
-        if not select.keeps_axis:
-            chosen = {name: value[0] for name, value in chosen.items()}
-        return ActivationCache(chosen, self.model, has_batch_dim=select.keeps_axis)
-
-    @staticmethod
-    def toggle_autodiff(mode: bool = False) -> None:
-        """Switch gradients on or off for the whole process, as `torch.set_grad_enabled(mode)` does.
-
-        With `torch.no_grad():` switches them off for a while only.
-        """
-        torch.set_grad_enabled(mode)
-
-    def to(self, device: str | torch.device) -> ActivationCache:
-        """Move every tensor, in place."""
-        self.cache_dict = {name: value.to(device) for name, value in self.cache_dict.items()}
-        return self
-
-    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
-        """One site of all layers before `layer` (-1: all), stacked in front: layer b l ..."""
-        n_layers = self.model.cfg.n_layers  # type: ignore[union-attr]
-        upto = n_layers if layer == -1 else layer
-        return torch.stack([self[activation_name, i, sublayer_type] for i in range(upto)])  # type: ignore[index]
-
-    def _full_name(self, key: Key) -> str:
-        if isinstance(key, str):
-            if key in self.cache_dict:
-                return key
-            grad = "_grad" if key.endswith("_grad") else ""
-            return unalias(get_act_name(key.removesuffix("_grad"))) + grad
-        name, *rest = key
-        if not isinstance(name, str):
-            raise KeyError(f"a key is a name, or a name and a layer such as ('dt', 0): got {key!r}")
-        grad = "_grad" if name.endswith("_grad") else ""
-        layer = rest[0] if rest else None
-        if isinstance(layer, int) and layer < 0:  # cache["resid_post", -1], as in TransformerLens
-            layer += self.model.cfg.n_layers  # type: ignore[union-attr]
-        return get_act_name(name.removesuffix("_grad"), layer, *rest[1:]) + grad
-
-    def _is_a_site(self, name: str) -> bool:
-        state = split_state_point(name)
-        return (state[0] if state else name) in self.model.hook_dict

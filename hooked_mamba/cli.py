@@ -74,12 +74,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], rig
 
 
 def load_model(name: str, device: str = "cpu") -> Any:
-    """A model of either family, told by its files."""
-    from hooked_mamba.loading import load_checkpoint
-    from hooked_mamba.models import HookedMamba, HookedMamba2
+    """A model of the class that its files call for."""
+    from hooked_mamba import models
 
-    family = load_checkpoint(name).family
-    return (HookedMamba if family == HookedMamba.family else HookedMamba2).from_pretrained(name, device=device)
+    return models.load_model(name, device=device)
 
 
 # Commands --------------------------------------------------------------------------------------------------------
@@ -122,10 +120,8 @@ def cache(
 
 def sites_table(title: str, values: Any) -> Table:
     """Sites with shapes, sizes and meanings."""
-    from hooked_mamba.sites import site_of
-
     rows = (
-        (name, " × ".join(map(str, v.shape)), str(v.dtype).removeprefix("torch."), site_of(name).text)
+        (name, " × ".join(map(str, v.shape)), str(v.dtype).removeprefix("torch."), values.text(name))
         for name, v in values.items()
     )
     return table(title, ("site", "shape", "dtype", "what it is"), rows)

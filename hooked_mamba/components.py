@@ -8,7 +8,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_mamba.hook_points import HookPoint
+from hooked_mamba.hooks.points import HookPoint
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.ops import causal_conv1d as causal_conv1d
 from hooked_mamba.ops import silu as silu
 from hooked_mamba.ops import softplus as softplus
@@ -20,32 +22,55 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight over the last axis, or over each of `groups` equal parts of it.
+class RMSNorm(SitedModule):
+    """x / sqrt(mean x^2 + eps) * weight over the last axis.
 
     Zhang & Sennrich 2019, arXiv:1910.07467.
 
     hook_scale is the divisor, hook_normalized the quotient, hook_out the product with the weight.
     """
 
-    def __init__(self, width: int, eps: float, groups: int | None = None) -> None:
+    sites = (
+        Site("hook_scale", "b l 1", "the divisor sqrt(mean x^2 + eps)", wide=True),
+        Site("hook_normalized", "b l w", "x / scale, before the weight", wide=True),
+        Site("hook_out", "b l w", "after the weight"),
+    )
+
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.groups = groups
         self.weight = nn.Parameter(torch.ones(width))
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
-        self.hook_out = HookPoint()
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        return {"w": self.weight.shape[0]}
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
-        if self.groups is not None:
-            x = rearrange(x, "b l (g w) -> b l g w", g=self.groups)
         scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        x = x / scale
-        if self.groups is not None:
-            x = rearrange(x, "b l g w -> b l (g w)")
-        normalized = self.hook_normalized(x)
+        normalized = self.hook_normalized(x / scale)
+        return self.hook_out((normalized * self.weight).to(self.weight.dtype))
+
+
+class GroupedRMSNorm(RMSNorm):
+    """The same over each of `groups` equal parts of the last axis: the gated norm of Mamba-2."""
+
+    sites = (
+        Site("hook_scale", "b l G 1", "the divisor, per group", wide=True),
+        *RMSNorm.sites[1:],
+    )
+
+    def __init__(self, width: int, eps: float, groups: int) -> None:
+        super().__init__(width, eps)
+        self.groups = groups
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "G": self.groups}
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        x = rearrange(at_least_fp32(x), "b l (g w) -> b l g w", g=self.groups)
+        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(rearrange(x / scale, "b l g w -> b l (g w)"))
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 
 Labelled = Tensor | tuple[Tensor, list[str]]
 """A stack, and with `return_labels=True` the names of its components."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -96,15 +97,12 @@ def model_html(model: Any) -> str:
     nbytes = sum(p.numel() * p.element_size() for p in parameters)
     kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
     default = len(model.default_names())
-    mixer = model.blocks[0].mixer if len(model.blocks) else None
+    layers = Counter(" + ".join(type(branch).__name__ for branch in block.branches.values()) for block in model.blocks)
     rows = [
         ("width d", cfg.d_model),
-        ("channels E", cfg.E),
-        *([("heads H × channels P", f"{cfg.H} × {cfg.P}"), ("groups G", cfg.G)] if hasattr(cfg, "H") else []),
-        ("states N", cfg.d_state),
-        ("convolution taps K", cfg.d_conv),
+        *dict.fromkeys(fact for block in model.blocks for branch in block.branches.values() for fact in branch.facts()),
         ("vocabulary V", f"{cfg.d_vocab:,}" + (", tied" if cfg.tie_embeddings else "")),
-        ("blocks", f"{cfg.n_layers} × [norm, {type(mixer).__name__}]"),
+        ("blocks", ", ".join(f"{n} × [norm, {branches}]" for branches, n in layers.items())),
         ("parameters", f"{count:,} ({nbytes / 2**20:,.1f} MiB, {kinds}, {model.device})"),
         ("tokenizer", type(model.tokenizer).__name__ if model.tokenizer is not None else "none"),
         ("sites", f"{len(model.hook_dict)}, {default} of them in a cache without a filter"),

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hooked_mamba.config import SSMConfig
-from hooked_mamba.positions import PositionSelect
-from hooked_mamba.sites import site_bytes
+from hooked_mamba.hooks.points import HookPoint
+from hooked_mamba.hooks.positions import PositionSelect
 
 KEEP_BYTES = 2**31
 """Freed memory that stays with the process for the next call, at most."""
@@ -78,9 +77,7 @@ def _of_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def check_cache_fits(
-    cfg: SSMConfig,
-    names: Sequence[str],
-    states: Iterable[str],
+    points: Iterable[HookPoint],
     shape: Sequence[int],
     select: PositionSelect,
     itemsize: int,
@@ -91,8 +88,8 @@ def check_cache_fits(
 
     Parameters
     ----------
-    names, states
-        Sites, and those of them that are single states, which have no position axis.
+    points
+        The sites; those that no module declares count as nothing.
     shape
         Batch and positions.
     select
@@ -105,8 +102,7 @@ def check_cache_fits(
     batch, length = shape
     index = select.index(length)
     kept = length if isinstance(index, slice) else len(index)
-    single = set(states)
-    sizes = {n: copies * site_bytes(n, cfg, batch, 1 if n in single else kept, itemsize) for n in names}
+    sizes = {p.site.name: copies * p.site.nbytes(batch, kept, itemsize) for p in points if p.site is not None}
     needed, free = sum(sizes.values()), available_bytes(device)
     if free is None or needed <= free:
         return

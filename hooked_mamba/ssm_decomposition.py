@@ -14,8 +14,8 @@ from hooked_mamba import ops
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.decomposition import Labelled, ResidualDecomposition
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
-from hooked_mamba.positions import PositionSelect, PosSlice
 from hooked_mamba.scan_view import ScanView, hidden_attention, mean_hidden_attention
 from hooked_mamba.token_sources import TokenPath
 

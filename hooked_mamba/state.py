@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class LayerState(NamedTuple):
-    """Memory of one mixer: all that later positions can learn of earlier ones."""
+    """Memory of one Mamba mixer: all that later positions can learn of earlier ones."""
 
     conv: Tensor
     """The last d_conv - 1 inputs of the convolution, b K-1 conv_dim."""
@@ -20,25 +20,89 @@ class LayerState(NamedTuple):
     """The scan's state, b E N (Mamba-2: b H P N), float32, or float64 in a float64 model."""
 
 
+BranchState = tuple[Tensor, ...]
+"""Memory of one branch of a block: a named tuple of tensors with the batch in front; () for a branch without any."""
+
+Part = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """Memory of one block: that of each branch, by its name. `state.ssm` is the `ssm` of the branch that has one."""
+
+    branches: Mapping[str, BranchState]
+
+    def __getitem__(self, branch: str) -> BranchState:
+        return self.branches[branch]
+
+    def __getattr__(self, part: str) -> Tensor:
+        if part == "branches" or part.startswith("__"):  # while a copy is being made
+            raise AttributeError(part)
+        owners = [name for name, state in self.branches.items() if part in getattr(state, "_fields", ())]
+        if len(owners) != 1:
+            found = [f"{name}.{p}" for name, state in self.branches.items() for p in getattr(state, "_fields", ())]
+            raise AttributeError(
+                f"{len(owners) or 'no'} branches of this block have {part!r} in their memory; there"
+                f" {'is' if len(found) == 1 else 'are'} {', '.join(found) or 'none'}"
+            )
+        return getattr(self.branches[owners[0]], part)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for state in self.branches.values():
+            yield from state
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs ("mixer.ssm", tensor)."""
+        for name, state in self.branches.items():
+            for part, tensor in zip(getattr(state, "_fields", ()), state, strict=True):
+                yield f"{name}.{part}", tensor
+
+    def map(self, fn: Part) -> BlockState:
+        """The same memory with every tensor passed through a function."""
+        return BlockState(
+            {name: type(state)(*map(fn, state)) if state else state for name, state in self.branches.items()}
+        )
+
+    def with_part(self, part: str, value: Tensor) -> BlockState:
+        """The same memory with one part ("ssm") replaced in the branch that has it."""
+        getattr(self, part)  # says what is wrong with the name
+        return BlockState(
+            {
+                name: state._replace(**{part: value}) if part in getattr(state, "_fields", ()) else state  # type: ignore[attr-defined]
+                for name, state in self.branches.items()
+            }
+        )
+
+
 @dataclass(frozen=True)
 class ModelState:
     """Memory of a model after some positions; give it back as `initial_state` to go on from there."""
 
-    layers: tuple[LayerState, ...]
+    layers: tuple[BlockState, ...]
+    """One for each block; a bare :class:`LayerState` is taken for that of a block with one mixer."""
+    seen: Int[Tensor, " b"] | None = None
+    """Real tokens read so far in each row; None: not counted (a state made by hand), taken for 0."""
+
+    def __post_init__(self) -> None:
+        layers = tuple(
+            layer if isinstance(layer, BlockState) else BlockState({"mixer": layer})
+            for layer in self.layers  # type: ignore[redundant-expr]
+        )
+        object.__setattr__(self, "layers", layers)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: int) -> LayerState:
+    def __getitem__(self, layer: int) -> BlockState:
         return self.layers[layer]
 
-    def __iter__(self) -> Iterator[LayerState]:
+    def __iter__(self) -> Iterator[BlockState]:
         return iter(self.layers)
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return self.layers[0].ssm.shape[0]
+        return next(len(t) for layer in self.layers for t in layer)
 
     def detach(self) -> ModelState:
         """The same numbers without their history."""
@@ -50,7 +114,9 @@ class ModelState:
 
     def to(self, *args, **kwargs) -> ModelState:
         """Move, as `Tensor.to` does; the dtypes stay what each call makes of them."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+        return self._map(
+            lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(t.to(*args, **kwargs).device)
+        )
 
     def rows(self, index: Tensor | list[int]) -> ModelState:
         """Chosen rows of the batch; repeat an index to branch."""
@@ -60,8 +126,34 @@ class ModelState:
         """Memory it takes."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
-    def _map(self, fn) -> ModelState:
-        return ModelState(tuple(LayerState(fn(layer.conv), fn(layer.ssm)) for layer in self.layers))
+    def _map(self, fn: Part) -> ModelState:
+        seen = None if self.seen is None else fn(self.seen)
+        return ModelState(tuple(layer.map(fn) for layer in self.layers), seen)
+
+
+@dataclass
+class Call:
+    """What one forward pass hands to every branch beside the stream."""
+
+    padding: Padding | None = None
+    """Masked columns; None where all are real."""
+    seen: Int[Tensor, " b"] | None = None
+    """Real tokens of each row before this call; None: 0."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
+
+    def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
+        """How many real tokens stand before each column of its row: what a position embedding counts."""
+        if self.padding is None:
+            columns = torch.arange(length, device=device).expand(batch, -1)
+        else:
+            columns = (self.padding.mask.long().cumsum(1) - 1).clamp(min=0)
+        return columns if self.seen is None else columns + self.seen[:, None]
+
+    def seen_after(self, batch: int, length: int, device: torch.device) -> Int[Tensor, " b"]:
+        """Real tokens of each row when this call is over."""
+        read = torch.full((batch,), length, device=device) if self.padding is None else self.padding.mask.sum(1)
+        return read if self.seen is None else self.seen + read
 
 
 @dataclass(frozen=True)

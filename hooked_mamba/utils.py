@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.display import Shown, table
-from hooked_mamba.names import get_act_name as get_act_name
-from hooked_mamba.text import lm_cross_entropy_loss as lm_cross_entropy_loss
+from hooked_mamba.hooks.names import get_act_name as get_act_name
+from hooked_mamba.model.text import lm_cross_entropy_loss as lm_cross_entropy_loss
 
 
 def to_numpy(value: Any) -> np.ndarray:

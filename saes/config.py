@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hooked_mamba.names import unalias
-from hooked_mamba.sites import SITES, site_of
+from hooked_mamba.hooks.names import declared, is_declared, unalias
 
 Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka"]
 
@@ -31,14 +30,10 @@ def _near(wrong: object, right: tuple[str, ...] | list[str]) -> str:
 
 
 def _check_site(field: str, name: str) -> None:
-    try:
-        if not isinstance(name, str) or (name.startswith("blocks.") and not _LAYER.match(name)):
-            raise KeyError(name)
-        site_of(unalias(name))
-    except (KeyError, IndexError):
-        known = [row.name for row in SITES]
-        near = _near(str(name).rpartition(".")[2], known)
-        raise ValueError(f"{field} must be the full name of a hook site, got {name!r}{near}") from None
+    misplaced = not isinstance(name, str) or (name.startswith("blocks.") and not _LAYER.match(name))
+    if misplaced or not is_declared(unalias(name)):
+        near = _near(str(name).rpartition(".")[2], [hook for _, hook in declared().rows])
+        raise ValueError(f"{field} must be the full name of a hook site, got {name!r}{near}")
 
 
 def _check_choices(values: Mapping[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.sites import site_shape
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
 from saes.options import near
@@ -69,7 +67,7 @@ def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> None:
     """
     for stream, width in zip(streams_of(coder.cfg), (coder.cfg.d_in, coder.cfg.d_out), strict=True):
         sites_of(stream, model)
-        there = math.prod(site_shape(stream.removesuffix(LOCAL), model.cfg, 1, 1)[2:])
+        there = model.site(stream.removesuffix(LOCAL)).width
         if there != width:
             raise ValueError(f"{name} holds {width} numbers a position, and {stream} of this model holds {there}")
     if coder.W_dec.device != model.device:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.display import table
+from hooked_mamba.model.text import PaddingSide
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.text import PaddingSide
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.sparse import Codes
 from saes.targets import last_layer, sites_of, stream_values, streams_of

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.names import unalias
+from hooked_mamba.hooks.names import unalias
 from saes.config import ARCHITECTURES, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object

@@ -22,7 +22,7 @@ from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Padded, captured, padding_under_way
 from hooked_mamba.analysis.columns import Columns, column_mask, columns_before
 from hooked_mamba.components import at_least_fp32
-from hooked_mamba.hook_points import HookPoint
+from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.models import HookedSSM
 from saes.config import CoderConfig
 from saes.targets import LOCAL, sites_of, stream_values, streams_of

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import Mamba2Config
+from hooked_mamba.hooks.names import split_state_point, unalias
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.names import split_state_point, unalias
 
 LOCAL = "@local"
 """What the name of a local stream ends in."""

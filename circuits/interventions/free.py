@@ -15,7 +15,7 @@ from hooked_mamba.analysis.columns import columns_before
 from hooked_mamba.analysis.cuts import StateChange, held
 from hooked_mamba.analysis.knockout import cutting
 from hooked_mamba.components import at_least_fp32
-from hooked_mamba.hook_points import HookPoint
+from hooked_mamba.hooks.points import HookPoint
 from saes.coder import SparseCoder
 from saes.rewriting import Rewrite, rewritten
 

@@ -20,8 +20,8 @@ import torch
 
 from demos.dictionaries.presets import specs
 from demos.dictionaries.text import training_rows
+from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.names import HookNameError
 from saes.config import ARCHITECTURES
 from saes.store import DataConfig
 from saes.training import TrainConfig, TrainResult, coder_config, load_model, local_device, train_coders

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hooked_mamba import HookedMamba, HookedMamba2, HookPoint, Mamba2Config, loading
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.names import split_state_point
-from hooked_mamba.sites import site_of
+from hooked_mamba.hooks.names import split_state_point
 
 Model = HookedMamba | HookedMamba2
 
@@ -177,7 +176,7 @@ def site_values(cache: ActivationCache) -> list[SiteValue]:
     shown = [name for name in names if name.startswith("blocks.0.") or not name.startswith("blocks.")]
     single = {name: state[0] for name in names if (state := split_state_point(name))}  # to stand beside its site
     shown.sort(key=lambda name: (names.index(single.get(name, name)), name in single))
-    return [SiteValue(name, tuple(cache[name].shape), site_of(name).text) for name in shown]
+    return [SiteValue(name, tuple(cache[name].shape), cache.text(name)) for name in shown]
 
 
 def top_predictions(model: Model, logits: Float[Tensor, " v"], k: int = 8) -> list[Prediction]:

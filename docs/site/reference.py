@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 PAGES: dict[str, tuple[str, ...]] = {
-    "hooked_mamba": ("hooked_mamba.sites", "hooked_mamba.utils"),
+    "hooked_mamba": ("hooked_mamba.hooks.names", "hooked_mamba.hooks.site", "hooked_mamba.utils"),
     "hooked_mamba.analysis": ("hooked_mamba.analysis.plots", "hooked_mamba.analysis.tasks"),
     "hooked_mamba.patching": (),
     "hooked_mamba.ops": (),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
-from hooked_mamba.names import NamesFilter, match_names, split_state_point
+from hooked_mamba.hooks.names import NamesFilter, match_names, split_state_point
 
 Method = Literal["zero", "mean", "resample"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric
 from hooked_mamba.analysis.patching import CleanValues, index_list
-from hooked_mamba.names import get_act_name
+from hooked_mamba.hooks.names import get_act_name
 
 _AXIS = {"pos": 1, "channel": 2, "head": 2, "head_index": 2, "state": -1}
 """Index axis -> axis of the activation."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import SSMConfig
-from hooked_mamba.hook_points import Reader
-from hooked_mamba.hooked_root import HookedRoot
-from hooked_mamba.positions import PositionSelect
-from hooked_mamba.stack import Stack
+from hooked_mamba.hooks.points import Reader
+from hooked_mamba.hooks.positions import PositionSelect
+from hooked_mamba.hooks.root import HookedRoot
+from hooked_mamba.model.stack import Stack
 from hooked_mamba.state import Padding
 
 Positions = int | Iterable[int] | Tensor | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Patch, run_patches
 from hooked_mamba.display import Shown
-from hooked_mamba.names import get_act_name
+from hooked_mamba.hooks.names import get_act_name
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mamba.analysis.captured import position_mask
-from hooked_mamba.hook_points import StateHookPoint
-from hooked_mamba.hooked_root import HookedRoot
+from hooked_mamba.hooks.points import StateHookPoint
+from hooked_mamba.hooks.root import HookedRoot
 
 Columns = int | slice | Iterable[int] | Tensor | None
 """One, several, a slice, a mask b l of bools (its own columns for each row), or None for all.

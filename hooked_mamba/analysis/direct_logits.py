@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.display import table
-from hooked_mamba.positions import PosSlice
+from hooked_mamba.hooks.positions import PosSlice
 from hooked_mamba.ssm_decomposition import Source
 
 Token = str | int | Int[Tensor, "..."]

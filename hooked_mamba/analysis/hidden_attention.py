@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import layer_list
-from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.scan_view import hidden_attention
 
 Measure = Literal["mean", "abs", "flow"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.display import Shown
-from hooked_mamba.positions import PosSlice
+from hooked_mamba.hooks.positions import PosSlice
 
 
 @torch.no_grad()

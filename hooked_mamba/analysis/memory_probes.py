@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.display import Shown
-from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.scan_view import hidden_attention
 
 

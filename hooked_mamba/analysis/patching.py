@@ -23,9 +23,8 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
-from hooked_mamba.config import Mamba2Config, SSMConfig
-from hooked_mamba.names import get_act_name
-from hooked_mamba.sites import family_of, site_of
+from hooked_mamba.hooks.names import get_act_name, split_state_point
+from hooked_mamba.hooks.site import PlacedSite
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
@@ -129,36 +128,46 @@ def index_list(
         return indices, None
     if not axes:
         raise ValueError("give index_axis_names, such as ('layer', 'pos'), or the indices themselves as index_df")
-    cfg = model.cfg
-    sizes = {"layer": cfg.n_layers, "pos": length, "state": cfg.d_state, "channel": cfg.E}
-    if isinstance(cfg, Mamba2Config):
-        sizes |= {"head": cfg.H, "head_index": cfg.H}
-    for axis in axes:
-        if axis not in sizes:
-            raise ValueError(f"no index axis is named {axis!r} in this model; there are {', '.join(sizes)}")
     if axes[0] != "layer":
         raise ValueError(f"the first index axis must be 'layer', got {axes[0]!r}")
-    check_axes(cfg, "h.0" if name == STATE_SITE and "pos" in axes else name, axes)
+    units = unit_axes(model)
+    for axis in axes[1:]:
+        if axis != "pos" and UNITS.get(axis, axis) not in units:
+            known = ["layer", "pos", *units, *(name for name, same in UNITS.items() if same in units)]
+            raise ValueError(f"no index axis is named {axis!r} in this model; there are {', '.join(known)}")
+    site = placed_site(model, "h.0" if name == STATE_SITE and "pos" in axes else name)
+    sizes = {"layer": model.cfg.n_layers, "pos": length}
+    for axis in axes:
+        unit = UNITS.get(axis, axis)
+        if unit in site.axes:
+            sizes[axis] = site.shape(1, length)[site.axes[unit]]
+        elif axis not in sizes:
+            raise ValueError(
+                f"the site {name!r} is {site.row.shape!r} in this model and has no axis {axis!r};"
+                f" it has {', '.join(site.axes) or 'no units'}. Other indices, for a setter of your own, go in"
+                " as index_df"
+            )
     shape = tuple(sizes[axis] for axis in axes)
     return list(itertools.product(*map(range, shape))), shape
 
 
-def check_axes(cfg: SSMConfig, name: str, axes: Sequence[str]) -> None:
-    """Raise where a site has no axis of the channels, heads or states that an index names."""
-    row = site_of(get_act_name(name, 0))
-    shape = row.mamba2 if isinstance(cfg, Mamba2Config) else row.mamba
-    if shape is None:
-        return  # no such site in this family: the cache says so
-    symbols = shape.split()
-    has = {symbols[1 if name == "h.0" else 2] if len(symbols) > 2 else "", symbols[-1] if symbols[-1] == "N" else ""}
-    for axis in axes:
-        wanted = {"channel": "E", "head": "H", "head_index": "H", "state": "N"}.get(axis)
-        if wanted and wanted not in has:
-            there = [known for known, symbol in (("channel", "E"), ("head", "H"), ("state", "N")) if symbol in has]
-            raise ValueError(
-                f"the site {name!r} is {shape!r} in {family_of(cfg)} and has no axis {axis!r};"
-                f" it has {', '.join(there) or 'no units'}. Other indices, for a setter of your own, go in as index_df"
-            )
+UNITS = {"head_index": "head"}
+"""Other names of index axes: TransformerLens' -> ours."""
+
+
+def unit_axes(model: Any) -> list[str]:
+    """The axes of channels, heads, states and so on that any site of the model has."""
+    sites = [point.site for point in model.hook_dict.values() if point.site is not None]
+    return list(dict.fromkeys(axis for site in sites for axis in site.axes))
+
+
+def placed_site(model: Any, name: str) -> PlacedSite:
+    """What the first block that has a site of this short name declares of it."""
+    layers = range(model.cfg.n_layers)
+    names = [get_act_name(name, layer) for layer in layers]
+    base = [split_state_point(full) or (full, 0) for full in names]
+    found = next((i for i in layers if base[i][0] in model.hook_dict), 0)
+    return model.site(names[found])
 
 
 class CleanValues:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Metric, residuals
-from hooked_mamba.names import get_act_name
+from hooked_mamba.hooks.names import get_act_name
 
 
 @torch.no_grad()

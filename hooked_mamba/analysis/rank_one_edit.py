@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.display import Shown
-from hooked_mamba.names import get_act_name
+from hooked_mamba.hooks.names import get_act_name
 
 
 @dataclass(frozen=True)

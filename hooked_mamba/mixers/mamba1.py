@@ -17,16 +17,62 @@ from torch import Tensor, nn
 from hooked_mamba import ops
 from hooked_mamba.components import Linear, at_least_fp32, conv_silu, linear, rms_normalize, silu, softplus
 from hooked_mamba.config import MambaConfig
-from hooked_mamba.hook_points import HookPoint, LazyHookPoint, StateHookPoint
-from hooked_mamba.mixers.precision import KeepsFloat32, initial_dt_bias, uniform_fan_in
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
-from hooked_mamba.state import LayerState, Padding, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, LayerState, with_history, zero_padding
 
 
-class Mamba1Mixer(KeepsFloat32, nn.Module):
+class Mamba1Mixer(Branch):
     """in_proj -> conv -> selective scan -> gate -> out_proj, with a hook point at every site."""
 
+    kind = "mamba"
+    title = "Mamba-1"
+    place = "mixer"
     keep_float32 = ("A_log", "D", "dt_proj.bias")
+    sites = (
+        Site("hook_in_proj", "b l 2E", "whole projection, before the split"),
+        Site("hook_x_pre", "b l E", "convolution input"),
+        Site("hook_z", "b l E", "gate branch, before SiLU"),
+        Site("hook_conv", "b l E", "convolution output, before SiLU", also=("hook_conv",)),
+        Site("hook_x", "b l E", "SSM input, after SiLU", also=("hook_ssm_input",)),
+        Site("hook_x_proj", "b l R+2N", "whole x_proj output: low-rank dt, B, C"),
+        Site("hook_dt_low", "b l R", "low-rank step size: what dt_proj reads", also=("hook_delta_1",)),
+        Site(
+            "hook_dt_pre",
+            "b l E",
+            "step size before softplus, bias included",
+            wide=True,
+            also=("hook_ssm_dt", "hook_delta_2"),
+        ),
+        Site("hook_dt", "b l E", "step size dt, after softplus and clamp", wide=True, also=("hook_delta",)),
+        Site("hook_B", "b l N", "input selection B, as the scan sees it", also=("hook_B",)),
+        Site("hook_C", "b l N", "output selection C, as the scan sees it", also=("hook_C",)),
+        Site("hook_A_bar", "b l E N", "decay exp(dt A)", kind="lazy", wide=True, also=("hook_A_bar",)),
+        Site("hook_B_bar", "b l E N", "dt B (Euler)", kind="lazy", wide=True, also=("hook_B_bar",)),
+        Site("hook_Bx", "b l E N", "what is written into the state", kind="lazy", wide=True),
+        Site(
+            "hook_h",
+            "b l E N",
+            "states as read: an edit changes what position t reads out, not later states",
+            kind="state",
+            wide=True,
+            single="the state right after position t: an edit travels on to all later positions",
+            also=("hook_h",),
+        ),
+        Site("hook_y_scan", "b l E", "C h, before the D skip"),
+        Site("hook_skip", "b l E", "D x"),
+        Site("hook_y", "b l E", "scan output with the skip", also=("hook_ssm_output",)),
+        Site("hook_gate", "b l E", "SiLU(z)"),
+        Site("hook_y_gated", "b l E", "y * gate", also=("hook_after_skip",)),
+        Site(
+            "hook_out_proj",
+            "b l d",
+            "mixer output, into the residual stream",
+            also=("hook_out_proj", "hook_ssm_out"),
+        ),
+    )
 
     def __init__(self, cfg: MambaConfig) -> None:
         super().__init__()
@@ -40,36 +86,24 @@ class Mamba1Mixer(KeepsFloat32, nn.Module):
         self.D = nn.Parameter(torch.empty(E))
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
 
-        self.hook_in_proj = HookPoint()
-        self.hook_x_pre = HookPoint()
-        self.hook_z = HookPoint()
-        self.hook_conv = HookPoint()
-        self.hook_x = HookPoint()
-        self.hook_x_proj = HookPoint()
-        self.hook_dt_low = HookPoint()
-        self.hook_dt_pre = HookPoint()
-        self.hook_dt = HookPoint()
-        self.hook_B = HookPoint()
-        self.hook_C = HookPoint()
-        self.hook_A_bar = LazyHookPoint()
-        self.hook_B_bar = LazyHookPoint()
-        self.hook_Bx = LazyHookPoint()
-        self.hook_h = StateHookPoint()
-        self.hook_y_scan = HookPoint()
-        self.hook_skip = HookPoint()
-        self.hook_y = HookPoint()
-        self.hook_gate = HookPoint()
-        self.hook_y_gated = HookPoint()
-        self.hook_out_proj = HookPoint()
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        cfg = self.cfg
+        return {"d": cfg.d_model, "E": cfg.E, "N": cfg.d_state, "R": cfg.R}
+
+    def facts(self) -> tuple[tuple[str, object], ...]:
+        cfg = self.cfg
+        return ("channels E", cfg.E), ("states N", cfg.d_state), ("convolution taps K", cfg.d_conv)
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: LayerState | None = None, padding: Padding | None = None
+        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
-        """Normalised residual in, what is added to the residual stream out, and the memory for the next call."""
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
+        padding = None if call is None else call.padding
         real = zero_padding(padding)
-        h0 = None if state is None else state.ssm  # an empty memory is None: some kernels start from no other
-        past = self.empty_history(len(resid)) if state is None else state.conv
+        # An empty memory is None: some kernels start from no other.
+        past, h0 = (self.empty_history(len(resid)), None) if state is None else state
 
         xz = self.hook_in_proj(self.in_proj(resid))
         x = self.hook_x_pre(real(xz[..., :E]))

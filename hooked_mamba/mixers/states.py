@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import ops
-from hooked_mamba.hook_points import HookPoint, StateHookPoint
+from hooked_mamba.hooks.points import HookPoint, StateHookPoint
 from hooked_mamba.ops.interface import ScanOut
 
 ScanSegment = Callable[[slice, Tensor | None, list[int] | str | None], ScanOut]

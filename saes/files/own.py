@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.names import unalias
+from hooked_mamba.hooks.names import unalias
 from saes.config import CoderConfig
 from saes.files.checks import DTYPES, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
 from saes.files.saelens import config_of, file_shapes, from_file

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.names import unalias
-from hooked_mamba.sites import site_of
+from hooked_mamba.hooks.names import is_declared, unalias
 from saes.config import CoderConfig
 from saes.files.checks import CoderFileError, Hints
 
@@ -21,9 +20,7 @@ def is_site(name: object) -> bool:
     """Whether it is the full name of a hook site, ours or one of those known from elsewhere."""
     if not isinstance(name, str):
         return False
-    try:
-        site_of(unalias(name))
-    except (KeyError, IndexError):
+    if not is_declared(unalias(name)):
         return False
     return not name.startswith("blocks.") or _BLOCK.fullmatch(name) is not None
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.sites import site_shape
 from saes.store.rows import Rows
 from saes.targets import LOCAL, last_layer, sites_of, stream_values
 
@@ -108,7 +107,7 @@ class Capture:
         return torch.randperm(length, generator=generator)[: self.positions_per_row].sort().values.tolist()
 
     def _width(self, stream: str) -> int:
-        shape = list(site_shape(stream.removesuffix(LOCAL), self.model.cfg, 1, 1)[2:])
+        shape = list(self.model.site(stream.removesuffix(LOCAL)).shape(1, 1)[2:])
         chosen = self.channels.get(stream)
         if chosen is not None:
             for i in chosen:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.loading import load_checkpoint
-from hooked_mamba.models import HookedMamba, HookedMamba2, HookedSSM
-from hooked_mamba.names import get_act_name, unalias
-from hooked_mamba.sites import site_shape
+from hooked_mamba.hooks.names import get_act_name, unalias
+from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
 from saes.model_hash import model_hash
@@ -91,7 +89,7 @@ def coder_config(
 
 
 def _width(model: HookedSSM, site: str, channels: Mapping[str, Sequence[int]]) -> int:
-    first, *rest = site_shape(site, model.cfg, 1, 1)[2:]
+    first, *rest = model.site(site).shape(1, 1)[2:]
     return math.prod([len(channels[site]) if site in channels else first, *rest])
 
 
@@ -269,9 +267,3 @@ def run(config: RunConfig, *, resume: bool = False) -> TrainResult:
         resume=resume,
         loggers=config.loggers,
     )
-
-
-def load_model(name_or_path: str | Path) -> HookedSSM:
-    """A model of either family, told by its files."""
-    family = load_checkpoint(name_or_path).family
-    return (HookedMamba if family == HookedMamba.family else HookedMamba2).from_pretrained(name_or_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import ActivationCache, HookPoint, ModelState
-from hooked_mamba.names import get_act_name
+from hooked_mamba.hooks.names import get_act_name
 from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
 
 DT = "blocks.0.mixer.hook_dt"

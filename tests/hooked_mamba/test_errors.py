@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hooked_mamba import HookedMamba, HookedMamba2, LayerState, Mamba2Config, MambaConfig, ModelState, memory
+from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.loading import CheckpointError
-from hooked_mamba.names import HookNameError
 from tests.hooked_mamba.tiny import build, tokens_for
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_mamba.generation import sample_logits
+from hooked_mamba.model.generation import sample_logits
 from tests.hooked_mamba.test_text import WORDS, word_tokenizer
 from tests.hooked_mamba.tiny import build, relative, tokens_for
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hooked_mamba import ActivationCache
-from hooked_mamba.names import HookNameError
+from hooked_mamba.hooks.names import HookNameError
 from tests.hooked_mamba.tiny import build, tokens_for
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_mamba import HookedMamba2, ops
-from hooked_mamba.names import match_names
-from hooked_mamba.sites import SITES, is_default, site_of, site_shape
+from hooked_mamba import HookPoint, ops
+from hooked_mamba.hooks.names import match_names
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.tiny import FAMILIES, arrays, build, relative, tokens_for
 
@@ -103,13 +102,15 @@ def test_the_sites_are_those_of_the_design(family):
 
 
 @pytest.mark.parametrize("family", DESIGN)
-def test_the_table_describes_every_hook_point(family):
+def test_every_hook_point_is_declared(family):
     model = model_of(family)
-    column = "mamba2" if isinstance(model, HookedMamba2) else "mamba"
-    rows = {(row.place, row.name) for row in SITES if getattr(row, column) is not None and "{t}" not in row.name}
-    found = {(site_of(name).place, site_of(name).name) for name in model.hook_dict}
-    assert found == rows
-    assert all(row.text for row in SITES)
+    points = {name for name, module in model.named_modules() if isinstance(module, HookPoint)}
+    assert points == set(model.hook_dict)
+    for name in points:
+        row = model.site(name).row
+        assert row.text
+        assert name.endswith(row.name)
+        assert bool(row.single) == (row.kind == "state")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +119,7 @@ def test_shapes(family):
     tokens = tokens_for(model, rows=2, length=LENGTH)
     _, cache = everything(model, tokens)
     for name, value in cache.items():
-        assert tuple(value.shape) == site_shape(name, model.cfg, 2, LENGTH), name
+        assert tuple(value.shape) == model.site(name).shape(2, LENGTH), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -128,7 +129,7 @@ def test_dtypes(family, dtype):
     model = build(family).to(dtype)
     _, cache = everything(model, tokens_for(model, length=LENGTH))
     for name, value in cache.items():
-        wide = torch.float32 if dtype == torch.bfloat16 and site_of(name).wide else dtype
+        wide = torch.float32 if dtype == torch.bfloat16 and model.site(name).row.wide else dtype
         assert value.dtype == (torch.int64 if name == "hook_tokens" else wide), name
     hooks_in_line = [(name, lambda v, hook: v) for name in cache.keys() if name != "hook_tokens"]  # noqa: SIM118
     with model.hooks(fwd_hooks=hooks_in_line):
@@ -142,8 +143,7 @@ def test_default_cache_leaves_out_what_is_large(family):
     _, cache = model.run_with_cache(tokens_for(model))
     left_out = {re.sub(r".*hook_", "", name) for name in set(model.hook_dict) - set(cache)}
     assert left_out == ({"A_bar", "B_bar", "Bx", "h"} if family == "mamba" else {"Bx", "h"})
-    kind = "mamba" if family == "mamba" else "mamba2"
-    assert [n for n in model.hook_dict if is_default(n, kind)] == list(cache)
+    assert [n for n in model.hook_dict if model.site(n).row.is_default] == list(cache)
 
 
 # Reading -----------------------------------------------------------------------------------------------------

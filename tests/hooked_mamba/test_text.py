@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hooked_mamba.text import lm_cross_entropy_loss
+from hooked_mamba.model.text import lm_cross_entropy_loss
 from tests.hooked_mamba.tiny import build, relative
 
 WORDS = ["<bos>", "<eos>", "<pad>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "dog"]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from hooked_mamba import HookedMamba, HookedMamba2
-from hooked_mamba.sites import site_shape
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.hooked_mamba.tiny import build
 
@@ -32,7 +29,7 @@ def noisy(coder: SparseCoder, seed: int = 1) -> SparseCoder:
 
 def sae_on(model: Model, site: str, d_sae: int = 24, architecture: str = "topk", k: int = 3) -> SparseCoder:
     """An untrained SAE of any site."""
-    d = math.prod(site_shape(site, model.cfg, 1, 1)[2:])
+    d = model.site(site).width
     return noisy(SparseCoder(sae_config(site, d, d_sae, architecture=architecture, k=k), seed=0))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hooked_mamba.names import HookNameError
+from hooked_mamba.hooks.names import HookNameError
 from saes import SparseCoder
 from saes.splicing import Edit, misses, splice
 from saes.targets import local_part, sites_of

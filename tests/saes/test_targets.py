@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
-from hooked_mamba.names import HookNameError
+from hooked_mamba.hooks.names import HookNameError
 from saes.targets import all_streams, last_layer, local_part, read, sites_of, stream_values, streams_of
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
-from hooked_mamba.names import HookNameError
+from hooked_mamba.hooks.names import HookNameError
 from saes.config import sae_config
 from saes.model_hash import model_hash
 from saes.naming import default_name

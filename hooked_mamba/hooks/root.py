@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.hook_points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
-from hooked_mamba.names import NamesFilter, match_names, split_state_point, unalias, unknown_name
-from hooked_mamba.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.cache import HookCache
+from hooked_mamba.hooks.names import NamesFilter, match_names, unalias, unknown_name
+from hooked_mamba.hooks.points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.site import PlacedSite
+from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.hooks.sited import SitedModule, placed_aliases, placed_sites
 
 HookList = Sequence[tuple[str | Sequence[str] | Callable[[str], bool], HookFunction]]
 """Pairs of (name, glob, list of these or predicate on names; function)."""
 
 
-class HookedRoot(nn.Module):
-    """A module whose HookPoint descendants are found by name. Call :meth:`setup` at the end of `__init__`."""
+class HookedRoot(SitedModule):
+    """A module whose hook points are found by name. Call :meth:`setup` at the end of `__init__`."""
+
+    cache_class: ClassVar[type[HookCache]] = HookCache
+    """What :meth:`run_with_cache` returns; a model's own knows what its sites mean."""
 
     def setup(self) -> None:
-        """Name every hook point by its place in the module tree."""
+        """Name every hook point by its place in the module tree; those that modules declare come in computing order."""
         self.context_level = 0
         points = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
         for name, point in points.items():
             point.name = name
-        self._hook_points = {name: points[name] for name in self.ordered_names(list(points))}
+        declared = {site.name: site for site in placed_sites(self) if site.name in points}
+        for name, site in declared.items():
+            points[name].site = site
+        self._hook_points = {name: points[name] for name in [*declared, *(n for n in points if n not in declared)]}
+        self._aliases = {theirs: ours for theirs, ours in placed_aliases(self) if theirs not in points}
 
     # Finding -------------------------------------------------------------------------------------------------
 
@@ -36,26 +46,53 @@ class HookedRoot(nn.Module):
         """Every hook point by name, in computing order. Single states (`...hook_h.4`) exist when asked for."""
         return self._hook_points
 
-    def ordered_names(self, names: list[str]) -> list[str]:
-        """Names in the order in which a forward pass reaches them; a subclass that knows better says so."""
-        return names
-
     def default_names(self) -> list[str]:
         """The sites that a cache without a filter holds."""
-        return list(self.hook_dict)
+        return [name for name, point in self.hook_dict.items() if point.site is None or point.site.row.is_default]
+
+    def resolve(self, name: str) -> str:
+        """A full name, which may be one used elsewhere, as ours; one that no site has comes back as it is."""
+        site = SiteName.parse(name)
+        base = str(site.base)
+        if base in self._hook_points:
+            return name
+        ours = self._aliases.get(base)
+        return unalias(name) if ours is None else f"{ours}{name.removeprefix(base)}"
+
+    def names_of(self, names_filter: NamesFilter) -> list[str]:
+        """Full names that a filter (a name, glob, list or predicate) chooses, in computing order."""
+        return match_names(names_filter, list(self.hook_dict), self.resolve)
 
     def hook_point(self, name: str) -> HookPoint:
         """The hook point of a full name, single states included."""
-        points = self.hook_dict
-        name = unalias(name)
-        state = split_state_point(name)
-        if state and state[0] in points:
-            site = points[state[0]]
-            assert isinstance(site, StateHookPoint)
-            return site.at(state[1])
-        if name not in points:
-            raise unknown_name(name, list(points))
-        return points[name]
+        return self._point(self.resolve(name))
+
+    def _point(self, name: str) -> HookPoint:
+        """The hook point of one of our own names."""
+        site = SiteName.parse(name)
+        found = self._hook_points.get(str(site.base))
+        if found is None or (site.t is not None and not isinstance(found, StateHookPoint)):
+            raise unknown_name(name, list(self._hook_points))
+        return found if site.t is None else found.at(site.t)  # type: ignore[attr-defined]
+
+    def site(self, name: str) -> PlacedSite:
+        """What is declared of a site: its shape, width, axes and meaning.
+
+        Raises
+        ------
+        HookNameError
+            No site of that name.
+        KeyError
+            A hook point that no module declares.
+        """
+        site = self.hook_point(name).site
+        if site is None:
+            raise KeyError(f"{name} is a hook point without a declaration: list it in its module's `sites`")
+        return site
+
+    def points_of(self, names_filter: NamesFilter) -> dict[str, HookPoint]:
+        """Hook points by full name for all that a filter chooses, in computing order."""
+        return {name: self._point(name) for name in self.names_of(names_filter)}
 
     def hook_points(self) -> Iterator[HookPoint]:
         """Every hook point, with those single states on which something sits."""
@@ -76,8 +113,8 @@ class HookedRoot(nn.Module):
         prepend: bool = False,
     ) -> None:
         """Put `hook(tensor, hook)` on every site that `name` (a name, glob, list or predicate) chooses."""
-        for site in match_names(name, list(self.hook_dict)):
-            self.hook_point(site).add_hook(hook, dir, is_permanent, level, prepend)
+        for point in self.points_of(name).values():
+            point.add_hook(hook, dir, is_permanent, level, prepend)
 
     def add_perma_hook(self, name: NamesFilter, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:
         """A hook that `reset_hooks()` leaves in place."""
@@ -127,8 +164,7 @@ class HookedRoot(nn.Module):
                 if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
                     raise TypeError(f"{direction}_hooks is a list of pairs (name, function): put [ ] around this one")
                 for name, fn in hooks:
-                    for site in match_names(name, list(self.hook_dict)):
-                        point = self.hook_point(site)
+                    for point in self.points_of(name).values():
                         entry = point.add_hook(fn, direction, level=self.context_level)  # type: ignore[arg-type]
                         added.append((point.fwd_hooks if direction == "fwd" else point.bwd_hooks, entry))
             yield self
@@ -170,7 +206,7 @@ class HookedRoot(nn.Module):
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         **model_kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+    ) -> tuple[Any, Any]:
         """Forward, keeping the final value of chosen sites.
 
         Without a filter every site is kept but the large ones of size b l E N (A_bar, B_bar, Bx and h in Mamba-1, Bx
@@ -202,9 +238,8 @@ class HookedRoot(nn.Module):
             The model's output and an :class:`ActivationCache`; cached tensors are detached.
         """
         select = PositionSelect(pos_slice)
-        names = self.default_names() if names_filter is None else match_names(names_filter, list(self.hook_dict))
-        points = {unalias(name): self.hook_point(name) for name in names}
-        self.check_cache_fits(list(points), select, device, model_args, model_kwargs, incl_bwd)
+        points = self.points_of(names_filter if names_filter is not None else self.default_names())
+        model_args, model_kwargs = self.prepared(points, select, device, model_args, model_kwargs, incl_bwd)
         values: dict[str, Tensor] = {}
 
         def keeper(name: str) -> Callable[[Tensor], None]:
@@ -220,12 +255,12 @@ class HookedRoot(nn.Module):
             return keep
 
         # A single state has no position axis to choose from.
-        choice = {name: PositionSelect() if split_state_point(name) else select for name in points}
+        choice = {name: select if SiteName.parse(name).t is None else PositionSelect() for name in points}
         readers = [(point, Reader(keeper(name), choice[name])) for name, point in points.items()]
         differentiated = [
             name
             for name, point in points.items()
-            if name != "hook_tokens" and not (names_filter is None and isinstance(point, LazyHookPoint))
+            if not point.holds_integers and not (names_filter is None and isinstance(point, LazyHookPoint))
         ]
         gradients = [(name, gradient_keeper(name)) for name in differentiated] if incl_bwd else []
         try:
@@ -244,21 +279,23 @@ class HookedRoot(nn.Module):
                     point.bwd_hooks[:] = [h for h in point.bwd_hooks if h.fn not in kept]
 
         ordered = [*points, *(f"{name}_grad" for name in points)]
-        cache = ActivationCache({name: values[name] for name in ordered if name in values}, self)
+        cache = self.cache_class({name: values[name] for name in ordered if name in values}, self)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
 
-    def check_cache_fits(
+    def prepared(
         self,
-        names: list[str],
+        points: dict[str, HookPoint],
         select: PositionSelect,
         device: str | torch.device | None,
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any],
         incl_bwd: bool,
-    ) -> None:
-        """Raise MemoryError for a cache that cannot fit; a subclass that knows its shapes says so."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the forward pass that fills a cache; a model that knows its shapes refuses one that cannot
+        fit, and hands on what it has worked out for that."""
+        return model_args, model_kwargs
 
 
 def _detached(value: Tensor, device: str | torch.device | None) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hooked_mamba.positions import PositionSelect
+from hooked_mamba.hooks.positions import PositionSelect
+from hooked_mamba.hooks.site import PlacedSite
+from hooked_mamba.hooks.site_name import SiteName
 
 HookFunction = Callable[..., Any]
 """`fn(tensor, hook) -> tensor or None`: None keeps the value, a tensor replaces it."""
@@ -63,6 +65,8 @@ class HookPoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.name: str | None = None
+        self.site: PlacedSite | None = None
+        """What the module that owns this point declares of it; None for a point that nobody declared."""
         self.ctx: dict[Any, Any] = {}
         self.fwd_hooks: list[Hook] = []
         self.bwd_hooks: list[Hook] = []
@@ -79,6 +83,11 @@ class HookPoint(nn.Module):
     def wanted(self) -> bool:
         """Whether anything at all sits here."""
         return bool(self.fwd_hooks or self.bwd_hooks or self.readers)
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether it is declared to hold token ids or indices."""
+        return self.site is not None and self.site.row.integer
 
     def add_hook(
         self,
@@ -118,10 +127,10 @@ class HookPoint(nn.Module):
 
     def layer(self) -> int:
         """The block this point belongs to."""
-        parts = (self.name or "").split(".")
-        if len(parts) < 2 or not parts[1].isdigit():
+        layer = SiteName.parse(self.name or "").layer
+        if layer is None:
             raise ValueError(f"{self.name!r} belongs to no block")
-        return int(parts[1])
+        return layer
 
     def extra_repr(self) -> str:
         return f"{len(self.fwd_hooks)} fwd, {len(self.bwd_hooks)} bwd" if self.edited else ""
@@ -211,6 +220,7 @@ class StateHookPoint(LazyHookPoint):
         if t not in self.points:
             point = HookPoint()
             point.name = f"{self.name}.{t}"
+            point.site = None if self.site is None else self.site.single(t)
             self.points[t] = point
         return self.points[t]
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mamba.hook_points import StateHookPoint
+from hooked_mamba.hooks.points import StateHookPoint
+from hooked_mamba.model.text import PaddingSide
 from hooked_mamba.state import ModelState, Padding
-from hooked_mamba.text import PaddingSide
 
 
 def sample_logits(

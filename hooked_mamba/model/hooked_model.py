@@ -1,0 +1,379 @@
+"""HookedModel: a language model of any blocks with hooks, text, generation, and checkpoints both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_mamba import loading
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.config import SSMConfig
+from hooked_mamba.display import model_html
+from hooked_mamba.hooks.points import HookPoint
+from hooked_mamba.hooks.positions import PositionSelect
+from hooked_mamba.hooks.root import HookedRoot
+from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.loading.tokenizer import load_tokenizer
+from hooked_mamba.memory import check_cache_fits, keep_freed_memory
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.model.generation import Generation
+from hooked_mamba.model.inputs import Inputs
+from hooked_mamba.model.stack import Block, Stack, Stages
+from hooked_mamba.model.text import PaddingSide, TextMethods, lm_cross_entropy_loss
+from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.weights import SharedWeights
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+Model = TypeVar("Model", bound="HookedModel")
+"""The class that a constructor was called on. (A runtime checker of annotations cannot read `Self`.)"""
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` gives."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, Stack):
+    """A language model with every internal site readable and writable.
+
+    A subclass names its config and what stands in its blocks: `branch_classes`, and for more than one mixer a block
+    also :meth:`stages`.
+    """
+
+    cfg: Any
+    family: ClassVar[str]
+    """What checkpoints and tables call it; the key of :data:`MODELS`."""
+    config_class: ClassVar[type[SSMConfig]]
+    branch_classes: ClassVar[Mapping[str, type[Branch]]]
+    """Name of a branch in its block -> its class."""
+    cache_class = ActivationCache
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "family" in cls.__dict__:
+            MODELS[cls.family] = cls
+
+    def __init__(self, cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> None:
+        """A model with random weights; `seed` makes them reproducible. For trained ones: `from_pretrained`."""
+        self._build(cfg, tokenizer)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.reset_parameters(generator)
+
+    def _build(self, cfg: SSMConfig, tokenizer: Any) -> None:
+        if not isinstance(cfg, self.config_class):
+            raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(cfg).__name__}")
+        super().__init__(cfg, [self.make_block(cfg, i) for i in range(cfg.n_layers)])
+        self.tokenizer = tokenizer
+        self.setup()
+        keep_freed_memory()
+
+    @classmethod
+    def stages(cls, cfg: Any, layer: int) -> Stages:
+        """What a block does in turn, each stage one norm and the branches that read it."""
+        return (tuple(cls.branch_classes),)
+
+    @classmethod
+    def make_block(cls, cfg: Any, layer: int) -> Block:
+        """One block with its branches."""
+        stages = cls.stages(cfg, layer)
+        return Block(cfg, {name: cls.branch_classes[name](cfg) for stage in stages for name in stage}, stages)
+
+    # Making and keeping --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls: type[Model], cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> Model:
+        """A model with random weights."""
+        return cls(cfg, tokenizer, seed=seed)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        tokenizer: Any = None,
+    ) -> Model:
+        """Load trained weights.
+
+        Parameters
+        ----------
+        name_or_path
+            A bundled model ("tinystories-4l"), a local folder, or a Hugging Face hub id. The format (transformers'
+            mamba, mamba2, falcon_mamba; state-spaces' own; Codestral's) is found from the files.
+        revision
+            Branch, tag or commit on the hub.
+        dtype
+            Weights' precision; default float32. A, D and dt's bias stay float32 in half precision.
+        device
+            Default: the CPU.
+        tokenizer
+            An object, a local path or a hub id; default: the folder's own where it has one.
+        """
+        checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[Model],
+        checkpoint: loading.Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        tokenizer: Any = None,
+    ) -> Model:
+        """The model of a checkpoint that is open already; arguments as in :meth:`from_pretrained`."""
+        model = cls._empty(checkpoint.cfg)
+        loading.load_into(model, checkpoint.state_dict, dtype=as_dtype(dtype) or torch.float32, device=device or "cpu")
+        model.tie_weights()
+        model.tokenizer = load_tokenizer(tokenizer, checkpoint.folder)
+        return model.eval()
+
+    @classmethod
+    def from_hf(cls: type[Model], hf_model: nn.Module, tokenizer: Any = None) -> Model:
+        """A copy of a transformers model (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM)."""
+        cfg, state_dict = loading.from_hf_model(hf_model, family=cls.family)
+        model = cls._empty(cfg)
+        reference = next(hf_model.parameters())
+        loading.load_into(model, state_dict, dtype=reference.dtype, device=reference.device)
+        model.tie_weights()
+        model.tokenizer = tokenizer
+        return model.eval()
+
+    @classmethod
+    def _empty(cls: type[Model], cfg: SSMConfig) -> Model:
+        """A model whose weights take no memory yet."""
+        model = cls.__new__(cls)
+        with torch.device("meta"):
+            model._build(cfg, None)
+        return model
+
+    def to_hf(self) -> nn.Module:
+        """A transformers model with equal logits."""
+        return loading.to_hf_model(self.cfg, self.state_dict_for_files()).eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        format: Literal["hf", "raw"] = "hf",
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        """Write config, weights and tokenizer; a crash leaves no half-written checkpoint.
+
+        Parameters
+        ----------
+        folder
+            Made if need be.
+        format
+            "hf" (safetensors) is read by transformers, "raw" (the one file mamba_ssm knows, pytorch_model.bin) by
+            state-spaces' mamba_ssm; both by `from_pretrained`.
+        dtype
+            Precision on disk; default: as they are.
+        """
+        loading.save_checkpoint(
+            folder,
+            self.cfg,
+            self.state_dict_for_files(),
+            format=format,
+            dtype=as_dtype(dtype),
+            also=self.tokenizer.save_pretrained if self.tokenizer is not None else None,
+        )
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: PaddingSide = "right") -> None:
+        """Use another tokenizer: an object, a local path or a hub id.
+
+        Raises
+        ------
+        TypeError
+            It is no tokenizer.
+        ValueError
+            Unknown side.
+        """
+        if default_padding_side not in ("left", "right"):
+            raise ValueError(f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}")
+        found = load_tokenizer(tokenizer, None)
+        if not (callable(found) and hasattr(found, "decode")):
+            raise TypeError(f"expected a tokenizer that encodes when called and decodes, got {type(found).__name__}")
+        self.tokenizer, self.default_padding_side = found, default_padding_side
+
+    def state_dict_for_files(self) -> dict[str, Tensor]:
+        """Weights by name, a tied unembedding left out."""
+        weights = {name: value.detach() for name, value in self.state_dict().items()}
+        if self.cfg.tie_embeddings:
+            del weights["unembed.weight"]
+        return weights
+
+    # Running -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: str | Sequence[Any] | Tensor,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "b l"] | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        initial_state: ModelState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Run the model.
+
+        Parameters
+        ----------
+        input
+            Text, a list of texts (padded and masked), token ids b l or l (a tensor or lists), or with
+            `start_at_layer` the residual stream b l d entering that block.
+        return_type
+            "logits" b l V, "loss" (mean nats per next token), "both", or None.
+        loss_per_token
+            Losses b l-1 instead of their mean.
+        prepend_bos
+            For text: put the BOS token in front. By default only a tokenizer that does so by itself puts one there,
+            and these models' do not, unlike in TransformerLens; False forbids it to every tokenizer.
+        padding_side
+            For lists: "right" (default) or "left". Either gives each row what it would get alone.
+        start_at_layer, stop_at_layer
+            Blocks from the first to before the second; negative ones count from the end. With `stop_at_layer` the
+            residual stream b l d that would enter that block is returned, whatever `return_type`.
+        tokens
+            The tokens behind a residual input, needed for its loss.
+        attention_mask
+            b l, 1 for real tokens and 0 for padding at either end.
+        initial_state, return_state
+            Memory to go on from, and whether to return (output, memory after the last real token of each row).
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+        layers = self.layer_range(start_at_layer, stop_at_layer)
+        if start_at_layer is None:
+            tokens, found_mask = self.input_to_tokens(input, prepend_bos, padding_side)
+            attention_mask = found_mask if attention_mask is None else attention_mask
+            batch, length = tokens.shape
+        else:
+            resid = self.checked_residual(input)
+            batch, length, _ = resid.shape
+        padding = None
+        if attention_mask is not None:
+            padding = Padding.from_mask(
+                torch.as_tensor(attention_mask, device=self.device), torch.Size((batch, length))
+            )
+        if initial_state is not None:
+            self.check_state(initial_state, batch)
+
+        if start_at_layer is None:
+            assert tokens is not None  # found above
+            resid = self.embed_tokens(tokens)
+        resid, state = self.run_blocks(resid, layers, initial_state, padding)
+        out: Any = resid
+        if stop_at_layer is None:
+            logits = self.to_logits(resid)
+            out = self._output(logits, tokens, attention_mask, return_type, loss_per_token)
+        return (out, state) if return_state else out
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "b l v"],
+        tokens: Int[Tensor, "b l"],
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Cross-entropy of next tokens in nats, see :func:`lm_cross_entropy_loss`."""
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
+
+    def _repr_html_(self) -> str:
+        return model_html(self)
+
+    # Helpers -------------------------------------------------------------------------------------------------
+
+    def _output(
+        self,
+        logits: Tensor,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Any:
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise ValueError("the loss of a residual input needs its tokens: pass tokens=")
+        if tokens.shape[1] < 2:
+            raise ValueError("the loss needs two tokens or more: there is nothing to predict from one")
+        mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=logits.device)
+        loss = self.loss_fn(logits, tokens, mask, loss_per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def prepared(
+        self,
+        points: dict[str, HookPoint],
+        select: PositionSelect,
+        device: str | torch.device | None,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any],
+        incl_bwd: bool,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Text as tokens, which the forward pass then need not make again; MemoryError where the sites cannot fit."""
+        input, *rest = model_args if model_args else (model_kwargs.get("input"),)
+        if input is None:
+            return model_args, model_kwargs
+        kwargs = {name: value for name, value in model_kwargs.items() if name != "input"}
+        start = kwargs.get("start_at_layer")
+        if start is None and not rest:
+            asked = (kwargs.pop(name, None) for name in ("prepend_bos", "padding_side"))
+            input, mask = self.input_to_tokens(input, *asked)
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = mask
+            shape = input.shape
+        elif start is None:
+            shape = self.input_to_tokens(input)[0].shape
+        else:
+            shape = self.checked_residual(input).shape[:2]
+        layers = self.layer_range(start, kwargs.get("stop_at_layer"))
+        reached = [p for name, p in points.items() if (i := SiteName.parse(name).layer) is None or i in layers]
+        where = torch.device(device) if device is not None else self.device
+        check_cache_fits(reached, shape, select, self.embed.weight.element_size(), where, copies=2 if incl_bwd else 1)
+        return (input, *rest), kwargs
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch.bfloat16, "bfloat16" or "torch.bfloat16" as a dtype."""
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be 'float32', 'float64', 'bfloat16' or 'float16', got {dtype!r}")
+    return found
+
+
+MODELS: dict[str, type[HookedModel]] = {}
+"""Every class of models by its family, in the order of definition."""
+
+
+def model_class(cfg: SSMConfig) -> type[HookedModel]:
+    """The class of models that a config shapes.
+
+    Raises
+    ------
+    TypeError
+        No class takes it.
+    """
+    for cls in MODELS.values():
+        if cls.config_class is type(cfg):
+            return cls
+    known = ", ".join(cls.config_class.__name__ for cls in MODELS.values())
+    raise TypeError(f"no model takes a {type(cfg).__name__}; there are models of {known}")

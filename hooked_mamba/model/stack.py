@@ -1,0 +1,176 @@
+"""Blocks and the stack of them, which know nothing about what a branch does inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_mamba.components import Embed, RMSNorm, Unembed, at_least_fp32
+from hooked_mamba.config import SSMConfig
+from hooked_mamba.hooks.site import Child, Site
+from hooked_mamba.hooks.sited import SitedModule
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
+
+Stages = Sequence[Sequence[str]]
+"""What a block does in turn: each stage is one norm and the branches that read it, side by side."""
+
+
+def _norm(name: str, reader: str, **more: Any) -> Child:
+    return Child(name, RMSNorm, {"w": "d"}, {"hook_out": f"after the weight: what {reader} reads"}, **more)
+
+
+class Block(SitedModule):
+    """A list of stages: `stream += sum of branches(norm(stream))`, one stage after the other.
+
+    The first stage reads `norm`, the second `norm2`, and so on. Branches are attributes under their names in the
+    stages ("mixer", "attn", "mlp").
+    """
+
+    place = "block"
+    sites = (
+        Site("hook_resid_pre", "b l d", "residual stream entering the block", wide=True),
+        _norm("norm", "in_proj", also={"hook_normalized_input": "hook_out"}, called=("ln1",)),
+        Site("hook_resid_mid", "b l d", "residual stream between two stages of the block", wide=True),
+        _norm("norm2", "the second stage", called=("ln2",)),
+        Site("hook_resid_post", "b l d", "residual stream leaving the block", wide=True),
+    )
+
+    def __init__(self, cfg: SSMConfig, branches: Mapping[str, Branch], stages: Stages = (("mixer",),)) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.residual_in_fp32 = cfg.residual_in_fp32
+        self.stages = tuple(tuple(stage) for stage in stages)
+        self.norm_names = tuple(f"norm{i}" if i > 1 else "norm" for i in range(1, len(self.stages) + 1))
+        for name in self.norm_names:
+            setattr(self, name, RMSNorm(cfg.d_model, cfg.eps))
+        for name, branch in branches.items():
+            setattr(self, name, branch)
+        self.add_sites()
+
+    def site_rows(self) -> tuple[Site | Child, ...]:
+        pre, norm, mid, norm2, post = type(self).sites
+        rows: list[Site | Child] = [pre]
+        for i, stage in enumerate(self.stages):
+            rows += [norm] if i == 0 else [mid, norm2]
+            rows += [Child(name) for name in stage]
+        return (*rows, post)
+
+    def sizes(self) -> dict[str, int]:
+        return {"d": self.cfg.d_model}
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """Branches by name, in computing order."""
+        return {name: getattr(self, name) for stage in self.stages for name in stage}
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
+    ) -> tuple[Float[Tensor, "b l d"], BlockState]:
+        if self.residual_in_fp32:
+            resid = at_least_fp32(resid)
+        resid = self.hook_resid_pre(resid)
+        after: dict[str, BranchState] = {}
+        for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
+            resid = resid if i == 0 else self.hook_resid_mid(resid)
+            x = getattr(self, norm)(resid)
+            for name in stage:
+                out, after[name] = getattr(self, name)(x, None if state is None else state[name], call)
+                resid = resid + out
+        return self.hook_resid_post(resid), BlockState(after)
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:
+        """The empty memory of every branch."""
+        return BlockState({name: branch.initial_state(batch, device) for name, branch in self.branches.items()})
+
+
+class Stack(SitedModule):
+    """Embedding, blocks, final norm and unembedding."""
+
+    place = ""
+    sites = (
+        Site("hook_tokens", "b l", "token ids, if the input is tokens", integer=True),
+        Site("hook_embed", "b l d", "token embedding"),
+        Child("blocks"),
+        Child(
+            "ln_final",
+            RMSNorm,
+            {"w": "d"},
+            {"hook_scale": "the final norm's divisor", "hook_out": "what the unembedding reads"},
+        ),
+        Site("hook_logits", "b l V", "logits", wide=True),
+    )
+
+    def __init__(self, cfg: SSMConfig, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.unembed = Unembed(cfg.d_vocab, cfg.d_model)
+        self.add_sites()
+        self.tie_weights()
+
+    def sizes(self) -> dict[str, int]:
+        return {"d": self.cfg.d_model, "V": self.cfg.d_vocab}
+
+    def tie_weights(self) -> None:
+        """Make the unembedding the embedding's own parameter where the config ties them."""
+        if self.cfg.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Token ids to the start of the residual stream."""
+        return self.hook_embed(self.embed(self.hook_tokens(tokens)))
+
+    def run_blocks(
+        self,
+        resid: Tensor,
+        layers: range,
+        state: ModelState | None,
+        padding: Padding | None,
+        carry: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Blocks of `layers` in order. Layers that do not run keep their state as it is."""
+        call = Call(padding, None if state is None else state.seen, dict(carry or {}))
+        states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
+        for i in layers:
+            resid, states[i] = self.blocks[i](resid, states[i], call)
+        batch, length, _ = resid.shape
+        filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
+        return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
+
+    def to_logits(self, resid: Tensor) -> Tensor:
+        """Final norm and unembedding."""
+        return self.hook_logits(self.unembed(self.ln_final(resid)))
+
+    def block(self, layer: int) -> Block:
+        """One block."""
+        return cast(Block, self.blocks[layer])
+
+    def mixer(self, layer: int) -> Branch:
+        """The mixer of one block."""
+        return self.block(layer).branches["mixer"]
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> ModelState:
+        """The memory of a model that has read nothing yet, where the weights are; on "meta" its shapes alone."""
+        seen = torch.zeros(batch, dtype=torch.long, device=self.embed.weight.device if device is None else device)
+        return ModelState(tuple(self.block(i).initial_state(batch, device) for i in range(len(self.blocks))), seen)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: embeddings N(0, 0.02), norms 1, branches as their papers draw them."""
+        self.embed.weight.normal_(std=0.02, generator=generator)
+        if not self.cfg.tie_embeddings:
+            self.unembed.weight.normal_(std=0.02, generator=generator)
+        for i in range(len(self.blocks)):
+            block = self.block(i)
+            for name in block.norm_names:
+                getattr(block, name).weight.fill_(1)
+            for branch in block.branches.values():
+                branch.reset_parameters(generator)
+        self.ln_final.weight.fill_(1)
