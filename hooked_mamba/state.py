@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,21 +74,25 @@ class BlockState:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ModelState:
-    """Memory of a model after some positions; give it back as `initial_state` to go on from there."""
+    """Memory of a model after some positions; give it back as `initial_state` to continue from there.
+
+    Parameters
+    ----------
+    layers
+        One for each block; a bare :class:`LayerState` is taken for that of a block with one mixer.
+    seen
+        Real tokens read so far in each row; None: not counted (a state made by hand), taken for 0.
+    """
 
     layers: tuple[BlockState, ...]
-    """One for each block; a bare :class:`LayerState` is taken for that of a block with one mixer."""
-    seen: Int[Tensor, " b"] | None = None
-    """Real tokens read so far in each row; None: not counted (a state made by hand), taken for 0."""
+    seen: Int[Tensor, " b"] | None
 
-    def __post_init__(self) -> None:
-        layers = tuple(
-            layer if isinstance(layer, BlockState) else BlockState({"mixer": layer})
-            for layer in self.layers  # type: ignore[redundant-expr]
-        )
-        object.__setattr__(self, "layers", layers)
+    def __init__(self, layers: Iterable[BlockState | BranchState], seen: Int[Tensor, " b"] | None = None) -> None:
+        blocks = (layer if isinstance(layer, BlockState) else BlockState({"mixer": layer}) for layer in layers)
+        object.__setattr__(self, "layers", tuple(blocks))
+        object.__setattr__(self, "seen", seen)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -128,7 +132,7 @@ class ModelState:
 
     def _map(self, fn: Part) -> ModelState:
         seen = None if self.seen is None else fn(self.seen)
-        return ModelState(tuple(layer.map(fn) for layer in self.layers), seen)
+        return ModelState((layer.map(fn) for layer in self.layers), seen)
 
 
 @dataclass

@@ -6,8 +6,7 @@ from hooked_mamba.loading.files import bundled_names as bundled_names
 from hooked_mamba.loading.hf_model import from_hf_model as from_hf_model
 from hooked_mamba.loading.hf_model import to_hf_model as to_hf_model
 from hooked_mamba.loading.save import save_checkpoint as save_checkpoint
-from hooked_mamba.loading.shapes import weight_shapes as weight_shapes
 from hooked_mamba.loading.tables import CheckpointError as CheckpointError
-from hooked_mamba.loading.weights import KEEP_IN_FP32 as KEEP_IN_FP32
+from hooked_mamba.loading.weights import float32_names as float32_names
 from hooked_mamba.loading.weights import load_into as load_into
 from hooked_mamba.loading.weights import target_dtype as target_dtype

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
 from hooked_mamba.loading.registry import check_family, detect, format_for
-from hooked_mamba.loading.shapes import check_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState
+from hooked_mamba.loading.weights import Shape, check_shapes
 
 __all__ = ["from_hf_model", "to_hf_model"]
 
@@ -57,7 +57,9 @@ def _norms_per_group(hf_model: Any) -> bool:
     return all(hasattr(norm, "group_size") for norm in norms)
 
 
-def to_hf_model(cfg: MambaConfig | Mamba2Config, state_dict: Mapping[str, Tensor]) -> Any:
+def to_hf_model(
+    cfg: MambaConfig | Mamba2Config, state_dict: Mapping[str, Tensor], shapes: Mapping[str, Shape] | None = None
+) -> Any:
     """A transformers model of this config with a copy of these weights, each in its own dtype.
 
     Returns
@@ -69,11 +71,12 @@ def to_hf_model(cfg: MambaConfig | Mamba2Config, state_dict: Mapping[str, Tensor
     Raises
     ------
     CheckpointError
-        Weights that do not fit `cfg`, or what the installed transformers cannot express.
+        Weights that are not those of `shapes`, or what the installed transformers cannot express.
     """
     import transformers
 
-    check_shapes(cfg, state_dict)
+    if shapes is not None:  # None: they are the model's own
+        check_shapes(shapes, state_dict)
     # Which groups the gated norm has is up to the installed release: looked at once the model stands.
     writable = dataclasses.replace(cfg, norm_groups=cfg.n_groups) if isinstance(cfg, Mamba2Config) else cfg
     config, state = format_for(cfg, "hf").from_ours(writable, state_dict)

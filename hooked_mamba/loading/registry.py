@@ -27,19 +27,30 @@ class Format:
 
     name: str
     family: str
+    config_class: type[SSMConfig]
     to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
     from_ours: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], LazyState]]
+    kind: str | None = None
+    """What `save_pretrained(format=)` calls it: "hf", "raw", or None for what is only read."""
+    writes: Callable[[Any], bool] = lambda cfg: True
+    """Whether it can hold a config of its class."""
+
+
+def _no_mixer_norms(cfg: Any) -> bool:
+    return not cfg.mixer_norms
 
 
 FORMATS = {
     row.name: row
     for row in (
-        Format("hf_mamba", "mamba", hf_mamba.to_ours, hf_mamba.from_ours),
-        Format("hf_falcon_mamba", "mamba", hf_falcon_mamba.to_ours, hf_falcon_mamba.from_ours),
-        Format("hf_mamba2", "mamba2", hf_mamba2.to_ours, hf_mamba2.from_ours),
-        Format("raw_mamba", "mamba", raw_mamba.to_ours, raw_mamba.from_ours),
-        Format("raw_mamba2", "mamba2", raw_mamba2.to_ours, raw_mamba2.from_ours),
-        Format("codestral", "mamba2", codestral.to_ours, codestral.from_ours),
+        Format(
+            "hf_mamba", "mamba", MambaConfig, hf_mamba.to_ours, hf_mamba.from_ours, "hf", lambda c: not c.mixer_norms
+        ),
+        Format("hf_falcon_mamba", "mamba", MambaConfig, hf_falcon_mamba.to_ours, hf_falcon_mamba.from_ours, "hf"),
+        Format("hf_mamba2", "mamba2", Mamba2Config, hf_mamba2.to_ours, hf_mamba2.from_ours, "hf"),
+        Format("raw_mamba", "mamba", MambaConfig, raw_mamba.to_ours, raw_mamba.from_ours, "raw"),
+        Format("raw_mamba2", "mamba2", Mamba2Config, raw_mamba2.to_ours, raw_mamba2.from_ours, "raw"),
+        Format("codestral", "mamba2", Mamba2Config, codestral.to_ours, codestral.from_ours),
     )
 }
 
@@ -135,10 +146,12 @@ def format_for(cfg: SSMConfig, kind: str) -> Format:
     ------
     ValueError
         Another kind.
+    CheckpointError
+        No format of this kind for such a model.
     """
     if kind not in ("hf", "raw"):
         raise ValueError(f"no checkpoint format {kind!r}; expected 'hf' or 'raw'")
-    if isinstance(cfg, Mamba2Config):
-        return FORMATS[f"{kind}_mamba2"]
-    falcon = kind == "hf" and isinstance(cfg, MambaConfig) and cfg.mixer_norms
-    return FORMATS["hf_falcon_mamba" if falcon else f"{kind}_mamba"]
+    for row in FORMATS.values():
+        if row.kind == kind and row.config_class is type(cfg) and row.writes(cfg):
+            return row
+    raise CheckpointError(f"there is no {kind!r} format for a model of {type(cfg).__name__}")

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_mamba.config import Mamba2Config, MambaConfig
+from hooked_mamba.config import SSMConfig
 from hooked_mamba.loading.registry import format_for
-from hooked_mamba.loading.shapes import check_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState
-from hooked_mamba.loading.weights import target_dtype
+from hooked_mamba.loading.weights import Shape, check_shapes, target_dtype
 
 __all__ = ["save_checkpoint"]
 
@@ -31,12 +30,14 @@ WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors
 
 def save_checkpoint(
     folder: str | Path,
-    cfg: MambaConfig | Mamba2Config,
+    cfg: SSMConfig,
     state_dict: Mapping[str, Tensor],
     format: str = "hf",
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     also: Callable[[Path], Any] | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    float32: Collection[str] = (),
 ) -> None:
     """Write config and weights.
 
@@ -53,22 +54,27 @@ def save_checkpoint(
         "hf": config.json and model.safetensors, in shards above `shard_bytes`, for transformers. "raw":
         config.json and pytorch_model.bin, the one file mamba_ssm looks for.
     dtype
-        dtype of the stored weights; None: as they are. In half precision A_log, D and dt's bias stay float32.
+        dtype of the stored weights; None: as they are. Those of `float32` stay float32 in half precision.
     shard_bytes
         Largest size of one safetensors file.
     also
         Writes further files into the folder it is given, such as `tokenizer.save_pretrained`; they appear with
         the others.
+    shapes
+        What weights the config asks for, to be checked; None: they are the model's own.
+    float32
+        Names of the weights that are never stored in half precision.
 
     Raises
     ------
     CheckpointError
         Weights that do not fit `cfg`, what the format cannot express, or a file in the folder's place.
     """
-    check_shapes(cfg, state_dict)
+    if shapes is not None:
+        check_shapes(shapes, state_dict)
     state = LazyState.of(state_dict)
     if dtype is not None:
-        state = state.with_changed({name: _caster(target_dtype(name, dtype)) for name in state})
+        state = state.with_changed({name: _caster(target_dtype(name, dtype, float32)) for name in state})
     config, named = format_for(cfg, format).from_ours(cfg, state)
     if format == "hf":
         config["torch_dtype"] = str(state["embed.weight"].dtype).removeprefix("torch.")  # read by every release

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hooked_mamba.loading.tables import CheckpointError
 
-__all__ = ["KEEP_IN_FP32", "load_into", "target_dtype"]
+__all__ = ["check_shapes", "float32_names", "load_into", "target_dtype"]
 
-KEEP_IN_FP32 = ("A_log", "D", "dt_bias", "dt_proj.bias")
-"""Parameters that stay float32 in a half-precision model, by the end of their names: exp acts on them."""
+Shape = tuple[int, ...]
 
 HALF = (torch.bfloat16, torch.float16)
 ELEMENTS_AT_ONCE = 2**20
 
 
-def target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype the parameter `name` has in a model of `dtype`."""
-    kept = any(name == end or name.endswith("." + end) for end in KEEP_IN_FP32)
-    return torch.float32 if kept and dtype in HALF else dtype
+def float32_names(module: nn.Module) -> frozenset[str]:
+    """Parameters that stay float32 in a half-precision model, by full name: what the modules' `keep_float32` lists."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in getattr(owner, "keep_float32", ())
+    )
+
+
+def target_dtype(name: str, dtype: torch.dtype, float32: Collection[str]) -> torch.dtype:
+    """The dtype of the parameter `name` in a model of `dtype`, in which those of `float32` are never half precision."""
+    return torch.float32 if name in float32 and dtype in HALF else dtype
+
+
+def check_shapes(expected: Mapping[str, Shape], state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those expected.
+
+    Raises
+    ------
+    CheckpointError
+        Listing every missing, unexpected and misshaped weight.
+    """
+    faults = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in state_dict]
+    for name in state_dict:
+        got = tuple(state_dict[name].shape)
+        if name not in expected:
+            faults.append(f"unexpected: {name} {got}")
+        elif got != expected[name]:
+            faults.append(f"shape: {name} got {got}, expected {expected[name]}")
+    if faults:
+        raise CheckpointError(f"the weights do not fit the config, {len(faults)} faults:\n  " + "\n  ".join(faults))
 
 
 def load_into(
@@ -46,8 +72,8 @@ def load_into(
     state_dict
         Tensors by the module's own names.
     dtype
-        dtype of the weights; None: each parameter's own. Those of :data:`KEEP_IN_FP32` are float32 where
-        this is a half precision.
+        dtype of the weights; None: each parameter's own. Those of :func:`float32_names` are float32 where this is a
+        half precision.
     device
         Where the weights go.
 
@@ -56,7 +82,7 @@ def load_into(
     CheckpointError
         Missing, unexpected, misshaped, non-floating or non-finite weights, all listed.
     """
-    slots = _slots(module)
+    slots, float32 = _slots(module), float32_names(module)
     expected = {name: slot for slot in slots for name in slot.names}
     faults = [f"unexpected: {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in expected]
     sources: dict[str, _Slot] = {}
@@ -75,7 +101,7 @@ def load_into(
     copies: dict[str, Tensor] = {}
     for name, slot in sources.items():
         source = state_dict[name]
-        wanted = target_dtype(name, dtype or slot.parameter.dtype)
+        wanted = target_dtype(name, dtype or slot.parameter.dtype, float32)
         copy = source.detach().to(device=device, dtype=wanted, copy=True).contiguous()
         fault = _not_finite(name, source, copy)
         if fault:

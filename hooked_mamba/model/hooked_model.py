@@ -132,7 +132,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         tokenizer: Any = None,
     ) -> Model:
         """The model of a checkpoint that is open already; arguments as in :meth:`from_pretrained`."""
-        model = cls._empty(checkpoint.cfg)
+        model = cls.empty(checkpoint.cfg)
         loading.load_into(model, checkpoint.state_dict, dtype=as_dtype(dtype) or torch.float32, device=device or "cpu")
         model.tie_weights()
         model.tokenizer = load_tokenizer(tokenizer, checkpoint.folder)
@@ -142,7 +142,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
     def from_hf(cls: type[Model], hf_model: nn.Module, tokenizer: Any = None) -> Model:
         """A copy of a transformers model (MambaForCausalLM, FalconMambaForCausalLM, Mamba2ForCausalLM)."""
         cfg, state_dict = loading.from_hf_model(hf_model, family=cls.family)
-        model = cls._empty(cfg)
+        model = cls.empty(cfg)
         reference = next(hf_model.parameters())
         loading.load_into(model, state_dict, dtype=reference.dtype, device=reference.device)
         model.tie_weights()
@@ -150,7 +150,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         return model.eval()
 
     @classmethod
-    def _empty(cls: type[Model], cfg: SSMConfig) -> Model:
+    def empty(cls: type[Model], cfg: SSMConfig) -> Model:
         """A model whose weights take no memory yet."""
         model = cls.__new__(cls)
         with torch.device("meta"):
@@ -187,6 +187,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             format=format,
             dtype=as_dtype(dtype),
             also=self.tokenizer.save_pretrained if self.tokenizer is not None else None,
+            float32=loading.float32_names(self),
         )
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: PaddingSide = "right") -> None:

@@ -182,6 +182,9 @@ def module_of(state: dict[str, Tensor], device: str = "meta", tied: bool = False
                 owner.add_module(part, torch.nn.Module())
             owner = owner.get_submodule(part)
         owner.register_parameter(last, torch.nn.Parameter(torch.zeros(tensor.shape, device=device)))
+    for name, owner in root.named_modules():
+        if name.endswith("mixer"):
+            owner.keep_float32 = ("A_log", "D", "dt_bias", "dt_proj.bias")
     if tied:
         root.add_module("unembed", torch.nn.Module())
         root.unembed.weight = root.embed.weight

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from hooked_mamba.config import Mamba2Config
-from hooked_mamba.loading import CheckpointError, codestral, load_checkpoint, save_checkpoint, weight_shapes
+from hooked_mamba.loading import CheckpointError, codestral, load_checkpoint, save_checkpoint
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading import builders
 from tests.hooked_mamba.loading.builders import assert_same
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from hooked_mamba.loading import CheckpointError, from_hf_model, save_checkpoint, to_hf_model, weight_shapes
+from hooked_mamba.loading import CheckpointError, from_hf_model, save_checkpoint, to_hf_model
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import HF_KINDS, PER_GROUP, assert_same, random_hf_model, stored_dtype
 
 CASES = [(kind, seed) for kind in HF_KINDS for seed in range(8)]
@@ -142,12 +143,13 @@ def test_the_other_family_is_refused_by_the_name_of_the_right_class():
 
 def test_what_transformers_cannot_express_is_refused():
     cfg, state = from_hf_model(random_hf_model("mamba", 1))
+    other = dataclasses.replace(cfg, d_inner=cfg.E + 1)
     with pytest.raises(CheckpointError, match=r"shape: blocks\.0\.mixer\.in_proj\.weight"):
-        to_hf_model(dataclasses.replace(cfg, d_inner=cfg.E + 1), state)
+        to_hf_model(other, state, weight_shapes(other))
     cut = dict(state)
     del cut["ln_final.weight"]
     with pytest.raises(CheckpointError, match=r"missing: ln_final\.weight"):
-        to_hf_model(cfg, cut)
+        to_hf_model(cfg, cut, weight_shapes(cfg))
     cfg2, state2 = from_hf_model(random_hf_model("mamba2", 1))
     with pytest.raises(CheckpointError, match="one eps for all norms"):
         to_hf_model(dataclasses.replace(cfg2, norm_eps=0.5), state2)

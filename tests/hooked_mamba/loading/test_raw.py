@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
-from hooked_mamba.loading import CheckpointError, load_checkpoint, raw_mamba, raw_mamba2, save_checkpoint, weight_shapes
+from hooked_mamba.loading import CheckpointError, load_checkpoint, raw_mamba, raw_mamba2, save_checkpoint
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import assert_same, random_raw
 
 PAIRS = {"raw_mamba": raw_mamba, "raw_mamba2": raw_mamba2}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
-from hooked_mamba.loading import CheckpointError, load_checkpoint, weight_shapes
+from hooked_mamba.loading import CheckpointError, load_checkpoint
 from hooked_mamba.loading.registry import FORMATS, detect, format_for
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import random_raw
 
 

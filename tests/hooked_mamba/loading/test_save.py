@@ -10,7 +10,10 @@ import transformers
 from safetensors import safe_open
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
-from hooked_mamba.loading import CheckpointError, from_hf_model, load_checkpoint, save, save_checkpoint, weight_shapes
+from hooked_mamba.loading import CheckpointError, from_hf_model, load_checkpoint, save, save_checkpoint
+from hooked_mamba.loading.weights import float32_names
+from hooked_mamba.model.hooked_model import model_class
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import HF_KINDS, assert_same, random_hf_model, stored_dtype
 
 
@@ -71,7 +74,8 @@ def test_shards_stay_below_the_limit_and_hold_everything(tmp_path):
 
 def test_dtype(tmp_path):
     cfg, state = small()
-    save_checkpoint(tmp_path / "model", cfg, state, dtype=torch.bfloat16)
+    float32 = float32_names(model_class(cfg).empty(cfg))
+    save_checkpoint(tmp_path / "model", cfg, state, dtype=torch.bfloat16, float32=float32)
     found = load_checkpoint(tmp_path / "model")
     assert found.dtype == torch.bfloat16
     kept = {name for name in found.state_dict if found.state_dict[name].dtype == torch.float32}
@@ -160,7 +164,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="expected 'hf' or 'raw'"):
         save_checkpoint(tmp_path / "x", cfg, state, format="onnx")
     with pytest.raises(CheckpointError, match=r"1 faults:\n  unexpected: extra \(1,\)"):
-        save_checkpoint(tmp_path / "x", cfg, state | {"extra": torch.zeros(1)})
+        save_checkpoint(tmp_path / "x", cfg, state | {"extra": torch.zeros(1)}, shapes=weight_shapes(cfg))
     odd, odd_state = small(d_inner=24)
     with pytest.raises(CheckpointError, match="whole multiples of d_model"):
         save_checkpoint(tmp_path / "x", odd, odd_state)

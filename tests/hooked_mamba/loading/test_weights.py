@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hooked_mamba.config import MambaConfig
-from hooked_mamba.loading import CheckpointError, load_into, save_checkpoint, target_dtype, weight_shapes
+from hooked_mamba.loading import CheckpointError, load_into, save_checkpoint, target_dtype
 from hooked_mamba.loading.tables import LazyState
 from hooked_mamba.loading.tensor_files import REMAP_BYTES
+from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import assert_same, module_of
 
 
@@ -55,10 +56,12 @@ def test_what_sits_inside_an_exponential_stays_float32_in_half_precision(dtype):
 
 
 def test_names_that_only_end_alike_are_not_kept():
-    assert target_dtype("blocks.0.mixer.dt_bias", torch.float16) == torch.float32
-    assert target_dtype("dt_bias", torch.float16) == torch.float32
-    assert target_dtype("blocks.0.mixer.conv1d.bias", torch.float16) == torch.float16
-    assert target_dtype("blocks.0.mixer.NOT_D", torch.float16) == torch.float16
+    kept = {"blocks.0.mixer.D", "dt_bias"}
+    assert target_dtype("blocks.0.mixer.D", torch.float16, kept) == torch.float32
+    assert target_dtype("dt_bias", torch.float16, kept) == torch.float32
+    assert target_dtype("dt_bias", torch.float64, kept) == torch.float64
+    assert target_dtype("blocks.0.mixer.conv1d.bias", torch.float16, kept) == torch.float16
+    assert target_dtype("blocks.0.mixer.NOT_D", torch.float16, kept) == torch.float16
 
 
 def test_by_default_each_parameter_keeps_the_modules_dtype():
