@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -169,8 +169,15 @@ class Padding:
     right: Int[Tensor, " b"]
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor, tokens_shape: torch.Size) -> Padding | None:
-        """Check a mask of 0s and 1s; None where nothing is masked."""
+    def from_mask(
+        cls, attention_mask: Any, tokens_shape: Sequence[int], device: torch.device | None = None
+    ) -> Padding | None:
+        """Check a mask of 0s and 1s, a tensor or lists; None where nothing is masked. One that was checked is taken as
+        it is."""
+        if isinstance(attention_mask, Padding):
+            return attention_mask
+        attention_mask = torch.as_tensor(attention_mask, device=device)
+        tokens_shape = torch.Size(tokens_shape)
         if attention_mask.shape != tokens_shape:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, expected {list(tokens_shape)} like the tokens"

@@ -126,10 +126,9 @@ class Generation:
         if one_text and not input:
             prepend_bos = True
         tokens, found_mask = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[attr-defined]
-        mask = found_mask
-        if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask, device=tokens.device).long()
-            Padding.from_mask(mask, tokens.shape)  # says what is wrong with it
+        given = attention_mask if attention_mask is not None else found_mask
+        padding = None if given is None else Padding.from_mask(given, tokens.shape, tokens.device)
+        mask = None if padding is None else padding.mask.long()
         stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
         last = _last_real(tokens, mask)
 
@@ -141,7 +140,7 @@ class Generation:
             step, state = tokens, initial_state
             while len(made) < max_new_tokens and not ended.all():
                 logits, state = self(  # type: ignore[operator]
-                    step, attention_mask=None if made else mask, initial_state=state, return_state=True
+                    step, attention_mask=None if made else padding, initial_state=state, return_state=True
                 )
                 columns(step.shape[1])
                 row = logits[:, -1] if made else logits[torch.arange(len(tokens)), last]

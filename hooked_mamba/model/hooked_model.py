@@ -225,7 +225,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         padding_side: PaddingSide | None = None,
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "b l"] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Padding | None = None,
         stop_at_layer: int | None = None,
         initial_state: ModelState | None = None,
         return_state: bool = False,
@@ -268,9 +268,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             batch, length, _ = resid.shape
         padding = None
         if attention_mask is not None:
-            padding = Padding.from_mask(
-                torch.as_tensor(attention_mask, device=self.device), torch.Size((batch, length))
-            )
+            padding = Padding.from_mask(attention_mask, (batch, length), self.device)
         if initial_state is not None:
             self.check_state(initial_state, batch)
 
@@ -281,7 +279,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         out: Any = resid
         if stop_at_layer is None:
             logits = self.to_logits(resid)
-            out = self._output(logits, tokens, attention_mask, return_type, loss_per_token)
+            out = self._output(logits, tokens, padding, return_type, loss_per_token)
         return (out, state) if return_state else out
 
     def loss_fn(
@@ -303,7 +301,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         self,
         logits: Tensor,
         tokens: Tensor | None,
-        attention_mask: Tensor | None,
+        padding: Padding | None,
         return_type: ReturnType,
         loss_per_token: bool,
     ) -> Any:
@@ -315,7 +313,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             raise ValueError("the loss of a residual input needs its tokens: pass tokens=")
         if tokens.shape[1] < 2:
             raise ValueError("the loss needs two tokens or more: there is nothing to predict from one")
-        mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=logits.device)
+        mask = None if padding is None else padding.mask.to(logits.device)
         loss = self.loss_fn(logits, tokens, mask, loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
