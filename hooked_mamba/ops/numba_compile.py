@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 
 import numba
 import torch
+from torch import Tensor
 
 WORTH_A_THREAD = 1 << 18
 """Units of work (one exponential, about) below which a further thread costs more than it saves."""
@@ -27,7 +29,7 @@ def _cache_folder() -> str | None:
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # numba looks at the age of a kernel's own file alone, and would miss a change of the lanes.
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("numba_*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*numba*.py")))
     folder = root / "hooked_mamba" / f"numba-{hashlib.sha256(sources).hexdigest()[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,27 @@ def kernel(function: Callable) -> Callable:
         return numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=folder is not None)(function)
     finally:
         settings.CACHE_DIR = before
+
+
+def refusal(x: Tensor, probe: Callable[[], object]) -> str | None:
+    """Why numba's kernels cannot run on x; None if they can. `probe` compiles them."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and x is on {x.device}"
+    if x.dtype == torch.float64:
+        return "it computes in float32 and x is float64"
+    return broken(probe)
+
+
+@cache
+def broken(probe: Callable[[], object]) -> str | None:
+    """Try kernels once: a version of numba that does not fit shows here, at compilation."""
+    try:
+        probe()
+    except Exception as error:
+        reason = f"numba failed to compile it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        warnings.warn(f"the numba scan is left out: {reason}", stacklevel=2)
+        return reason
+    return None
 
 
 def threads_for(units: int, work: int) -> int:

@@ -16,8 +16,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.ops.choose import Backend
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 from hooked_mamba.ops.precision import to_state_dtype
+
+
+def run_with_edits(
+    chosen: Backend,
+    over_time: tuple[Tensor, Tensor, Tensor, Tensor],
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    h0: Tensor | None,
+    positions: tuple[int, ...] | None,
+    edits: StateEdits | None,
+    **options: int,
+) -> ScanOut:
+    """Run a scan on a backend, in segments if there are edits and it takes none; arguments as in `run_in_segments`."""
+    x, dt, B, C = over_time
+    if edits is None:
+        return chosen.run(x, dt, A, B, C, D, h0=h0, positions=positions, **options)
+    if "edits" in chosen.takes:
+        return chosen.run(x, dt, A, B, C, D, h0=h0, positions=positions, edits=edits, **options)
+    return run_in_segments(chosen.run, over_time, A, D, h0=h0, positions=positions, edits=edits, **options)
+
+
+def edited(h: Tensor, edits: StateEdits, i: int) -> Tensor:
+    """The state h after the i-th edit."""
+    for name, tensor in (("scale", edits.scale), ("add", edits.add)):
+        if tensor is not None:
+            full = tensor.to(h.dtype).expand(h.shape[0], len(edits.at), *h.shape[1:])
+            h = h * full[:, i] if name == "scale" else h + full[:, i]
+    return h
 
 
 def run_in_segments(

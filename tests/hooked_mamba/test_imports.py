@@ -30,11 +30,13 @@ STRATA = (
 ABOVE_ALL = {"cli"}
 """Commands may use everything."""
 
+OPS = sorted(path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "hooked_mamba/ops").glob("*/op.py"))
+
 ONLY_IN = {
-    "triton": ("hooked_mamba/ops/triton/", "saes/triton_bag.py"),
-    "numba": ("hooked_mamba/ops/numba_",),
+    "triton": ("hooked_mamba/ops/triton_", *(f"{folder}/_triton_" for folder in OPS), "saes/triton_bag.py"),
+    "numba": ("hooked_mamba/ops/numba_", *(f"{folder}/{name}" for folder in OPS for name in ("numba.py", "_numba_"))),
     "llvmlite": ("hooked_mamba/ops/numba_",),
-    "mamba_ssm": ("hooked_mamba/ops/mamba_ssm_scan.py",),
+    "mamba_ssm": tuple(f"{folder}/mamba_ssm.py" for folder in OPS),
     "causal_conv1d": (),
 }
 """Optional libraries, and the files that may import them."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
-import types
+from collections.abc import Iterator
 from inspect import unwrap as unchecked
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,35 +26,36 @@ def _no_environment(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def _name(module) -> str:
-    return module.__name__.removeprefix("hooked_mamba.ops.")
+def _name(chosen: ops.Backend) -> str:
+    assert chosen.run.__module__ == ops.BACKENDS[chosen.op][chosen.name]
+    return chosen.name
 
 
 def test_the_fastest_that_can():
-    assert _name(ops.choose("selective_scan", X)) == "numba_scan"
-    assert _name(ops.choose("selective_scan", X.half())) == "numba_scan"
-    assert _name(ops.choose("selective_scan", X.double())) == "cpu"
-    assert _name(ops.choose("ssd", X)) == "chunked"
-    assert _name(ops.choose("linear_scan", X)) == "linear"
+    assert _name(ops.choose("selective_scan", X)) == "numba"
+    assert _name(ops.choose("selective_scan", X.half())) == "numba"
+    assert _name(ops.choose("selective_scan", X.double())) == "torch"
+    assert _name(ops.choose("ssd", X)) == "torch"
+    assert _name(ops.choose("linear_scan", X)) == "torch"
 
 
 def test_a_named_backend():
-    assert _name(ops.choose("selective_scan", X, backend="torch")) == "cpu"
+    assert _name(ops.choose("selective_scan", X, backend="torch")) == "torch"
     assert _name(ops.choose("ssd", X, backend="naive")) == "naive"
-    assert _name(ops.choose("ssd", X, backend="auto")) == "chunked"
+    assert _name(ops.choose("ssd", X, backend="auto")) == "torch"
 
 
 def test_the_environment_names_a_backend_and_an_argument_outranks_it(monkeypatch):
     monkeypatch.setenv(ops.ENVIRONMENT, "naive")
     assert _name(ops.choose("selective_scan", X)) == "naive"
-    assert _name(ops.choose("selective_scan", X, backend="torch")) == "cpu"
-    assert _name(ops.choose("selective_scan", X, backend="auto")) == "numba_scan"
+    assert _name(ops.choose("selective_scan", X, backend="torch")) == "torch"
+    assert _name(ops.choose("selective_scan", X, backend="auto")) == "numba"
 
 
 def test_the_environment_binds_only_ops_that_have_the_backend(monkeypatch):
     monkeypatch.setenv(ops.ENVIRONMENT, "numba")
-    assert _name(ops.choose("selective_scan", X)) == "numba_scan"
-    assert _name(ops.choose("ssd", X)) == "chunked"
+    assert _name(ops.choose("selective_scan", X)) == "numba"
+    assert _name(ops.choose("ssd", X)) == "torch"
 
 
 def test_an_unknown_name_lists_the_valid_ones(monkeypatch):
@@ -68,68 +73,115 @@ def test_a_named_backend_that_cannot_says_why_and_who_can():
         selective_scan(**selective_inputs(1, 2, 3, 4), backend="numba")
 
 
-def test_a_backend_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "hooked_mamba.ops.numba_scan", None)
-    ops._load.cache_clear()
-    try:
-        assert _name(ops.choose("selective_scan", X)) == "cpu"
-        with pytest.raises(RuntimeError, match="not installed"):
-            ops.choose("selective_scan", X, backend="numba")
-    finally:
-        ops._load.cache_clear()
+@pytest.fixture
+def choosing() -> Iterator[ModuleType]:
+    """The module that chooses, which forgets afterwards what it could not import."""
+    module = importlib.import_module("hooked_mamba.ops.choose")
+    module._import.cache_clear()
+    yield module
+    module._import.cache_clear()
 
 
-def test_a_backend_that_breaks_at_import_warns_once(monkeypatch):
+def test_a_backend_that_is_not_installed(choosing, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hooked_mamba.ops.selective_scan.numba", None)
+    assert _name(ops.choose("selective_scan", X)) == "torch"
+    with pytest.raises(RuntimeError, match="not installed"):
+        ops.choose("selective_scan", X, backend="numba")
+
+
+def test_a_backend_that_breaks_at_import_warns_once(choosing, monkeypatch):
     def broken(name):
         raise AttributeError("no attribute 'njit'")
 
-    ops._load.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(ops.importlib, "import_module", broken)
-        with pytest.warns(UserWarning, match=r"numba_scan is left out: .*njit"):
-            reason = ops._load("hooked_mamba.ops.numba_scan")
-        assert ops._load("hooked_mamba.ops.numba_scan") is reason
-    ops._load.cache_clear()
+        patch.setattr(choosing.importlib, "import_module", broken)
+        with pytest.warns(UserWarning, match=r"selective_scan.numba is left out: .*njit"):
+            reason = choosing._load("selective_scan", "numba")
+        assert choosing._load("selective_scan", "numba") is reason
 
 
-def test_a_new_backend_is_a_module_and_a_name(monkeypatch):
-    seen = {}
+def test_nothing_optional_is_imported_with_the_ops():
+    """Backends are found without being imported: numba and triton take a while."""
+    code = (
+        "import sys, hooked_mamba.ops; print({'numba', 'triton', 'llvmlite'} & {m.split('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
-    def scan(x, dt, A, B, C, D, *, h0, positions):
-        seen.update(positions=positions, h0=h0, frozen=not dt.requires_grad)
-        return ops.ScanOut(x, x.new_zeros(1, 3, 4), None)
 
-    def why_not(op, x, N, asked):
-        seen.update(op=op, N=N, asked=asked)
+BACKEND = """
+from hooked_mamba.ops import ScanOut, backend
 
-    module = types.ModuleType("a_new_backend")
-    module.selective_scan, module.why_not = scan, why_not
-    monkeypatch.setitem(sys.modules, "a_new_backend", module)
-    table = {"new": "a_new_backend", **ops.BACKENDS["selective_scan"]}
-    monkeypatch.setitem(ops.BACKENDS, "selective_scan", table)
+def refuses(x, N):
+    return f"no {N} states" if N == 5 else None
+
+@backend("selective_scan", takes={"h0", "states", "grad"}, refuses=refuses)
+def selective_scan(x, dt, A, B, C, D, *, h0, positions):
+    SEEN.update(positions=positions, h0=h0, frozen=not dt.requires_grad)
+    return ScanOut(x, x.new_zeros(1, 3, 4), None)
+"""
+
+
+def with_new_backend(choosing: ModuleType, monkeypatch, tmp_path: Path, name: str, source: str, op: str) -> dict:
+    """Put a file into an op's folder, which is all that a new backend takes; returns what the file calls SEEN."""
+    folder = importlib.import_module(f"hooked_mamba.ops.{choosing.FOLDERS[op]}")
+    seen: dict = {}
+    (tmp_path / f"{name}.py").write_text(source.replace("SEEN", f"__import__('builtins').{name}_seen"))
+    monkeypatch.setattr("builtins." + f"{name}_seen", seen, raising=False)
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    names = sorted([*choosing.BACKENDS[op], *choosing.backends_in(tmp_path)], key=choosing.preference)
+    table = {each: f"{folder.__name__}.{each}" for each in names}
+    monkeypatch.setitem(ops.BACKENDS, op, table)
+    return seen
+
+
+def test_a_new_backend_is_one_file(choosing, monkeypatch, tmp_path):
+    seen = with_new_backend(choosing, monkeypatch, tmp_path, "brand_new", BACKEND, "selective_scan")
     inputs = {k: v.requires_grad_() for k, v in _float32().items()}
     selective_scan(**inputs, states_at="all", frozen=True)
-    assert seen["op"] == "selective_scan"
-    assert seen["N"] == 4
-    assert seen["asked"] == {"h0", "states", "grad"}
     assert seen["positions"] == (0, 1)
     assert seen["frozen"]
+    selective_scan(**inputs, edits=StateEdits([0], torch.zeros(())), frozen=True)
+    assert torch.equal(seen["h0"], torch.zeros(1, 3, 4)), "cut after the edit, the second half starts from its state"
+    assert _name(ops.choose("selective_scan", X, 5)) == "numba"
+    with pytest.raises(RuntimeError, match=r"backend is 'brand_new', but no 5 states; able here: 'auto', 'numba'"):
+        ops.choose("selective_scan", X, 5, backend="brand_new")
+
+
+def test_what_a_backend_does_not_take_it_refuses(choosing, monkeypatch, tmp_path):
+    source = BACKEND.replace('takes={"h0", "states", "grad"}', 'takes={"grad"}')
+    with_new_backend(choosing, monkeypatch, tmp_path, "without_states", source, "selective_scan")
+    for feature, reason in (("h0", "it starts from a state of zero"), ("states", "it does not save states")):
+        assert _name(ops.choose("selective_scan", X, 1, frozenset({feature}))) == "numba"
+        with pytest.raises(RuntimeError, match=f"'without_states', but {reason}"):
+            ops.choose("selective_scan", X, 1, frozenset({feature}), "without_states")
+
+
+def test_a_backend_registers_what_there_is():
+    with pytest.raises(ValueError, match="no op 'skan'"):
+        ops.backend("skan")
+    with pytest.raises(ValueError, match="'colour'"):
+        ops.backend("ssd", takes={"colour"})
+
+
+GATED = """
+import torch
+from hooked_mamba.ops import backend
+
+@backend("gated_scan", takes=TAKES)
+def gated_scan(x, dt_pre, A, B, C, D, z, h0):
+    SEEN.setdefault("calls", []).append(torch.is_grad_enabled())
+    return 2 * x, h0
+"""
 
 
 @pytest.mark.parametrize("has_gradient", [False, True])
-def test_softplus_scan_and_gate_in_one_pass_with_gradients_if_the_backend_says_so(has_gradient, monkeypatch):
-    calls = []
-
-    def gated_scan(x, dt_pre, A, B, C, D, z, h0):
-        calls.append(torch.is_grad_enabled())
-        return 2 * x, h0
-
+def test_softplus_scan_and_gate_in_one_pass_with_gradients_if_the_backend_says_so(
+    has_gradient, choosing, monkeypatch, tmp_path
+):
+    source = GATED.replace("TAKES", str({"h0", "grad"} if has_gradient else {"h0"}))
     name = f"one_pass_{has_gradient}"  # a module is imported once
-    module = types.ModuleType(name)
-    module.gated_scan, module.why_not = gated_scan, lambda op, x, N, asked: None
-    module.GATED_HAS_GRADIENT = has_gradient
-    monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(ops.BACKENDS, "gated_scan", {"new": name, **ops.BACKENDS["gated_scan"]})
+    seen = with_new_backend(choosing, monkeypatch, tmp_path, name, source, "gated_scan")
     inputs = _float32()
     inputs["dt_pre"], inputs["z"] = inputs.pop("dt"), torch.ones(1, 2, 3)
     with torch.no_grad():
@@ -137,7 +189,7 @@ def test_softplus_scan_and_gate_in_one_pass_with_gradients_if_the_backend_says_s
     inputs["x"].requires_grad_()
     y, _ = ops.gated_scan(**inputs)
     assert torch.equal(y, 2 * inputs["x"]) == has_gradient
-    assert calls == [False, True][: 1 + has_gradient]
+    assert seen["calls"] == [False, True][: 1 + has_gradient]
     inputs["z"] = torch.ones(1, 2, 4)
     with torch.no_grad(), pytest.raises(ValueError, match="gated_scan: z has shape"):
         unchecked(ops.gated_scan)(**inputs)

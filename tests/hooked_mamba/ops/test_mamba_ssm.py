@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
 from hooked_mamba import ops
-from hooked_mamba.ops import naive
+from hooked_mamba.ops.selective_scan import naive
+from hooked_mamba.ops.ssd import naive as naive_ssd
 from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
 from tests.hooked_mamba.tiny import build
 
@@ -27,13 +29,13 @@ def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=F
 def chunk_scan(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
     """mamba_ssm's signature."""
     assert chunk_size in (16, 32, 64, 128, 256)
-    out = naive.ssd(x, dt, A, B, C, D, h0=initial_states, positions=None)
+    out = naive_ssd.ssd(x, dt, A, B, C, D, h0=initial_states, positions=None)
     return out.y, out.h_last
 
 
 @pytest.fixture
-def peer(monkeypatch):
-    """The backend, over the stand-in."""
+def choosing(monkeypatch):
+    """The module that chooses backends, with the stand-in installed."""
     for name, functions in {
         "mamba_ssm": {},
         "mamba_ssm.ops": {},
@@ -44,58 +46,61 @@ def peer(monkeypatch):
         module = ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "hooked_mamba.ops.mamba_ssm_scan", raising=False)
-    yield importlib.import_module("hooked_mamba.ops.mamba_ssm_scan")
-    sys.modules.pop("hooked_mamba.ops.mamba_ssm_scan", None)
+    choosing = importlib.import_module("hooked_mamba.ops.choose")
+    choosing._import.cache_clear()
+    for op in ("selective_scan", "ssd"):
+        monkeypatch.delitem(sys.modules, f"hooked_mamba.ops.{op}.mamba_ssm", raising=False)
+    yield choosing
+    for op in ("selective_scan", "ssd"):
+        sys.modules.pop(f"hooked_mamba.ops.{op}.mamba_ssm", None)
+        choosing._REGISTERED.pop((op, "mamba_ssm"), None)
+    choosing._import.cache_clear()
 
 
-def test_selective_scan_turns_the_layout(peer):
+def test_selective_scan_turns_the_layout(choosing):
+    peer = choosing._load("selective_scan", "mamba_ssm")
     inputs = {k: v.float() for k, v in selective_inputs(2, 7, 5, 4).items() if k != "h0"}
     inputs["x"].requires_grad_()
-    found = peer.selective_scan(**inputs, h0=None, positions=None)
+    found = peer.run(**inputs, h0=None, positions=None)
     expected = ops.selective_scan(**inputs, backend="naive")
     torch.testing.assert_close(found.y, expected.y)
     torch.testing.assert_close(found.h_last, expected.h_last)
     found.y.sum().backward()
     with pytest.raises(RuntimeError, match="no gradient of the last state"):
-        peer.selective_scan(**inputs, h0=None, positions=None).h_last.sum().backward()
+        peer.run(**inputs, h0=None, positions=None).h_last.sum().backward()
 
 
-def test_ssd(peer):
+def test_ssd(choosing):
+    peer = choosing._load("ssd", "mamba_ssm")
     inputs = {k: v.float() for k, v in ssd_inputs(2, 7, 4, 3, 2, 5).items()}
-    found = peer.ssd(**inputs, positions=None, chunk=40)
+    found = peer.run(**inputs, positions=None, chunk=40)
     expected = ops.ssd(**inputs, backend="naive")
     torch.testing.assert_close(found.y, expected.y)
     torch.testing.assert_close(found.h_last, expected.h_last)
 
 
-def test_refuses_what_its_kernels_cannot_do(peer):
-    x = torch.zeros(1, 2, 3)
-    assert "needs a GPU" in peer.why_not("selective_scan", x, 16, frozenset())
+def test_refuses_what_its_kernels_cannot_do(choosing):
+    peer = choosing._load("selective_scan", "mamba_ssm")
+    assert "needs a GPU" in peer.refusal(torch.zeros(1, 2, 3), 16, frozenset())
     inputs = {k: v.float() for k, v in selective_inputs(1, 3, 2, 2).items()}
     with pytest.raises(ValueError, match="no initial state"):
-        peer.selective_scan(**inputs, positions=None)
+        peer.run(**inputs, positions=None)
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 @torch.no_grad()
-def test_whole_models_run_on_it(peer, monkeypatch, family):
+def test_whole_models_run_on_it(choosing, monkeypatch, family):
     """A model that starts from nothing must not pass a state of zeros: Mamba-1's kernel takes none."""
     model, tokens = build(family), torch.arange(14).reshape(2, 7)
     expected = model(tokens)
-    on_gpu = peer.why_not
-
-    def why_not(op, x, N, asked):
-        reason = on_gpu(op, x, N, asked)
-        return "h0" if "h0" in asked and family == "mamba" else None if "needs a GPU" in reason else reason
-
-    monkeypatch.setattr(peer, "why_not", why_not)
-    monkeypatch.setattr(ops, "_load", lambda module: importlib.import_module(module))
+    for op in ("selective_scan", "ssd"):
+        anywhere = replace(choosing._load(op, "mamba_ssm"), refuses=lambda x, N: None)
+        monkeypatch.setitem(choosing._REGISTERED, (op, "mamba_ssm"), anywhere)
     monkeypatch.setenv(ops.ENVIRONMENT, "mamba_ssm")
     torch.testing.assert_close(model(tokens), expected)
     _, state = model(tokens, return_state=True)
     if family == "mamba":
-        with pytest.raises(RuntimeError, match="'mamba_ssm', but h0"):
+        with pytest.raises(RuntimeError, match="'mamba_ssm', but it starts from a state of zero"):
             model(tokens, initial_state=state)
     else:
         again = model(tokens, initial_state=state)
@@ -107,4 +112,4 @@ def test_is_never_chosen_unasked(monkeypatch):
     monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
     for op in ("selective_scan", "ssd"):
         assert list(ops.BACKENDS[op]).index("mamba_ssm") > list(ops.BACKENDS[op]).index("torch")
-        assert "mamba_ssm" not in ops.choose(op, torch.zeros(1)).__name__
+        assert ops.choose(op, torch.zeros(1)).name != "mamba_ssm"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_mamba.ops import numba_compile, numba_kernels, numba_lanes, numba_scan, selective_scan
+from hooked_mamba.ops import choose, numba_compile, numba_lanes, selective_scan
+from hooked_mamba.ops.selective_scan import _numba_kernels as numba_kernels
 from tests.hooked_mamba.ops.cases import outcome, selective_inputs
 
 
@@ -103,20 +104,20 @@ def test_a_numba_that_does_not_fit_is_left_out_with_one_warning(monkeypatch):
         raise numba.core.errors.TypingError("no such intrinsic\nand more")
 
     monkeypatch.setattr(numba_kernels, "forward", fails)
-    numba_scan._broken.cache_clear()
+    numba_compile.broken.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"numba scan is left out: .*no such intrinsic\)"):
-            reason = numba_scan.why_not("selective_scan", torch.zeros(1, 2, 3), 1, frozenset())
-        assert "TypingError" in reason
-        assert numba_scan.why_not("selective_scan", torch.zeros(1, 2, 3), 1, frozenset()) is reason
+            assert choose("selective_scan", torch.zeros(1, 2, 3)).name == "torch"
+        with pytest.raises(RuntimeError, match=r"numba failed to compile it \(TypingError"):
+            choose("selective_scan", torch.zeros(1, 2, 3), backend="numba")
     finally:
-        numba_scan._broken.cache_clear()
+        numba_compile.broken.cache_clear()
 
 
 def test_the_default_type_does_not_matter():
     inputs = {k: v.float() for k, v in selective_inputs(1, 9, 3, 2).items()}
     expected = selective_scan(**inputs, backend="numba").y
-    numba_scan._broken.cache_clear()
+    numba_compile.broken.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(selective_scan(**inputs, backend="numba").y, expected)

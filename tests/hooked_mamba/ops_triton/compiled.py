@@ -16,7 +16,10 @@ from collections.abc import Callable
 import torch
 
 from hooked_mamba.ops import StateEdits
-from hooked_mamba.ops import triton as kernels
+from hooked_mamba.ops.causal_conv1d.triton import causal_conv1d
+from hooked_mamba.ops.linear_scan.triton import linear_scan
+from hooked_mamba.ops.selective_scan.triton import gated_scan, selective_scan
+from hooked_mamba.ops.ssd.triton import ssd
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -46,7 +49,7 @@ def mamba1(
         A, D, h0 = empty(E, N, grad=everything), empty(E, grad=everything), empty(b, E, N)
         edits = StateEdits((3, 9), empty(b, 2, E, N, grad=everything), empty(b, 2, E, N, grad=True)) if events else None
         positions = tuple(range(l)) if dense else (5, 9) if events else None
-        out = kernels.selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions, edits=edits)
+        out = selective_scan(x, dt, A, B, C, D, h0=h0, positions=positions, edits=edits)
         if grad != "none":
             asked = [v for v in out if v is not None]
             torch.autograd.backward(asked, [torch.empty_like(v) for v in asked])
@@ -65,7 +68,7 @@ def gated(
         B, C = (empty(b, l, N, dtype=dtype, grad=everything) for _ in "BC")
         z = empty(b, l, 2 * E, dtype=dtype, grad=everything)[..., E:]
         A, D, h0 = empty(E, N, grad=everything), empty(E, grad=everything), empty(b, E, N)
-        out = kernels.gated_scan(x, dt_pre, A, B, C, D, z, h0)
+        out = gated_scan(x, dt_pre, A, B, C, D, z, h0)
         if grad != "none":
             torch.autograd.backward(out, [torch.empty_like(v) for v in out])
 
@@ -94,7 +97,7 @@ def mamba2(
         size = (b, 2, H, P, N)
         edits = StateEdits((3, 9), empty(*size, grad=everything), empty(*size, grad=True)) if events else None
         positions = (5, 9) if events else None
-        out = kernels.ssd(x, dt, A, B, C, D, h0=None, positions=positions, chunk=64, edits=edits)
+        out = ssd(x, dt, A, B, C, D, h0=None, positions=positions, chunk=64, edits=edits)
         if grad != "none":
             asked = [v for v in out if v is not None]
             torch.autograd.backward(asked, [torch.empty_like(v) for v in asked])
@@ -105,13 +108,13 @@ def mamba2(
 def linear() -> None:
     """The first-order scan at the size of materialised states, both ways."""
     a, b = (empty(1, 64, 1536, 16, grad=True) for _ in "ab")
-    kernels.linear_scan(a, b, h0=None).backward(torch.empty(b.shape))
+    linear_scan(a, b, h0=None).backward(torch.empty(b.shape))
 
 
 def conv() -> None:
     """Convolution with SiLU, both ways."""
     x, weight, bias = empty(1, 256, 1536, dtype=BF16, grad=True), empty(1536, 1, 4, grad=True), empty(1536, grad=True)
-    y = kernels.causal_conv1d(x, weight, bias, empty(1, 3, 1536, dtype=BF16, grad=True), silu=True)
+    y = causal_conv1d(x, weight, bias, empty(1, 3, 1536, dtype=BF16, grad=True), silu=True)
     y.backward(torch.empty_like(y))
 
 

@@ -9,10 +9,11 @@ case: {"case": ..., "errors": {name: largest error over largest value}}.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from unittest.mock import patch
 
 import torch
@@ -22,12 +23,18 @@ from torch import Tensor
 from hooked_mamba import ops
 from hooked_mamba.components import causal_conv1d
 from hooked_mamba.ops import StateEdits
-from hooked_mamba.ops import triton as kernels
+from hooked_mamba.ops.causal_conv1d.triton import causal_conv1d as fused_conv
 from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
 
 Case = Callable[[str], dict[str, float]]
 SCANNED_TYPES = ("x", "dt", "B", "C", "dt_pre", "z")
 """Arguments that come in the type of the model; the others are float32 in any model."""
+
+
+def patched(name: str, value: object) -> AbstractContextManager:
+    """Another value for a constant, by its name inside `hooked_mamba.ops`; only modules have the names of ops there."""
+    module, constant = name.rsplit(".", 1)
+    return patch.object(importlib.import_module(f"hooked_mamba.ops.{module}"), constant, value)
 
 
 def evaluate(run: Callable, leaves: dict[str, Tensor], frozen: bool = False) -> dict[str, Tensor]:
@@ -96,7 +103,7 @@ def scan(op: Callable, inputs: dict[str, Tensor], *, edits: tuple[int, ...] = ()
     def case(device: str) -> dict[str, float]:
         with ExitStack() as stack:
             for name, value in patches.items():
-                stack.enter_context(patch(f"hooked_mamba.ops.triton.{name}", value))
+                stack.enter_context(patched(name, value))
             return compare(device, inputs, run("naive"), run("triton"), dtype, options["frozen"])
 
     return case
@@ -146,7 +153,7 @@ def gated_case(
     def case(device: str) -> dict[str, float]:
         with ExitStack() as stack:
             for name, value in (patches or {}).items():
-                stack.enter_context(patch(f"hooked_mamba.ops.triton.{name}", value))
+                stack.enter_context(patched(name, value))
             return compare(device, inputs, run("naive"), run("triton"), dtype, frozen)
 
     return case
@@ -166,7 +173,7 @@ def linear_case(a_shape: tuple[int, ...], b_shape: tuple[int, ...], h0: bool) ->
         return lambda leaves: ops.linear_scan(**leaves, backend=backend)
 
     def case(device: str) -> dict[str, float]:
-        with patch("hooked_mamba.ops.triton.linear.TILE", 256):
+        with patched("linear_scan._triton_scan.TILE", 256):
             return compare(device, inputs, run("naive"), run("triton"))
 
     return case
@@ -192,7 +199,7 @@ def conv_case(b: int, l: int, c: int, k: int, bias: bool, silu: bool, history: i
         return F.silu(y) if silu else y
 
     def fused(*arguments: Tensor | None) -> Tensor:
-        return kernels.causal_conv1d(*arguments, silu=silu)
+        return fused_conv(*arguments, silu=silu)
 
     return lambda device: compare(device, inputs, run(exact), run(fused))
 
@@ -238,9 +245,9 @@ def far_case() -> Case:
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
-NARROW = {"launch.FALLBACK_MULTIPROCESSORS": 0}
+NARROW = {"triton_launch.FALLBACK_MULTIPROCESSORS": 0}
 """A device so small that it is full at once: the sequence is not shared out among programs."""
-SHORT = {"mamba1.CHUNK": 8}
+SHORT = {"selective_scan._triton_scan.CHUNK": 8}
 """Short chunks, so that small inputs have several."""
 
 CORE: dict[str, Case] = {

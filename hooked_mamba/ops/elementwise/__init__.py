@@ -1,0 +1,1 @@
+"""SiLU and softplus: the public functions in `op`, a file per backend beside it."""
