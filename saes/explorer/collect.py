@@ -17,7 +17,7 @@ from saes.explorer.tally import Tally
 from saes.naming import Coders, check_fits, named_coders
 from saes.options import OptionError
 from saes.store.data import DataConfig, Text, rows_of
-from saes.store.rows import Rows, RowSource, take
+from saes.store.rows import Rows, RowSource, endless, take
 from saes.targets import last_layer, sites_of, stream_values, streams_of
 
 AT_ONCE = 1 << 24
@@ -59,7 +59,7 @@ def collect(
     features
         Numbers of the features to look at, of every dictionary or by its name; None: all.
     n_tokens
-        Stop after so many positions; None: at the end of the text.
+        Stop after so many positions; None: at the end of the text. No more rows are read than these need.
     context_length, pack, rows_per_pass, exclude_tokens
         How text becomes rows, and which token ids' positions do not count; see `DataConfig`.
     top, sampled, before, after
@@ -85,6 +85,8 @@ def collect(
         context_length=context_length, pack=pack, rows_per_pass=rows_per_pass, epochs=1, column="text", seed=seed
     )
     rows = rows_of(tokens, model, data)
+    if n_tokens is None and endless(rows):
+        raise OptionError("this source of rows has no end: say how many positions to read, n_tokens=")
     reader = Reader(model, named)
     asked = features if isinstance(features, Mapping) else dict.fromkeys(named, features)
     if set(asked) != set(named):
@@ -94,17 +96,22 @@ def collect(
         name: Tally(len(chosen[name]), top=top, sampled=sampled, before=before, after=after, seed=seed)
         for name in named
     }
+    n = 0  # positions counted; never read from the bar, which does not count while it is off
     with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="reading", disable=not progress) as bar:
-        while (batch := next_rows(rows, reader.rows_at_once(rows_per_pass, context_length))) is not None:
+        while n_tokens is None or n < n_tokens:
+            wanted = rows_per_pass if n_tokens is None else min(rows_per_pass, -(-(n_tokens - n) // rows.length))
+            batch = next_rows(rows, reader.rows_at_once(wanted, rows.length))
+            if batch is None:
+                break
             counted = batch.real & ~torch.isin(batch.tokens, torch.tensor(list(exclude_tokens), dtype=torch.long))
             if n_tokens is not None:
-                counted = first_of(counted, n_tokens - bar.n)
+                counted = first_of(counted, n_tokens - n)
             for name, z in reader(batch):
                 z = z if features is None else z[..., chosen[name].to(z.device)]
                 tallies[name].add(z, batch.tokens, counted, batch.real)
-            bar.update(int(counted.sum()))
-            if n_tokens is not None and bar.n >= n_tokens:
-                break
+            found = int(counted.sum())
+            n += found
+            bar.update(found)
     if any(tally.n_tokens == 0 for tally in tallies.values()):
         raise OptionError("there is nothing to show: the text has no position that counts")
     given = _labels_by_name(labels, named)
