@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 from hooked_mamba.models import HookedSSM
@@ -18,15 +19,27 @@ Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 
 
 def default_name(cfg: CoderConfig) -> str:
-    """Of a coder that has none: `l1-out_proj`, `l1-mambacoder`, `l1-mambacoder-local`."""
+    """The name of a coder that was given none, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
     if not cfg.is_sae:
         return f"{where}mambacoder" + ("-local" if cfg.target == "local" else "")
-    return where + cfg.in_site.split("hook_")[-1]
+    site = cfg.in_site if cfg.layer is None else cfg.in_site.split(".", 2)[2]
+    return where + site.removeprefix("mixer.hook_").replace("hook_", "")
+
+
+def full_name(cfg: CoderConfig) -> str:
+    """With architecture and width, "l1-out_proj-topk-512": for places that may hold several coders of a site."""
+    return f"{default_name(cfg)}-{cfg.architecture}-{cfg.d_sae}"
+
+
+def unique_name(cfg: CoderConfig, taken: Collection[str]) -> str:
+    """The default name, the full name, or the full name and a number: the first of these that is not taken."""
+    numbered = (f"{full_name(cfg)}-{i}" for i in count(2))
+    return next(name for name in chain([default_name(cfg), full_name(cfg)], numbered) if name not in taken)
 
 
 def named_coders(coders: Coders) -> dict[str, SparseCoder]:
-    """Coders by name; of two that would have one name, the second ends in `-2`.
+    """Coders by name; those without a name get one from their site, see :func:`unique_name`.
 
     Raises
     ------
@@ -48,12 +61,7 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
         return dict(coders)
     named: dict[str, SparseCoder] = {}
     for coder in coders:
-        name = first = default_name(coder.cfg)
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{first}-{count}"
-        named[name] = coder
+        named[unique_name(coder.cfg, named)] = coder
     return named
 
 

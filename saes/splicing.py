@@ -26,12 +26,13 @@ from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
 from saes.naming import Coders, check_fits, named_coders, pick
+from saes.renamed import renamed_in
 from saes.rewriting import Rewrite, rewritten
 from saes.targets import streams_of
 
 
 @dataclass(frozen=True)
-class Edit:
+class LatentEdit:
     """A change of a few latents, which costs no more than those do."""
 
     indices: tuple[int, ...]
@@ -40,8 +41,8 @@ class Edit:
     """Their values, b l k -> what is added to them."""
 
 
-FeatureEdit = Edit | Callable[[Tensor], Tensor]
-"""An :class:`Edit`, or any function of all latents, b l F -> b l F."""
+FeatureEdit = LatentEdit | Callable[[Tensor], Tensor]
+"""An :class:`LatentEdit`, or any function of all latents, b l F -> b l F."""
 
 
 @dataclass
@@ -160,7 +161,7 @@ def _replaced(
     if edit is None and not record:
         return (None, None) if error is True else (_with_error(coder(x), error, y), None)
     z = coder.encode(x)
-    if error is True and isinstance(edit, Edit) and not record:  # a few latents, so a few rows of the decoder
+    if error is True and isinstance(edit, LatentEdit) and not record:  # a few latents, so a few rows of the decoder
         return _moved(y, decoded_change(coder, edit.change(z[..., list(edit.indices)]), edit.indices)), None
     edited = z if edit is None else _edited(z, edit)
     kept = edited if record else None
@@ -183,7 +184,7 @@ def _with_error(said: Tensor, error: bool | Tensor, y: Tensor) -> Tensor:
 
 
 def _edited(z: Tensor, edit: FeatureEdit) -> Tensor:
-    if isinstance(edit, Edit):
+    if isinstance(edit, LatentEdit):
         at = list(edit.indices)
         change = edit.change(z[..., at])
         return z.index_add(-1, torch.tensor(at, device=z.device), change.to(z.dtype).expand(*z.shape[:-1], len(at)))
@@ -203,7 +204,7 @@ def _edits(
     if edits is None:
         edits = {pick(named, None): features}  # type: ignore[dict-item]  # no mapping, so one edit
     for name, edit in edits.items():
-        if isinstance(edit, Edit):
+        if isinstance(edit, LatentEdit):
             check_features(named[name].cfg, edit.indices)
     return edits
 
@@ -227,3 +228,6 @@ def _check_apart(named: Mapping[str, SparseCoder]) -> None:
                 f"{taken[site]} and {name} both replace {site}: splice one of them, or keep what they miss (error=True)"
             )
         taken[site] = name
+
+
+__getattr__ = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})
