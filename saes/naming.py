@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
 from hooked_mamba.models import HookedSSM
-from hooked_mamba.sites import site_shape
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
+from saes.located import locate
 from saes.options import near
-from saes.targets import LOCAL, sites_of, streams_of
+from saes.targets import streams_of
 
 Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 """One, several, or several by name; those without a name get one from their site, see :func:`default_name`."""
@@ -65,8 +64,8 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
     return named
 
 
-def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> None:
-    """Raise where a coder cannot sit on this model.
+def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> tuple[str, str]:
+    """The streams that a coder reads and predicts, if it can sit on this model.
 
     Raises
     ------
@@ -75,13 +74,14 @@ def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> None:
     ValueError
         If the site has another width, or the coder is on another device.
     """
-    for stream, width in zip(streams_of(coder.cfg), (coder.cfg.d_in, coder.cfg.d_out), strict=True):
-        sites_of(stream, model)
-        there = math.prod(site_shape(stream.removesuffix(LOCAL), model.cfg, 1, 1)[2:])
+    streams = streams_of(coder.cfg)
+    for stream, width in zip(streams, (coder.cfg.d_in, coder.cfg.d_out), strict=True):
+        there = locate(stream, model).width
         if there != width:
             raise ValueError(f"{name} holds {width} numbers a position, and {stream} of this model holds {there}")
     if coder.W_dec.device != model.device:
         raise ValueError(f"{name} is on {coder.W_dec.device} and the model on {model.device}: move one of them")
+    return streams
 
 
 def pick(named: Mapping[str, Any], name: str | None) -> str:

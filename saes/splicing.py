@@ -28,7 +28,7 @@ from saes.config import CoderConfig
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.renamed import renamed_in
 from saes.rewriting import Rewrite, rewritten
-from saes.targets import streams_of
+from saes.targets import LOCAL
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,9 @@ def splice(
         If a coder does not fit the model, or two replace one site (with error=True they may: their changes add up).
     """
     named = named_coders(coders)
-    for name, coder in named.items():
-        check_fits(coder, model, name)
+    streams = {name: check_fits(coder, model, name) for name, coder in named.items()}
     if error is not True:
-        _check_apart(named)
+        _check_apart({name: predicted for name, (_, predicted) in streams.items()})
     if not isinstance(error, bool | Mapping):
         raise TypeError(f"error must be True, False or errors by name, got {type(error).__name__}")
     if not isinstance(error, bool):
@@ -114,7 +113,7 @@ def splice(
                 spliced.latents[name] = z
             return out
 
-        return Rewrite(coder.cfg, new)
+        return Rewrite(coder.cfg, new, streams[name])
 
     with rewritten(model, [replacing(name, coder) for name, coder in named.items()], positions):
         yield spliced
@@ -130,16 +129,15 @@ def misses(model: HookedSSM, coders: Coders, input: Any, **forward: Any) -> dict
         As `model(input, ...)` takes them.
     """
     named = named_coders(coders)
+    streams = {name: check_fits(coder, model, name) for name, coder in named.items()}
     found: dict[str, Tensor] = {}
 
     def reading(name: str, coder: SparseCoder) -> Rewrite:
         def look(x: Tensor, y: Tensor) -> None:
             found[name] = at_least_fp32(y) - coder(x)
 
-        return Rewrite(coder.cfg, look)
+        return Rewrite(coder.cfg, look, streams[name])
 
-    for name, coder in named.items():
-        check_fits(coder, model, name)
     with rewritten(model, [reading(name, coder) for name, coder in named.items()]):
         model(input, return_type=None, **forward)
     return found
@@ -218,11 +216,11 @@ def check_features(cfg: CoderConfig, indices: tuple[int, ...]) -> None:
         raise ValueError(f"a feature is named twice: {indices}")
 
 
-def _check_apart(named: Mapping[str, SparseCoder]) -> None:
-    """Two coders may not replace one site: the second would undo the first."""
+def _check_apart(predicted: Mapping[str, str]) -> None:
+    """Two coders may not replace one site: the second would undo the first. `predicted`: coder -> its stream."""
     taken: dict[str, str] = {}
-    for name, coder in named.items():
-        site = streams_of(coder.cfg)[1].partition("@")[0]
+    for name, stream in predicted.items():
+        site = stream.removesuffix(LOCAL)
         if site in taken:
             raise ValueError(
                 f"{taken[site]} and {name} both replace {site}: splice one of them, or keep what they miss (error=True)"

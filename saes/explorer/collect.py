@@ -18,7 +18,7 @@ from saes.naming import Coders, check_fits, named_coders
 from saes.options import OptionError
 from saes.store.data import DataConfig, Text, rows_of
 from saes.store.rows import Rows, RowSource, endless, take
-from saes.targets import last_layer, sites_of, stream_values, streams_of
+from saes.targets import last_layer, sites_of, stream_values
 
 AT_ONCE = 1 << 24
 """Latents of one dictionary that are formed at a time."""
@@ -79,15 +79,14 @@ def collect(
         Name -> what is known of that dictionary.
     """
     named = named_coders(coders)
-    for name, coder in named.items():
-        check_fits(coder, model, name)
+    reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
     data = DataConfig(
         context_length=context_length, pack=pack, rows_per_pass=rows_per_pass, epochs=1, column="text", seed=seed
     )
     rows = rows_of(tokens, model, data)
     if n_tokens is None and endless(rows):
         raise OptionError("this source of rows has no end: say how many positions to read, n_tokens=")
-    reader = Reader(model, named)
+    reader = Reader(model, named, reads)
     asked = features if isinstance(features, Mapping) else dict.fromkeys(named, features)
     if set(asked) != set(named):
         raise OptionError(f"features are of {', '.join(asked)}, and the dictionaries are {', '.join(named)}")
@@ -134,13 +133,11 @@ def chosen_features(features: Sequence[int] | None, d_sae: int, name: str) -> Te
 
 
 class Reader:
-    """Latents of several dictionaries from one forward pass."""
+    """Latents of several dictionaries from one forward pass; `reads` names the stream of each."""
 
-    def __init__(self, model: HookedSSM, named: Mapping[str, SparseCoder]) -> None:
-        self.model, self.named = model, named
-        self.sites = list(
-            dict.fromkeys(name for coder in named.values() for name in sites_of(streams_of(coder.cfg)[0], model))
-        )
+    def __init__(self, model: HookedSSM, named: Mapping[str, SparseCoder], reads: Mapping[str, str]) -> None:
+        self.model, self.named, self.reads = model, named, reads
+        self.sites = list(dict.fromkeys(site for stream in reads.values() for site in sites_of(stream, model)))
         self.last = last_layer(self.sites)
 
     def rows_at_once(self, wanted: int, length: int) -> int:
@@ -159,7 +156,7 @@ class Reader:
             stop_at_layer=None if self.last is None else self.last + 1,
         )
         for name, coder in self.named.items():
-            yield name, coder.encode(stream_values(streams_of(coder.cfg)[0], cache, self.model))
+            yield name, coder.encode(stream_values(self.reads[name], cache, self.model))
 
 
 def next_rows(rows: RowSource, n: int) -> Rows | None:

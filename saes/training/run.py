@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 from hooked_mamba.loading import load_checkpoint
 from hooked_mamba.models import HookedMamba, HookedMamba2, HookedSSM
 from hooked_mamba.names import get_act_name, unalias
-from hooked_mamba.sites import site_shape
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
+from saes.located import locate
 from saes.model_hash import model_hash
 from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
@@ -58,7 +57,6 @@ def coder_config(
     fields: dict[str, Any] = {}
     if site is not None:
         read = predicted = unalias(get_act_name(site, layer))
-        model.hook_point(read)
         for key in ("reads", "target"):
             if key in spec:
                 raise OptionError(f'"{key}" is for MambaCoders, which have no "site"')
@@ -73,13 +71,13 @@ def coder_config(
     else:
         raise OptionError('a coder needs a "site" (SAE) or a "layer" (MambaCoder)')
     architecture = spec.get("architecture", "topk" if site is not None else "batchtopk")
-    widths = spec.get("widths")
+    widths, kept = spec.get("widths"), channels or {}
     return CoderConfig(
         architecture=architecture,
         in_site=read,
         out_site=predicted,
-        d_in=_width(model, read, channels or {}),
-        d_out=_width(model, predicted, channels or {}),
+        d_in=locate(read, model, kept.get(read)).width,
+        d_out=locate(predicted, model, kept.get(predicted)).width,
         d_sae=spec["d_sae"],
         k=spec.get("k", 32) if architecture in NEEDS_K else None,
         skip=spec.get("skip", False),
@@ -89,11 +87,6 @@ def coder_config(
         model_hash=model_hash(model),
         **fields,
     )
-
-
-def _width(model: HookedSSM, site: str, channels: Mapping[str, Sequence[int]]) -> int:
-    first, *rest = site_shape(site, model.cfg, 1, 1)[2:]
-    return math.prod([len(channels[site]) if site in channels else first, *rest])
 
 
 def train_coders(
