@@ -16,15 +16,18 @@ from saes.explorer import feature_explorer as feature_explorer
 from saes.features import feature_logits as feature_logits
 from saes.features import nearest_features as nearest_features
 from saes.loss import Losses as Losses
-from saes.loss import LossState as LossState
+from saes.loss_state import LossState as LossState
 from saes.reading import Activations as Activations
 from saes.reading import encode_on as encode_on
+from saes.renamed import renamed_in
 from saes.report import Report as Report
 from saes.sparse import Codes as Codes
-from saes.splicing import Edit as Edit
+from saes.splicing import LatentEdit as LatentEdit
 from saes.splicing import misses as misses
 from saes.splicing import splice as splice
 from saes.steering import ablate as ablate
 from saes.steering import scale_features as scale_features
 from saes.steering import set_features as set_features
 from saes.steering import steer as steer
+
+__getattr__ = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})

@@ -9,7 +9,6 @@ into the weights.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from saes.activations import ACTIVATIONS
 from saes.activations.base import affine, runs
 from saes.activations.topk import TopK
 from saes.config import CoderConfig
+from saes.parameters import CoderParameters
 from saes.sparse import Codes, Pattern, decode
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(CoderParameters):
     """An SAE or a MambaCoder of any architecture. Inputs may have any leading axes.
 
     Parameters
@@ -34,26 +34,7 @@ class SparseCoder(nn.Module):
     seed
         Of the initial weights; None draws from torch's global generator. The weights start as those of an untrained
         coder; :func:`saes.init.initialise` fits biases and scales to activations.
-
-    Attributes
-    ----------
-    W_enc [d_in, F], b_enc [F], W_dec [F, d_out], b_dec [d_out]
-        Encoder and decoder. W_enc is kept in memory by latents, each latent's d_in numbers side by side.
-    W_skip [d_in, d_out]
-        With cfg.skip, else None.
-    threshold
-        jumprelu: [F], learned. batchtopk and matryoshka: a scalar, estimated in training. Others have none.
-    b_gate, r_mag, b_mag [F]
-        gated, in place of b_enc.
     """
-
-    b_enc: nn.Parameter
-    b_gate: nn.Parameter
-    r_mag: nn.Parameter
-    b_mag: nn.Parameter
-    threshold: Tensor
-    s_in: Tensor
-    s_out: Tensor
 
     def __init__(self, cfg: CoderConfig, seed: int | None = None) -> None:
         super().__init__()
@@ -80,13 +61,6 @@ class SparseCoder(nn.Module):
     def _check_cfg(self) -> None:
         if not isinstance(self.cfg, CoderConfig):
             raise TypeError(f"expected a CoderConfig, got {type(self.cfg).__name__}")
-
-    @property
-    def k(self) -> int:
-        """cfg.k of an architecture that has one."""
-        if self.cfg.k is None:
-            raise ValueError(f"{self.cfg.architecture} has no k: how many latents are active is learned")
-        return self.cfg.k
 
     @property
     def encoder_bias(self) -> Float[Tensor, " F"]:
@@ -169,25 +143,6 @@ class SparseCoder(nn.Module):
         if self.cfg.architecture in ("standard", "gated"):  # they may have most latents active
             return self.decode(self.encode(x), x)
         return self.decode_sparse(self.encode_topk(x), x)
-
-    @torch.no_grad()
-    def fold(self) -> SparseCoder:
-        """A coder that gives the same for raw activations, with the scales in its weights and input_norm="none".
-
-        Latents come out in the units of y, so that decoder rows keep their norms: z W_dec = (s z / s) W_dec.
-        """
-        out = copy.deepcopy(self)
-        if self.cfg.input_norm == "none":
-            return out
-        out.cfg = self.cfg.replace(input_norm="none")
-        out.W_enc.mul_(self.s_in / self.s_out)
-        if out.W_skip is not None:
-            out.W_skip.mul_(self.s_in / self.s_out)
-        for name in ("b_dec", "b_enc", "b_gate", "b_mag", "threshold"):
-            if hasattr(out, name):
-                getattr(out, name).div_(self.s_out)
-        del out.s_in, out.s_out
-        return out
 
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write cfg.json and sae_weights.safetensors; see :func:`saes.files.save`."""

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from hooked_mamba.cli import console, new_app, reports_errors, table
-from saes.command_parts import coder_folders, load_coders, model_of, run_options, text_rows
 from saes.options import OptionError
+from saes.run_options import run_options
 
 app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
 explore_app = new_app("explore")
@@ -107,6 +107,7 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Judge coders on a text: reconstruction, sparsity, and what the model loses that runs on them."""
+    from saes.command_parts import load_coders, model_of, text_rows
     from saes.evaluation import evaluate
 
     named = load_coders(coders, device)
@@ -138,6 +139,7 @@ def explore(
     quiet: QuietOption = False,
 ) -> None:
     """Write a page about the features of coders: where they are active, what they say, which are alike."""
+    from saes.command_parts import load_coders, model_of
     from saes.explorer import explore as look
     from saes.options import read_file
 
@@ -183,6 +185,7 @@ def push(
 ) -> None:
     """Add coders to a repository of the hub or to a folder, with an index and a card. One push is one commit."""
     from saes import hub
+    from saes.command_parts import coder_folders
 
     named = coder_folders(coders)
     if name is not None:

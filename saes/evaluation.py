@@ -26,7 +26,7 @@ from saes.naming import Coders, check_fits, named_coders
 from saes.report import ABLATION, LOSS, RECONSTRUCTION, SPARSITY, Report, Scores, chosen_metrics
 from saes.rewriting import Rewrite, rewritten
 from saes.splicing import splice
-from saes.store.rows import Rows, RowSource, take
+from saes.store.rows import Rows, RowSource, endless, take
 from saes.targets import all_streams, last_layer, read, sites_of, streams_of
 
 Data = str | Sequence[Any] | Tensor | Rows | RowSource | Iterable[Any]
@@ -128,6 +128,8 @@ def evaluate_activations(
     need_model = [name for name in wanted if name in (*LOSS, *ABLATION)]
     if need_model:
         raise ValueError(f"{', '.join(need_model)} need the model: use evaluate(model, coders, tokens)")
+    if n_tokens is None and endless(batches):
+        raise ValueError("this source of activations has no end: say how many positions to evaluate on, n_tokens=")
     named = named_coders(coders)
     sums = {name: _Sums(coder) for name, coder in named.items()}
     n = 0
@@ -264,15 +266,15 @@ def _batches(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     n = 0
-    for rows in _rows(model, data, mask, batch_size, endless=n_tokens is None):
+    for rows in _rows(model, data, mask, batch_size, unlimited=n_tokens is None):
         for tokens, real in zip(rows.tokens.split(batch_size), rows.real.split(batch_size), strict=True):
-            if n_tokens is not None and n >= n_tokens:
-                return
             yield Rows(tokens.to(model.device), real.to(model.device))
             n += int(real.sum())
+            if n_tokens is not None and n >= n_tokens:
+                return
 
 
-def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, endless: bool) -> Iterator[Rows]:
+def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, unlimited: bool) -> Iterator[Rows]:
     if mask is not None and not (isinstance(data, Tensor) or _is_ids(data)):
         raise ValueError("attention_mask= goes with token ids; texts are masked by themselves, rows bring their own")
     if isinstance(data, Rows):
@@ -280,7 +282,7 @@ def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, end
     elif isinstance(data, Tensor | str) or _is_ids(data):
         yield _as_rows(model, data, mask)
     elif hasattr(data, "next_row"):
-        if endless and getattr(data, "epochs", 1) is None:
+        if unlimited and endless(data):
             raise ValueError("this source of rows has no end: say how many tokens to evaluate on, n_tokens=")
         while (rows := take(data, batch_size)) is not None:
             yield rows
@@ -289,7 +291,7 @@ def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, end
             yield _as_rows(model, list(data[i : i + batch_size]), None)
     elif isinstance(data, Iterable):
         for part in data:
-            yield from _rows(model, part, None, batch_size, endless)
+            yield from _rows(model, part, None, batch_size, unlimited)
     else:
         raise TypeError(f"expected text, token ids or rows, got {type(data).__name__}")
 

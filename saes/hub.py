@@ -19,7 +19,8 @@ from saes.files import CoderFileError, open_coder, save
 from saes.files.checks import read_object
 from saes.files.save import CONFIG, WEIGHTS, write_files
 from saes.find import PRETRAINED, HubError, endpoint, is_local, resolve, snapshot, what_failed
-from saes.registry import INDEX, Entry, check_name, default_name, index_bytes, read_index, scan, search_entries
+from saes.naming import full_name
+from saes.registry import INDEX, Entry, check_name, index_bytes, read_index, scan, search_entries
 
 CARD = "README.md"
 
@@ -183,7 +184,7 @@ def _named(coders: Coders) -> dict[str, SparseCoder | str | Path]:
         several = [coders] if isinstance(coders, SparseCoder) else list(coders)
         named = {}
         for coder in several:
-            name = default_name(coder.cfg)
+            name = full_name(coder.cfg)
             if name in named:
                 raise CoderFileError(f"two of the coders would be called {name!r}; give a mapping from names to coders")
             named[name] = coder

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
+from saes.located import locate
 from saes.options import near
-from saes.targets import LOCAL, sites_of, streams_of
+from saes.targets import streams_of
 
 Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 """One, several, or several by name; those without a name get one from their site, see :func:`default_name`."""
 
 
 def default_name(cfg: CoderConfig) -> str:
-    """Of a coder that has none: `l1-out_proj`, `l1-mambacoder`, `l1-mambacoder-local`."""
+    """The name of a coder that was given none, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
     if not cfg.is_sae:
         return f"{where}mambacoder" + ("-local" if cfg.target == "local" else "")
-    return where + cfg.in_site.split("hook_")[-1]
+    site = cfg.in_site if cfg.layer is None else cfg.in_site.split(".", 2)[2]
+    return where + site.removeprefix("mixer.hook_").replace("hook_", "")
+
+
+def full_name(cfg: CoderConfig) -> str:
+    """With architecture and width, "l1-out_proj-topk-512": for places that may hold several coders of a site."""
+    return f"{default_name(cfg)}-{cfg.architecture}-{cfg.d_sae}"
+
+
+def unique_name(cfg: CoderConfig, taken: Collection[str]) -> str:
+    """The default name, the full name, or the full name and a number: the first of these that is not taken."""
+    numbered = (f"{full_name(cfg)}-{i}" for i in count(2))
+    return next(name for name in chain([default_name(cfg), full_name(cfg)], numbered) if name not in taken)
 
 
 def named_coders(coders: Coders) -> dict[str, SparseCoder]:
-    """Coders by name; of two that would have one name, the second ends in `-2`.
+    """Coders by name; those without a name get one from their site, see :func:`unique_name`.
 
     Raises
     ------
@@ -46,17 +60,12 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
         return dict(coders)
     named: dict[str, SparseCoder] = {}
     for coder in coders:
-        name = first = default_name(coder.cfg)
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{first}-{count}"
-        named[name] = coder
+        named[unique_name(coder.cfg, named)] = coder
     return named
 
 
-def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> None:
-    """Raise where a coder cannot sit on this model.
+def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> tuple[str, str]:
+    """The streams that a coder reads and predicts, if it can sit on this model.
 
     Raises
     ------
@@ -65,13 +74,14 @@ def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> None:
     ValueError
         If the site has another width, or the coder is on another device.
     """
-    for stream, width in zip(streams_of(coder.cfg), (coder.cfg.d_in, coder.cfg.d_out), strict=True):
-        sites_of(stream, model)
-        there = model.site(stream.removesuffix(LOCAL)).width
+    streams = streams_of(coder.cfg)
+    for stream, width in zip(streams, (coder.cfg.d_in, coder.cfg.d_out), strict=True):
+        there = locate(stream, model).width
         if there != width:
             raise ValueError(f"{name} holds {width} numbers a position, and {stream} of this model holds {there}")
     if coder.W_dec.device != model.device:
         raise ValueError(f"{name} is on {coder.W_dec.device} and the model on {model.device}: move one of them")
+    return streams
 
 
 def pick(named: Mapping[str, Any], name: str | None) -> str:

@@ -16,7 +16,7 @@ from hooked_mamba.model.text import PaddingSide
 from hooked_mamba.models import HookedSSM
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.sparse import Codes
-from saes.targets import last_layer, sites_of, stream_values, streams_of
+from saes.targets import last_layer, sites_of, stream_values
 
 
 class Strongest(NamedTuple):
@@ -125,12 +125,10 @@ def encode_on(
         If a coder does not fit the model.
     """
     named = named_coders(coders)
-    for name, coder in named.items():
-        check_fits(coder, model, name)
+    reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
     tokens, mask = model.input_to_tokens(input, prepend_bos, padding_side)
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask, device=tokens.device)
-    reads = {name: streams_of(coder.cfg)[0] for name, coder in named.items()}
     sites = list(dict.fromkeys(site for stream in reads.values() for site in sites_of(stream, model)))
     last = last_layer(sites)
     _, cache = model.run_with_cache(

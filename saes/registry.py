@@ -15,12 +15,12 @@ from saes.config import ARCHITECTURES, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object
 from saes.files.own import Metrics, clean_metrics
+from saes.renamed import renamed_in
 
 INDEX = "index.json"
 FORMAT = 1
 
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
-_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 NAME_LENGTH = 200
 
 
@@ -38,14 +38,6 @@ def check_name(name: str) -> str:
             f"{name!r} is no name of a coder; expected folder names of letters, digits, '.', '_' and '-', joined by '/'"
         )
     return name
-
-
-def default_name(cfg: CoderConfig) -> str:
-    """ "l1-resid_post-topk-512" of an SAE, "l1-mambacoder-batchtopk-512" of a MambaCoder."""
-    found = _LAYER.fullmatch(cfg.in_site)
-    layer, site = (f"l{found[1]}-", found[2]) if found else ("", cfg.in_site)
-    place = site.replace("hook_", "") if cfg.is_sae else f"mambacoder{'' if cfg.target == 'block' else '-local'}"
-    return f"{layer}{place}-{cfg.architecture}-{cfg.d_sae}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,3 +199,6 @@ def one_of(entries: Mapping[str, Entry] | Sequence[str], where: str) -> str:
         raise CoderFileError(f"{where} lists no coders")
     more = f" and {len(names) - 20} more" if names[20:] else ""
     raise CoderFileError(f"{where} has {len(names)} coders; name one of {', '.join(names[:20])}{more}")
+
+
+__getattr__ = renamed_in(__name__, {"default_name": "saes.naming.full_name"})

@@ -34,6 +34,8 @@ class Rewrite(NamedTuple):
     cfg: CoderConfig
     new: Callable[[Tensor, Tensor], Tensor | None]
     """(x, y), b l d_in and b l d_out, of the pass under way -> y', of any precision; None leaves all as it is."""
+    streams: tuple[str, str] | None = None
+    """What is read and what is predicted, where the caller knows (:func:`saes.naming.check_fits`); None: by `cfg`."""
 
 
 @contextmanager
@@ -47,33 +49,37 @@ def rewritten(model: HookedSSM, rewrites: Sequence[Rewrite], positions: Columns 
     positions
         Columns to rewrite.
     """
-    needed = [site for rewrite in rewrites for site in _inputs(model, rewrite.cfg)]
+    known = [(rewrite, rewrite.streams or streams_of(rewrite.cfg)) for rewrite in rewrites]
+    needed = [site for _, streams in known for site in _inputs(model, *streams)]
     with ExitStack() as stack:
         cache = stack.enter_context(captured(model, dict.fromkeys(needed)))
         padding = stack.enter_context(padding_under_way(model))
-        hooks = [_hook(model, rewrite, cache, padding, positions) for rewrite in rewrites]
+        hooks = [_hook(model, rewrite.new, *streams, cache, padding, positions) for rewrite, streams in known]
         stack.enter_context(model.hooks(hooks))
         yield
 
 
-def _inputs(model: HookedSSM, cfg: CoderConfig) -> list[str]:
+def _inputs(model: HookedSSM, x: str, y: str) -> list[str]:
     """Sites that a rewrite looks at besides the one it changes."""
-    x, y = streams_of(cfg)
-    return ([] if cfg.is_sae else sites_of(x, model)) + (sites_of(y, model) if y.endswith(LOCAL) else [])
+    return ([] if x == y else sites_of(x, model)) + (sites_of(y, model) if y.endswith(LOCAL) else [])
 
 
 def _hook(
-    model: HookedSSM, rewrite: Rewrite, cache: ActivationCache, padding: Padded, positions: Columns
+    model: HookedSSM,
+    rewrite: Callable[[Tensor, Tensor], Tensor | None],
+    x_stream: str,
+    y_stream: str,
+    cache: ActivationCache,
+    padding: Padded,
+    positions: Columns,
 ) -> tuple[str, Callable[..., Tensor | None]]:
-    cfg = rewrite.cfg
-    x_stream, y_stream = streams_of(cfg)
     site = y_stream.removesuffix(LOCAL)
 
     def edit(value: Tensor, hook: HookPoint) -> Tensor | None:
         whole = value.flatten(2)
         y = stream_values(y_stream, cache, model) if y_stream != site else whole
-        x = y if cfg.is_sae else stream_values(x_stream, cache, model)
-        new = rewrite.new(x, y)
+        x = y if x_stream == y_stream else stream_values(x_stream, cache, model)
+        new = rewrite(x, y)
         if new is None:
             return None
         if y_stream != site:

@@ -26,12 +26,13 @@ from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
 from saes.naming import Coders, check_fits, named_coders, pick
+from saes.renamed import renamed_in
 from saes.rewriting import Rewrite, rewritten
-from saes.targets import streams_of
+from saes.targets import LOCAL
 
 
 @dataclass(frozen=True)
-class Edit:
+class LatentEdit:
     """A change of a few latents, which costs no more than those do."""
 
     indices: tuple[int, ...]
@@ -40,8 +41,8 @@ class Edit:
     """Their values, b l k -> what is added to them."""
 
 
-FeatureEdit = Edit | Callable[[Tensor], Tensor]
-"""An :class:`Edit`, or any function of all latents, b l F -> b l F."""
+FeatureEdit = LatentEdit | Callable[[Tensor], Tensor]
+"""An :class:`LatentEdit`, or any function of all latents, b l F -> b l F."""
 
 
 @dataclass
@@ -91,10 +92,9 @@ def splice(
         If a coder does not fit the model, or two replace one site (with error=True they may: their changes add up).
     """
     named = named_coders(coders)
-    for name, coder in named.items():
-        check_fits(coder, model, name)
+    streams = {name: check_fits(coder, model, name) for name, coder in named.items()}
     if error is not True:
-        _check_apart(named)
+        _check_apart({name: predicted for name, (_, predicted) in streams.items()})
     if not isinstance(error, bool | Mapping):
         raise TypeError(f"error must be True, False or errors by name, got {type(error).__name__}")
     if not isinstance(error, bool):
@@ -113,7 +113,7 @@ def splice(
                 spliced.latents[name] = z
             return out
 
-        return Rewrite(coder.cfg, new)
+        return Rewrite(coder.cfg, new, streams[name])
 
     with rewritten(model, [replacing(name, coder) for name, coder in named.items()], positions):
         yield spliced
@@ -129,16 +129,15 @@ def misses(model: HookedSSM, coders: Coders, input: Any, **forward: Any) -> dict
         As `model(input, ...)` takes them.
     """
     named = named_coders(coders)
+    streams = {name: check_fits(coder, model, name) for name, coder in named.items()}
     found: dict[str, Tensor] = {}
 
     def reading(name: str, coder: SparseCoder) -> Rewrite:
         def look(x: Tensor, y: Tensor) -> None:
             found[name] = at_least_fp32(y) - coder(x)
 
-        return Rewrite(coder.cfg, look)
+        return Rewrite(coder.cfg, look, streams[name])
 
-    for name, coder in named.items():
-        check_fits(coder, model, name)
     with rewritten(model, [reading(name, coder) for name, coder in named.items()]):
         model(input, return_type=None, **forward)
     return found
@@ -160,7 +159,7 @@ def _replaced(
     if edit is None and not record:
         return (None, None) if error is True else (_with_error(coder(x), error, y), None)
     z = coder.encode(x)
-    if error is True and isinstance(edit, Edit) and not record:  # a few latents, so a few rows of the decoder
+    if error is True and isinstance(edit, LatentEdit) and not record:  # a few latents, so a few rows of the decoder
         return _moved(y, decoded_change(coder, edit.change(z[..., list(edit.indices)]), edit.indices)), None
     edited = z if edit is None else _edited(z, edit)
     kept = edited if record else None
@@ -183,7 +182,7 @@ def _with_error(said: Tensor, error: bool | Tensor, y: Tensor) -> Tensor:
 
 
 def _edited(z: Tensor, edit: FeatureEdit) -> Tensor:
-    if isinstance(edit, Edit):
+    if isinstance(edit, LatentEdit):
         at = list(edit.indices)
         change = edit.change(z[..., at])
         return z.index_add(-1, torch.tensor(at, device=z.device), change.to(z.dtype).expand(*z.shape[:-1], len(at)))
@@ -203,7 +202,7 @@ def _edits(
     if edits is None:
         edits = {pick(named, None): features}  # type: ignore[dict-item]  # no mapping, so one edit
     for name, edit in edits.items():
-        if isinstance(edit, Edit):
+        if isinstance(edit, LatentEdit):
             check_features(named[name].cfg, edit.indices)
     return edits
 
@@ -217,13 +216,16 @@ def check_features(cfg: CoderConfig, indices: tuple[int, ...]) -> None:
         raise ValueError(f"a feature is named twice: {indices}")
 
 
-def _check_apart(named: Mapping[str, SparseCoder]) -> None:
-    """Two coders may not replace one site: the second would undo the first."""
+def _check_apart(predicted: Mapping[str, str]) -> None:
+    """Two coders may not replace one site: the second would undo the first. `predicted`: coder -> its stream."""
     taken: dict[str, str] = {}
-    for name, coder in named.items():
-        site = streams_of(coder.cfg)[1].partition("@")[0]
+    for name, stream in predicted.items():
+        site = stream.removesuffix(LOCAL)
         if site in taken:
             raise ValueError(
                 f"{taken[site]} and {name} both replace {site}: splice one of them, or keep what they miss (error=True)"
             )
         taken[site] = name
+
+
+__getattr__ = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})

@@ -16,7 +16,7 @@ from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.naming import check_fits
 from saes.rewriting import Rewrite, rewritten
-from saes.splicing import Edit, Spliced, check_features, decoded_change, splice
+from saes.splicing import LatentEdit, Spliced, check_features, decoded_change, splice
 
 Features = int | Sequence[int]
 """One latent or several."""
@@ -77,7 +77,7 @@ def scale_features(
         model,
         coder,
         error=True,
-        features=Edit(features, lambda z: z * (_stacked(list(factors.values()), z) - 1)),
+        features=LatentEdit(features, lambda z: z * (_stacked(list(factors.values()), z) - 1)),
         positions=positions,
     ) as spliced:
         yield spliced
@@ -116,7 +116,7 @@ def set_features(
         Columns; None: all.
     """
     features = _listed(list(values))
-    edit = Edit(features, lambda z: _stacked(list(values.values()), z) - z)
+    edit = LatentEdit(features, lambda z: _stacked(list(values.values()), z) - z)
     with splice(model, coder, error=True, features=edit, positions=positions):
         yield model
 

@@ -31,7 +31,7 @@ def specs(
     layers: list[int] | None = None,
     site: str | None = None,
     d_sae: int | None = None,
-    variant: str | None = None,
+    architecture: str | None = None,
     k: int | None = None,
     skip: bool = False,
 ) -> tuple[dict[str, Any], ...]:
@@ -45,7 +45,7 @@ def specs(
         Blocks to train a coder on; None takes the model's preset.
     site
         Short name of a site for SAEs; None trains MambaCoders.
-    d_sae, variant, k, skip
+    d_sae, architecture, k, skip
         Latents, architecture, active latents of each, and whether it has a linear path as well.
 
     Raises
@@ -56,15 +56,15 @@ def specs(
     if layers is None:
         if model not in PRESETS:
             raise ValueError(f"{model} has no preset (those are {', '.join(PRESETS)}): give --layers and --d-sae")
-        if (site, d_sae, variant, k) != (None,) * 4 or skip:
-            raise ValueError("--site, --d-sae, --variant, --k and --skip go with --layers; the preset has its own")
+        if (site, d_sae, architecture, k) != (None,) * 4 or skip:
+            raise ValueError("--site, --d-sae, --architecture, --k and --skip go with --layers; the preset has its own")
         return PRESETS[model]
     if d_sae is None:
         raise ValueError("--layers needs --d-sae, the number of latents")
     kind: dict[str, Any] = {} if site is None else {"site": site}
     kind |= (
         {"d_sae": d_sae}
-        | ({"architecture": variant} if variant else {})
+        | ({"architecture": architecture} if architecture else {})
         | ({"k": k} if k else {})
         | ({"skip": True} if skip else {})
     )

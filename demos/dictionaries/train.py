@@ -2,7 +2,7 @@
 
     python -m demos.dictionaries.train --model tinystories-4l --text train.txt --out runs/dictionaries
     python -m demos.dictionaries.train --model state-spaces/mamba-130m-hf --dataset NAME \\
-        --layers 2 6 10 --site out_proj --d-sae 16384 --variant topk --n-tokens 100_000_000 --out runs/130m
+        --layers 2 6 10 --site out_proj --d-sae 16384 --architecture topk --n-tokens 100_000_000 --out runs/130m
 
 A bundled model without --layers gets the dictionaries that come with the package. All are trained on the same forward
 passes. Ctrl-C leaves a checkpoint, and the same command with --resume goes on from it, as it does after a kill. Under
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", help="one coder for each of these blocks (default: the model's preset)")
     add("--site", help="with --layers: SAEs on this site (out_proj, x, dt, ...); without it MambaCoders")
     add("--d-sae", type=int, help="with --layers: latents of each")
-    add("--variant", choices=ARCHITECTURES, help="with --layers: architecture")
+    add("--architecture", "--variant", choices=ARCHITECTURES, help="with --layers: architecture")
     add("--k", type=int, help="with --layers: active latents (default: 32)")
     add("--skip", action="store_true", help="with --layers: a linear path beside the latents")
     add("--n-tokens", type=int, default=5_000_000, help="positions to train on (default: %(default)s)")
@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, model: HookedSSM) -> TrainResult:
         autocast="bfloat16" if args.device.startswith("cuda") else None,
         progress=sys.stderr.isatty(),
     )
-    asked = specs(args.model, args.layers, args.site, args.d_sae, args.variant, args.k, args.skip)
+    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip)
     named = {spec["name"]: coder_config(model, spec) for spec in asked}
     rows = training_rows(model, args.text, args.dataset, args.generated_share, data)
     before = time.perf_counter(), time.process_time()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from hooked_mamba.ops.products import linear
 from saes import sparse
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 from saes.sparse import Pattern
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
 
 CHUNK = 1 << 23
 """Pre-activations at a time on a CPU: about what its last-level cache holds."""
@@ -81,43 +78,42 @@ def runs(x: Float[Tensor, "n d"], F: int) -> Iterator[Tensor]:
     return iter(x.split(max(1, (CHUNK_CUDA if x.is_cuda else CHUNK) // F)))
 
 
-def with_gradient(coder: SparseCoder, x: Tensor, pattern: Pattern, pre: Tensor) -> Float[Tensor, " n"]:
-    """Pre-activations that were found without gradient, with it."""
-    return sparse.encode(x, coder.W_enc, coder.encoder_bias, pre, pattern)
-
-
 class Activation:
     """One architecture. The six are in files of their own beside this one."""
 
-    def setup(self, coder: SparseCoder) -> None:
+    def setup(self, coder: CoderParameters) -> None:
         """Give the coder the parameters and buffers that depend on the architecture."""
         coder.b_enc = nn.Parameter(torch.zeros(coder.cfg.d_sae))
 
-    def bias(self, coder: SparseCoder) -> Float[Tensor, " F"]:
+    def bias(self, coder: CoderParameters) -> Float[Tensor, " F"]:
         """The bias of the pre-activations."""
         return coder.b_enc
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Latents of pre-activations after training."""
         raise TypeError(f"{type(self).__name__} does not say how to infer")
 
-    def train(self, coder: SparseCoder, x: Float[Tensor, "n d"], state: LossState) -> Latents:
+    def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
         """Latents in training; x is centred and scaled already."""
         raise TypeError(f"{type(self).__name__} does not say how to train")
+
+    def with_gradient(self, coder: CoderParameters, x: Tensor, pattern: Pattern, pre: Tensor) -> Float[Tensor, " n"]:
+        """Pre-activations that were found without gradient, with it."""
+        return sparse.encode(x, coder.W_enc, self.bias(coder), pre, pattern)
 
 
 class Bounded(Activation):
     """Entries above a bound matter: JumpReLU, standard, gated."""
 
-    def bound(self, coder: SparseCoder, state: LossState) -> Float[Tensor, " F"] | float:
+    def bound(self, coder: CoderParameters, state: LossState) -> Float[Tensor, " F"] | float:
         """Pre-activations up to here have neither value nor gradient."""
         return 0.0
 
-    def latents(self, coder: SparseCoder, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
+    def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
         """Values, penalty and gate of entries; `pattern` and `rows` are filled in by :meth:`train`."""
         raise TypeError(f"{type(self).__name__} does not say what entries are worth")
 
-    def train(self, coder: SparseCoder, x: Float[Tensor, "n d"], state: LossState) -> Latents:
+    def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
         """Sparse where few entries matter, dense otherwise."""
         pattern, pre = self._entries(coder, x, state)
         out = self.latents(coder, pre, slice(None) if pattern is None else pattern.indices, state)
@@ -126,20 +122,20 @@ class Bounded(Activation):
             out.penalty = out.penalty / len(x)
         return out
 
-    def _entries(self, coder: SparseCoder, x: Tensor, state: LossState) -> tuple[Pattern | None, Tensor]:
+    def _entries(self, coder: CoderParameters, x: Tensor, state: LossState) -> tuple[Pattern | None, Tensor]:
         F = coder.cfg.d_sae
         found, done, count = [], 0, 0
         with torch.no_grad():
             bound = self.bound(coder, state)
             for run in runs(x, F):
-                pre = affine(run, coder.W_enc, coder.encoder_bias)
+                pre = affine(run, coder.W_enc, self.bias(coder))
                 rows, indices = (pre > bound).nonzero(as_tuple=True)
                 found.append((rows + done, indices, pre[rows, indices]))
                 done, count = done + len(run), count + len(rows)
                 if count > DENSE * done * F:
                     break
         if count > DENSE * done * F:
-            return None, affine(x, coder.W_enc, coder.encoder_bias)
+            return None, affine(x, coder.W_enc, self.bias(coder))
         rows, indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         pattern = Pattern.of_rows(rows, indices, len(x), F)
-        return pattern, with_gradient(coder, x, pattern, values)
+        return pattern, self.with_gradient(coder, x, pattern, values)

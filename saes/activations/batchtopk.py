@@ -6,18 +6,14 @@ active, the running mean of the smallest active value in training.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saes.activations.base import Activation, Latents, affine, runs, with_gradient
+from saes.activations.base import Activation, Latents, affine, runs
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 from saes.sparse import Pattern
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
 
 SAMPLE = 1 << 16
 """Pre-activations from which a first bound is guessed."""
@@ -38,22 +34,22 @@ def _guess(pre: Float[Tensor, "n F"], share: float) -> float:
 class BatchTopK(Activation):
     """cfg.k latents per example on average."""
 
-    def setup(self, coder: SparseCoder) -> None:
+    def setup(self, coder: CoderParameters) -> None:
         """A scalar threshold, 0 until the first step."""
         super().setup(coder)
         coder.register_buffer("threshold", torch.zeros(()))
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Latents above the stored threshold."""
         return torch.where(pre > coder.threshold, pre, 0.0).relu()
 
-    def train(self, coder: SparseCoder, x: Float[Tensor, "n d"], state: LossState) -> Latents:
+    def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
         """The largest of the batch, sparse."""
         F, wanted = coder.cfg.d_sae, coder.k * len(x)
         with torch.no_grad():
             rows, indices, pre = self._largest(coder, x, 2 * wanted if state.wide_alpha else wanted)
         pattern = Pattern.of_rows(rows, indices, len(x), F)
-        values = with_gradient(coder, x, pattern, pre)
+        values = self.with_gradient(coder, x, pattern, pre)
         if len(pre) <= wanted:
             return Latents(values, pattern, len(x), least=pre.min() if len(pre) else None)
         is_main = torch.zeros_like(pre, dtype=torch.bool).index_fill_(0, pre.topk(wanted, sorted=False).indices, True)
@@ -64,7 +60,7 @@ class BatchTopK(Activation):
         main.least, main.rest = pre[is_main].min(), rest
         return main
 
-    def _largest(self, coder: SparseCoder, x: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _largest(self, coder: CoderParameters, x: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, latent and value of the largest positive pre-activations, by rows."""
         share = wanted / (len(x) * coder.cfg.d_sae)
         for room in (*ROOM, None):
@@ -74,11 +70,11 @@ class BatchTopK(Activation):
                 return rows[chosen], indices[chosen], values[chosen]
         return rows, indices, values
 
-    def _above(self, coder: SparseCoder, x: Tensor, share: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _above(self, coder: CoderParameters, x: Tensor, share: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Entries above a guessed bound that leaves about this share of them; without a share all positive ones."""
         found, bound, done = [], 0.0 if share is None else None, 0
         for run in runs(x, coder.cfg.d_sae):
-            pre = affine(run, coder.W_enc, coder.encoder_bias)
+            pre = affine(run, coder.W_enc, self.bias(coder))
             if bound is None:
                 assert share is not None
                 bound = _guess(pre, share)

@@ -8,40 +8,36 @@ through a frozen decoder.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saes.activations.base import At, Bounded, Latents
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 
 
 class Gated(Bounded):
     """Pre-activations are the gate's."""
 
-    def setup(self, coder: SparseCoder) -> None:
+    def setup(self, coder: CoderParameters) -> None:
         """b_gate in place of b_enc; r_mag and b_mag start at 0."""
         for name in ("b_gate", "r_mag", "b_mag"):
             setattr(coder, name, nn.Parameter(torch.zeros(coder.cfg.d_sae)))
 
-    def bias(self, coder: SparseCoder) -> Float[Tensor, " F"]:
+    def bias(self, coder: CoderParameters) -> Float[Tensor, " F"]:
         """The gate's."""
         return coder.b_gate
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Dense latents."""
         return self._values(coder, pre, slice(None))
 
-    def _values(self, coder: SparseCoder, gate: Tensor, at: At) -> Tensor:
+    def _values(self, coder: CoderParameters, gate: Tensor, at: At) -> Tensor:
         magnitude = coder.r_mag.exp()[at] * (gate - coder.b_gate[at]) + coder.b_mag[at]
         return torch.where(gate > 0, magnitude.relu(), 0.0)
 
-    def latents(self, coder: SparseCoder, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
+    def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
         """Values, the rectified gate, and its L1 norm in units of the reconstruction."""
         gate = pre.relu()
         norms = coder.W_dec.norm(dim=1).detach()  # the second reconstruction is frozen, and so is its scale

@@ -10,18 +10,14 @@ the rectangle of width 1, over a bandwidth eps:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saes.activations.base import At, Bounded, Latents
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 
 
 def _window(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
@@ -71,20 +67,20 @@ def step(pre: Float[Tensor, "..."], theta: Float[Tensor, "..."], eps: float) -> 
 class JumpReLU(Bounded):
     """Thresholds are kept from falling below 0 after each step (:func:`saes.init.after_step`)."""
 
-    def setup(self, coder: SparseCoder) -> None:
+    def setup(self, coder: CoderParameters) -> None:
         """A threshold per latent."""
         super().setup(coder)
         coder.threshold = nn.Parameter(torch.full((coder.cfg.d_sae,), 0.1))
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Dense latents."""
         return torch.where(pre > coder.threshold, pre, 0.0).relu()
 
-    def bound(self, coder: SparseCoder, state: LossState) -> Float[Tensor, " F"]:
+    def bound(self, coder: CoderParameters, state: LossState) -> Float[Tensor, " F"]:
         """Half a bandwidth below the threshold the threshold's gradient ends."""
         return coder.threshold - state.bandwidth / 2
 
-    def latents(self, coder: SparseCoder, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
+    def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
         """Values and their number, both with gradients to the threshold."""
         theta = coder.threshold[at]
         values = jump(pre, theta, state.bandwidth)

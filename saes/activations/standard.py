@@ -6,26 +6,22 @@ constraint and cannot grow to escape it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxtyping import Float
 from torch import Tensor
 
 from saes.activations.base import At, Bounded, Latents
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 
 
 class Standard(Bounded):
     """relu(pre)."""
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Dense latents."""
         return pre.relu()
 
-    def latents(self, coder: SparseCoder, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
+    def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
         """Values and their L1 norm in units of the reconstruction."""
         values = pre.relu()
         return Latents(values, None, 0, penalty=(values * coder.W_dec.norm(dim=1)[at]).sum())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saes.activations.base import Activation, Latents, affine, runs, with_gradient
+from saes.activations.base import Activation, Latents, affine, runs
+from saes.loss_state import LossState
+from saes.parameters import CoderParameters
 from saes.sparse import Pattern
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
-    from saes.loss import LossState
 
 GROUP = 8
 """Columns of which first only the largest counts."""
@@ -41,23 +37,23 @@ def topk(pre: Float[Tensor, "n F"], k: int, ordered: bool = False) -> tuple[Floa
 class TopK(Activation):
     """cfg.k latents per example, fewer where fewer are positive."""
 
-    def infer(self, coder: SparseCoder, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+    def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Dense latents."""
         values, indices = topk(pre, coder.k)
         return torch.zeros_like(pre).scatter(1, indices, values.relu())
 
     def select(
-        self, coder: SparseCoder, x: Float[Tensor, "n d"], k: int, ordered: bool = False
+        self, coder: CoderParameters, x: Float[Tensor, "n d"], k: int, ordered: bool = False
     ) -> tuple[Pattern, Tensor]:
         """The entries of the k largest, and their pre-activations with gradients."""
         with torch.no_grad():
-            pre = (affine(run, coder.W_enc, coder.encoder_bias) for run in runs(x, coder.cfg.d_sae))
+            pre = (affine(run, coder.W_enc, self.bias(coder)) for run in runs(x, coder.cfg.d_sae))
             found = [topk(run, k, ordered) for run in pre]
             values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
         pattern = Pattern.of_codes(indices, coder.cfg.d_sae)
-        return pattern, with_gradient(coder, x, pattern, values.flatten())
+        return pattern, self.with_gradient(coder, x, pattern, values.flatten())
 
-    def train(self, coder: SparseCoder, x: Float[Tensor, "n d"], state: LossState) -> Latents:
+    def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
         """As in inference, sparse."""
         k, F = coder.k, coder.cfg.d_sae
         if not state.wide_alpha:

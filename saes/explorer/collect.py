@@ -17,8 +17,8 @@ from saes.explorer.tally import Tally
 from saes.naming import Coders, check_fits, named_coders
 from saes.options import OptionError
 from saes.store.data import DataConfig, Text, rows_of
-from saes.store.rows import Rows, RowSource, take
-from saes.targets import last_layer, sites_of, stream_values, streams_of
+from saes.store.rows import Rows, RowSource, endless, take
+from saes.targets import last_layer, sites_of, stream_values
 
 AT_ONCE = 1 << 24
 """Latents of one dictionary that are formed at a time."""
@@ -59,7 +59,7 @@ def collect(
     features
         Numbers of the features to look at, of every dictionary or by its name; None: all.
     n_tokens
-        Stop after so many positions; None: at the end of the text.
+        Stop after so many positions; None: at the end of the text. No more rows are read than these need.
     context_length, pack, rows_per_pass, exclude_tokens
         How text becomes rows, and which token ids' positions do not count; see `DataConfig`.
     top, sampled, before, after
@@ -79,13 +79,14 @@ def collect(
         Name -> what is known of that dictionary.
     """
     named = named_coders(coders)
-    for name, coder in named.items():
-        check_fits(coder, model, name)
+    reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
     data = DataConfig(
         context_length=context_length, pack=pack, rows_per_pass=rows_per_pass, epochs=1, column="text", seed=seed
     )
     rows = rows_of(tokens, model, data)
-    reader = Reader(model, named)
+    if n_tokens is None and endless(rows):
+        raise OptionError("this source of rows has no end: say how many positions to read, n_tokens=")
+    reader = Reader(model, named, reads)
     asked = features if isinstance(features, Mapping) else dict.fromkeys(named, features)
     if set(asked) != set(named):
         raise OptionError(f"features are of {', '.join(asked)}, and the dictionaries are {', '.join(named)}")
@@ -94,17 +95,22 @@ def collect(
         name: Tally(len(chosen[name]), top=top, sampled=sampled, before=before, after=after, seed=seed)
         for name in named
     }
+    n = 0  # positions counted; never read from the bar, which does not count while it is off
     with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="reading", disable=not progress) as bar:
-        while (batch := next_rows(rows, reader.rows_at_once(rows_per_pass, context_length))) is not None:
+        while n_tokens is None or n < n_tokens:
+            wanted = rows_per_pass if n_tokens is None else min(rows_per_pass, -(-(n_tokens - n) // rows.length))
+            batch = next_rows(rows, reader.rows_at_once(wanted, rows.length))
+            if batch is None:
+                break
             counted = batch.real & ~torch.isin(batch.tokens, torch.tensor(list(exclude_tokens), dtype=torch.long))
             if n_tokens is not None:
-                counted = first_of(counted, n_tokens - bar.n)
+                counted = first_of(counted, n_tokens - n)
             for name, z in reader(batch):
                 z = z if features is None else z[..., chosen[name].to(z.device)]
                 tallies[name].add(z, batch.tokens, counted, batch.real)
-            bar.update(int(counted.sum()))
-            if n_tokens is not None and bar.n >= n_tokens:
-                break
+            found = int(counted.sum())
+            n += found
+            bar.update(found)
     if any(tally.n_tokens == 0 for tally in tallies.values()):
         raise OptionError("there is nothing to show: the text has no position that counts")
     given = _labels_by_name(labels, named)
@@ -127,13 +133,11 @@ def chosen_features(features: Sequence[int] | None, d_sae: int, name: str) -> Te
 
 
 class Reader:
-    """Latents of several dictionaries from one forward pass."""
+    """Latents of several dictionaries from one forward pass; `reads` names the stream of each."""
 
-    def __init__(self, model: HookedSSM, named: Mapping[str, SparseCoder]) -> None:
-        self.model, self.named = model, named
-        self.sites = list(
-            dict.fromkeys(name for coder in named.values() for name in sites_of(streams_of(coder.cfg)[0], model))
-        )
+    def __init__(self, model: HookedSSM, named: Mapping[str, SparseCoder], reads: Mapping[str, str]) -> None:
+        self.model, self.named, self.reads = model, named, reads
+        self.sites = list(dict.fromkeys(site for stream in reads.values() for site in sites_of(stream, model)))
         self.last = last_layer(self.sites)
 
     def rows_at_once(self, wanted: int, length: int) -> int:
@@ -152,7 +156,7 @@ class Reader:
             stop_at_layer=None if self.last is None else self.last + 1,
         )
         for name, coder in self.named.items():
-            yield name, coder.encode(stream_values(streams_of(coder.cfg)[0], cache, self.model))
+            yield name, coder.encode(stream_values(self.reads[name], cache, self.model))
 
 
 def next_rows(rows: RowSource, n: int) -> Rows | None:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -19,16 +19,14 @@ from saes.durable import sync, write_file
 from saes.files.checks import DTYPES, CoderFileError, dtype_name
 from saes.files.own import full_config
 from saes.files.saelens import to_file
-
-if TYPE_CHECKING:
-    from saes.coder import SparseCoder
+from saes.parameters import CoderParameters
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 
 
 def save(
-    coder: SparseCoder,
+    coder: CoderParameters,
     folder: str | Path,
     *,
     dtype: str | torch.dtype | None = None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saes.store.capture import Capture
-from saes.store.rows import RowSource, take
+from saes.store.rows import RowSource, endless, take
 from saes.store.shards import ShardReader
 
 Block = dict[str, Tensor]
@@ -70,6 +70,7 @@ class ModelBlocks:
         self.tokens, self.rows_per_pass, self.seed = tokens, rows_per_pass, seed
         self.block = 0
         self.widths = capture.widths
+        self.endless = endless(rows)
 
     def next_block(self) -> Block | None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.block)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.models import HookedSSM
+from saes.located import locate
 from saes.store.rows import Rows
-from saes.targets import LOCAL, last_layer, sites_of, stream_values
+from saes.targets import last_layer, stream_values
 
 
 class Capture:
@@ -51,17 +52,17 @@ class Capture:
         if positions_per_row is not None and positions_per_row < 1:
             raise ValueError(f"positions_per_row must be at least 1, got {positions_per_row}")
         self.model = model
-        self.sites = {stream: sites_of(stream, model) for stream in dict.fromkeys(streams)}
-        self.names = list(dict.fromkeys(name for names in self.sites.values() for name in names))
-        self.last = last_layer(self.names)
-        self.positions_per_row = positions_per_row
         self.channels = {name: [int(i) for i in chosen] for name, chosen in (channels or {}).items()}
         for name in self.channels:
-            if name not in self.sites:
-                raise ValueError(f"channels are chosen of {name!r}, which is not captured: {', '.join(self.sites)}")
+            if name not in streams:
+                raise ValueError(f"channels are chosen of {name!r}, which is not captured: {', '.join(streams)}")
+        located = {name: locate(name, model, self.channels.get(name)) for name in dict.fromkeys(streams)}
+        self.widths = {name: place.width for name, place in located.items()}
+        self.names = list(dict.fromkeys(site for place in located.values() for site in place.sites))
+        self.last = last_layer(self.names)
+        self.positions_per_row = positions_per_row
         self.exclude_tokens = tuple(int(token) for token in exclude_tokens)
         self.dtype, self.device = dtype, device
-        self.widths = {stream: self._width(stream) for stream in self.sites}
 
     def __call__(self, rows: Rows, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Stream -> n width, the same n positions in all; `generator` draws them where only some are kept.
@@ -90,7 +91,7 @@ class Capture:
             if chosen is not None:
                 counted = counted[:, chosen]
             out = {}
-            for stream in self.sites:
+            for stream in self.widths:
                 value = stream_values(stream, cache, self.model, self.channels.get(stream))
                 value = value.flatten(0, 1)
                 if not bool(counted.all()):
@@ -105,16 +106,3 @@ class Capture:
         if self.positions_per_row is None or self.positions_per_row >= length:
             return None
         return torch.randperm(length, generator=generator)[: self.positions_per_row].sort().values.tolist()
-
-    def _width(self, stream: str) -> int:
-        shape = list(self.model.site(stream.removesuffix(LOCAL)).shape(1, 1)[2:])
-        chosen = self.channels.get(stream)
-        if chosen is not None:
-            for i in chosen:
-                if not 0 <= i < shape[0]:
-                    raise IndexError(f"channel {i} of {stream} is out of range: it has {shape[0]}")
-            shape[0] = len(chosen)
-        width = 1
-        for size in shape:
-            width *= size
-        return width

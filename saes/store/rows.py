@@ -57,6 +57,11 @@ def take(source: RowSource, n: int) -> Rows | None:
     return Rows.stack(rows) if rows else None
 
 
+def endless(source: object) -> bool:
+    """Whether a source of rows, blocks or batches is known to have no end; one that does not say is taken to end."""
+    return bool(getattr(source, "endless", getattr(source, "epochs", 1) is None))
+
+
 class DocumentRows:
     """Rows made of documents.
 
@@ -173,6 +178,7 @@ class MixedRows:
         self.sources = [source for source, _ in parts]
         self.bounds = weights.cumsum() / weights.sum()
         self.seed, self.row, self.length = seed, 0, lengths.pop()
+        self.endless = all(endless(source) for source, weight in parts if weight > 0)
 
     def next_row(self) -> tuple[Tensor, Tensor] | None:
         place = np.random.default_rng([self.seed, self.row]).random()
@@ -204,6 +210,7 @@ class EveryNth:
         if not 0 <= rank < world:
             raise ValueError(f"rank must be from 0 to {world - 1}, got {rank}")
         self.source, self.rank, self.world, self.length = source, rank, world, source.length
+        self.endless = endless(source)
 
     def next_row(self) -> tuple[Tensor, Tensor] | None:
         rows = [self.source.next_row() for _ in range(self.world)]

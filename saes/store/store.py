@@ -14,7 +14,7 @@ from hooked_mamba.models import HookedSSM
 from saes.model_hash import model_hash
 from saes.store.blocks import Block, BlockSource, ModelBlocks
 from saes.store.capture import Capture
-from saes.store.rows import RowSource
+from saes.store.rows import RowSource, endless
 from saes.store.shards import ShardWriter, StoreError, dtype_name
 
 Batch = dict[str, Tensor]
@@ -61,6 +61,11 @@ class ActivationStore:
     def widths(self) -> dict[str, int]:
         """Stream -> width."""
         return self.blocks.widths
+
+    @property
+    def endless(self) -> bool:
+        """Whether its source is known to have no end."""
+        return endless(self.blocks)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -1,6 +1,7 @@
 """Training: many coders at once over one store, resumable at any moment."""
 
-from saes.training.checkpoint import CheckpointError as CheckpointError
+from saes.renamed import renamed_in
+from saes.training.checkpoint import ResumeError as ResumeError
 from saes.training.coder_run import calibrate as calibrate
 from saes.training.config import TrainConfig as TrainConfig
 from saes.training.run import RunConfig as RunConfig
@@ -14,3 +15,5 @@ from saes.training.trainer import TrainResult as TrainResult
 from saes.training.world import World as World
 from saes.training.world import local_device as local_device
 from saes.training.world import torchrun as torchrun
+
+__getattr__ = renamed_in(__name__, {"CheckpointError": "saes.training.checkpoint.ResumeError"})

@@ -21,12 +21,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from saes.durable import sync, write_through
+from saes.renamed import renamed_in
 from saes.training.world import World
 
 _STEP = re.compile(r"step-(\d{8})")
 
 
-class CheckpointError(ValueError):
+class ResumeError(ValueError):
     """A checkpoint that cannot be gone on from."""
 
 
@@ -100,7 +101,7 @@ def load_checkpoint(
     ------
     FileNotFoundError
         If there is none.
-    CheckpointError
+    ResumeError
         If it is damaged, or of another number of processes.
     """
     steps = steps_saved(folder)
@@ -112,14 +113,14 @@ def load_checkpoint(
         tensors = load((path / "state.safetensors").read_bytes())
         about = json.loads((path / "state.json").read_text())
         if about["processes"] != world.size:
-            raise CheckpointError(
+            raise ResumeError(
                 f"{path} is of {about['processes']} processes, this run has {world.size}: each has its own place in"
                 " the data, so that it goes on only with as many"
             )
         process = json.loads((path / f"process-{world.rank}.json").read_text())
         _set_random_state(process.pop("random"))
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise ResumeError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return tensors, about, process
 
 
@@ -137,3 +138,6 @@ def _set_random_state(states: dict[str, str]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
+
+
+__getattr__ = renamed_in(__name__, {"CheckpointError": "saes.training.checkpoint.ResumeError"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,11 @@ from hooked_mamba.hooks.names import get_act_name, unalias
 from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
+from saes.located import locate
 from saes.model_hash import model_hash
-from saes.naming import default_name
+from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
+from saes.renamed import warn_renamed
 from saes.store.data import DataConfig, Text, make_store
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
@@ -55,7 +56,6 @@ def coder_config(
     fields: dict[str, Any] = {}
     if site is not None:
         read = predicted = unalias(get_act_name(site, layer))
-        model.hook_point(read)
         for key in ("reads", "target"):
             if key in spec:
                 raise OptionError(f'"{key}" is for MambaCoders, which have no "site"')
@@ -70,13 +70,13 @@ def coder_config(
     else:
         raise OptionError('a coder needs a "site" (SAE) or a "layer" (MambaCoder)')
     architecture = spec.get("architecture", "topk" if site is not None else "batchtopk")
-    widths = spec.get("widths")
+    widths, kept = spec.get("widths"), channels or {}
     return CoderConfig(
         architecture=architecture,
         in_site=read,
         out_site=predicted,
-        d_in=_width(model, read, channels or {}),
-        d_out=_width(model, predicted, channels or {}),
+        d_in=locate(read, model, kept.get(read)).width,
+        d_out=locate(predicted, model, kept.get(predicted)).width,
         d_sae=spec["d_sae"],
         k=spec.get("k", 32) if architecture in NEEDS_K else None,
         skip=spec.get("skip", False),
@@ -86,11 +86,6 @@ def coder_config(
         model_hash=model_hash(model),
         **fields,
     )
-
-
-def _width(model: HookedSSM, site: str, channels: Mapping[str, Sequence[int]]) -> int:
-    first, *rest = model.site(site).shape(1, 1)[2:]
-    return math.prod([len(channels[site]) if site in channels else first, *rest])
 
 
 def train_coders(
@@ -135,12 +130,7 @@ def train_coders(
 def _named(coders: Sequence[CoderConfig]) -> dict[str, CoderConfig]:
     named: dict[str, CoderConfig] = {}
     for cfg in coders:
-        name = default_name(cfg)
-        if name in named:
-            name = f"{name}-{cfg.architecture}-{cfg.d_sae}"
-        if name in named:
-            raise OptionError(f"two coders would be called {name}: give the coders names, as a mapping")
-        named[name] = cfg
+        named[unique_name(cfg, named)] = cfg
     return named
 
 
@@ -152,7 +142,7 @@ def train_sae(
     model: HookedSSM,
     hook_site: str,
     layer: int | None = None,
-    variant: str = "topk",
+    architecture: str | None = None,
     d_sae: int = 4096,
     n_tokens: int | None = None,
     *,
@@ -167,8 +157,8 @@ def train_sae(
         Whose activations are read.
     hook_site, layer
         A site's short name ("out_proj", "x", "dt") and its block, or a full name.
-    variant, d_sae
-        Architecture and number of latents.
+    architecture, d_sae
+        One of `saes.config.ARCHITECTURES`, by default "topk", and the number of latents.
     n_tokens
         Positions to train on; default: a million, unless `steps` is given.
     text
@@ -177,9 +167,14 @@ def train_sae(
         Any field of a coder in short form (`k`, `skip`, ...), of `TrainConfig` and of `DataConfig`, and `out`,
         `resume`, `loggers` of :func:`train_coders`. Unknown ones are errors.
     """
+    if "variant" in options:
+        if architecture is not None:
+            raise OptionError("architecture and variant are the same: give architecture alone")
+        warn_renamed("train_sae(variant=...)", "architecture=")
+        architecture = options.pop("variant")
     site = {"out_proj_out": "out_proj"}.get(hook_site, hook_site)  # as recurrentlens has it
     spec, train, data, call = split_options(options)
-    spec = {"site": site, "layer": layer, "architecture": variant, "d_sae": d_sae, **spec}
+    spec = {"site": site, "layer": layer, "architecture": architecture or "topk", "d_sae": d_sae, **spec}
     if n_tokens is None and train.get("steps") is None:
         n_tokens = 1_000_000
     config = TrainConfig.from_dict({**train, "n_tokens": n_tokens})
@@ -251,11 +246,12 @@ def run(config: RunConfig, *, resume: bool = False) -> TrainResult:
     model = load_model(config.model).to(local_device(config.device))
     data = DataConfig.from_dict(config.data)
     named: dict[str, CoderConfig] = {}
+    given = [spec["name"] for spec in config.coders if spec.get("name")]
     for spec in config.coders:
         cfg = coder_config(model, spec, data.channels)
-        name = spec.get("name") or next(iter(_named([cfg])))
+        name = spec.get("name") or unique_name(cfg, {*named, *given})
         if name in named:
-            raise OptionError(f'two coders are called {name}: give them a "name"')
+            raise OptionError(f'two coders are called {name}: give each a "name" of its own')
         named[name] = cfg
     return train_coders(
         model,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from saes.coder import SparseCoder
 from saes.store.store import ActivationStore, Batch
 from saes.targets import read, streams_of
-from saes.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, steps_saved
+from saes.training.checkpoint import ResumeError, load_checkpoint, save_checkpoint, steps_saved
 from saes.training.coder_run import CoderRun
 from saes.training.config import TrainConfig
 from saes.training.loggers import Logger, make_loggers
@@ -106,7 +106,7 @@ class Trainer:
         ------
         FileExistsError
             If there is a checkpoint and `resume` is False: nothing is overwritten by accident.
-        CheckpointError
+        ResumeError
             If the checkpoint is of another training.
         FloatingPointError
             If a loss is no number any more.
@@ -223,7 +223,7 @@ class Trainer:
         ------
         FileNotFoundError
             If there is none.
-        CheckpointError
+        ResumeError
             If it was made with other options, coders or data.
         """
         if self.checkpoints is None:
@@ -235,9 +235,9 @@ class Trainer:
         about["train"] = {name: about["train"].get(name, defaults[name]) for name in mine["train"]} | about["train"]
         for part in ("train", "coders"):
             if about.get(part) != mine[part]:
-                raise CheckpointError(_difference(part, about.get(part), mine[part]))
+                raise ResumeError(_difference(part, about.get(part), mine[part]))
         if process["digest"] != self.store.digest():
-            raise CheckpointError("cannot resume: the checkpoint was made with other data, or data cut another way")
+            raise ResumeError("cannot resume: the checkpoint was made with other data, or data cut another way")
         for name, run in self.runs.items():
             run.load({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")})
         self.store.load_state_dict(process["store"])

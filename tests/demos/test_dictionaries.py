@@ -36,7 +36,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_coders_of_any_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--layers", "0", "1", "--d-sae", "24", "--variant", "topk", "--k", "3", "--skip", "--steps", "6"]
+    asked = ["--layers", "0", "1", "--d-sae", "24", "--architecture", "topk", "--k", "3", "--skip", "--steps", "6"]
     assert train.main(arguments(folder, tmp_path, *asked)) == 0
     said = capsys.readouterr().out
     assert "l0-mambacoder" in said

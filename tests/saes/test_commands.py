@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from hooked_mamba import HookedMamba, cli
 from saes import SparseCoder, mambacoder_config, sae_config
-from saes.command_parts import coder_folders, run_options
+from saes.command_parts import coder_folders
 from saes.explorer import explore
 from saes.model_hash import model_hash
 from saes.options import OptionError
+from saes.run_options import run_options
 from saes.training import RunConfig
 from tests.hooked_mamba.saved import save_tiny
 

@@ -10,7 +10,7 @@ from hooked_mamba import HookedMamba
 from saes import SparseCoder, encode_on, feature_logits, nearest_features, sae_config, splice
 from saes.diff import compare, compare_dictionaries, compare_models
 from saes.features import residual_directions
-from saes.splicing import Edit
+from saes.splicing import LatentEdit
 from tests.hooked_mamba.tiny import tokens_for
 from tests.saes.models import mambacoder_on, sae_on, tiny
 
@@ -69,7 +69,7 @@ def test_reading_inside_a_splice_sees_the_edit():
     model = tiny()
     first, second, tokens = sae_on(model, OUT), mambacoder_on(model, 1), tokens_for(model)
     clean = encode_on(model, second, tokens).dense()
-    with splice(model, first, error=True, features=Edit((3,), lambda z: 0 * z + 9)):
+    with splice(model, first, error=True, features=LatentEdit((3,), lambda z: 0 * z + 9)):
         moved = encode_on(model, second, tokens).dense()
     _, cache = model.run_with_cache(tokens, names_filter=OUT)
     changed = cache[OUT] + 9 * first.W_dec[3]

@@ -7,7 +7,7 @@ import torch
 
 from saes import SparseCoder, find, hub, mambacoder_config, sae_config
 from saes.files import CoderFileError, open_coder
-from saes.registry import default_name
+from saes.naming import default_name, full_name, unique_name
 from tests.saes.coders import coder
 from tests.saes.files.formats import sparsify
 
@@ -41,11 +41,27 @@ def test_coders_on_disk_keep_their_dtype_and_metrics(tmp_path):
 
 
 def test_names_made_from_configs():
-    assert default_name(sae_config("blocks.1.hook_resid_post", 8, 64)) == "l1-resid_post-topk-64"
-    assert default_name(sae_config("blocks.10.mixer.hook_h.4", 8, 64)) == "l10-mixer.h.4-topk-64"
-    assert default_name(sae_config("hook_embed", 8, 64, architecture="gated")) == "embed-gated-64"
-    assert default_name(mambacoder_config(2, 8, 64)) == "l2-mambacoder-batchtopk-64"
-    assert default_name(mambacoder_config(2, 8, 64, target="local")) == "l2-mambacoder-local-batchtopk-64"
+    sae, local = sae_config("blocks.1.hook_resid_post", 8, 64), mambacoder_config(2, 8, 64, target="local")
+    names = {
+        "l1-resid_post": sae,
+        "l10-h.4": sae_config("blocks.10.mixer.hook_h.4", 8, 64),
+        "l1-norm.out": sae_config("blocks.1.norm.hook_out", 8, 64),
+        "l1-mixer.norm.out": sae_config("blocks.1.mixer.norm.hook_out", 8, 64),
+        "ln_final.out": sae_config("ln_final.hook_out", 8, 64),
+        "embed": sae_config("hook_embed", 8, 64, architecture="gated"),
+        "l2-mambacoder": mambacoder_config(2, 8, 64),
+        "l2-mambacoder-local": local,
+    }
+    for name, cfg in names.items():
+        assert default_name(cfg) == name
+        assert full_name(cfg) == f"{name}-{cfg.architecture}-64"
+    taken: list[str] = []
+    for _ in range(4):
+        taken.append(unique_name(local, taken))
+    assert taken == [
+        "l2-mambacoder-local",
+        *(f"l2-mambacoder-local-batchtopk-64{end}" for end in ("", "-2", "-3")),
+    ]
 
 
 def test_what_cannot_be_pushed(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from hooked_mamba.hooks.names import HookNameError
 from saes import SparseCoder
-from saes.splicing import Edit, misses, splice
+from saes.splicing import LatentEdit, misses, splice
 from saes.targets import local_part, sites_of
 from tests.hooked_mamba.tiny import tokens_for
 from tests.saes.models import mambacoder_on, sae_on, tiny
@@ -109,7 +109,7 @@ def test_edits_without_the_error_and_recorded_latents():
     z = sae.encode(cache[OUT])
     z[..., 4] = 2.5
     expected = model.run_with_hooks(tokens, fwd_hooks=[(OUT, lambda value, hook: sae.decode(z))])
-    edit = Edit((4,), lambda values: 2.5 - values)
+    edit = LatentEdit((4,), lambda values: 2.5 - values)
     with splice(model, sae, features=edit, record=True) as spliced:
         exact(model(tokens), expected)
     exact(spliced.latents["l0-out_proj"], z)
@@ -127,7 +127,7 @@ def test_edits_of_two_coders_at_one_site_add_up_and_recording_changes_nothing():
     f = int(z.detach().amax((0, 1)).argmax())
     sum_of_both = cache[OUT] + 4 * coders["sae"].W_dec[3] - z[..., f : f + 1] * coders["coder"].W_dec[f]
     expected = model.run_with_hooks(tokens, fwd_hooks=[(OUT, lambda value, hook: sum_of_both)])
-    edits = {"sae": Edit((3,), lambda z: 0 * z + 4), "coder": Edit((f,), lambda z: -z)}
+    edits = {"sae": LatentEdit((3,), lambda z: 0 * z + 4), "coder": LatentEdit((f,), lambda z: -z)}
     for record in (False, True):
         with splice(model, coders, error=True, features=edits, record=record) as spliced:
             exact(model(tokens), expected)
@@ -257,8 +257,8 @@ def test_what_does_not_fit_is_said_at_once(unchecked):
         (HookNameError, r"blocks\.7", elsewhere("blocks.7.hook_resid_pre"), {}),
         (ValueError, "of this model holds 3", elsewhere("blocks.0.mixer.hook_B"), {}),
         (ValueError, "l0-out_proj and l0-mambacoder both replace", [sae, mambacoder_on(model, 0)], {}),
-        (IndexError, "feature 24 is out of range", sae, {"features": Edit((24,), lambda z: z)}),
-        (ValueError, "named twice", sae, {"features": Edit((2, 2), lambda z: z)}),
+        (IndexError, "feature 24 is out of range", sae, {"features": LatentEdit((24,), lambda z: z)}),
+        (ValueError, "named twice", sae, {"features": LatentEdit((2, 2), lambda z: z)}),
         (KeyError, "no coder is called 'l0-out'; nearest: l0-out_proj", [sae], {"features": {"l0-out": abs}}),
         (KeyError, "several coders, say which", [sae, mambacoder_on(model, 1)], {"features": abs}),
         (TypeError, "got str among them", [sae, "l1"], {}),
@@ -294,5 +294,5 @@ def test_half_precision_models_and_single_precision_coders():
     sae, tokens = sae_on(model, OUT).float(), tokens_for(model)
     with splice(model, sae) as spliced:
         assert model(tokens).isfinite().all()
-    with splice(model, sae, error=True, features=Edit((1,), lambda z: z * 0)):
+    with splice(model, sae, error=True, features=LatentEdit((1,), lambda z: z * 0)):
         assert torch.equal(model(tokens), spliced.model(tokens))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from saes import durable
-from saes.training import CheckpointError, World
+from saes.training import ResumeError, World
 from saes.training.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 
 ROOT = Path(__file__).parents[3]
@@ -120,12 +120,12 @@ def test_damaged_checkpoints_say_so(tmp_path: Path, name: str) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step-00000001" / name
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(ResumeError, match="is damaged"):
         load_checkpoint(tmp_path, World())
     shutil.rmtree(tmp_path / "step-00000001")
 
 
 def test_another_number_of_processes(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="is of 1 processes, this run has 2"):
+    with pytest.raises(ResumeError, match="is of 1 processes, this run has 2"):
         load_checkpoint(tmp_path, World(0, 2))

@@ -12,7 +12,7 @@ import torch
 from saes.coder import SparseCoder
 from saes.config import sae_config
 from saes.store import ActivationStore, MemoryBlocks
-from saes.training import CheckpointError, Trainer, TrainResult
+from saes.training import ResumeError, Trainer, TrainResult
 from saes.training.checkpoint import steps_saved
 from tests.saes.training import small
 
@@ -168,7 +168,7 @@ def test_nothing_is_overwritten_by_accident(whole) -> None:
     ],
 )
 def test_other_options_cannot_resume(whole, changes: dict, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ResumeError, match=message):
         small.train(whole[0], resume=True, **changes)
 
 
@@ -179,7 +179,7 @@ def test_options_younger_than_a_checkpoint_had_their_defaults(tmp_path: Path, wh
     del about["train"]["b_dec"]
     (last / "state.json").write_text(json.dumps(about))
     assert small.train(tmp_path, resume=True).complete
-    with pytest.raises(CheckpointError, match=r"train\.b_dec = 'mean', this run 'zero'"):
+    with pytest.raises(ResumeError, match=r"train\.b_dec = 'mean', this run 'zero'"):
         small.train(tmp_path, resume=True, b_dec="zero")
 
 
@@ -187,10 +187,10 @@ def test_other_data_and_coders_cannot_resume(whole) -> None:
     named = small.coders()
     other = small.store(named)
     other = ActivationStore(other.blocks, other.batch_size, seed=1)
-    with pytest.raises(CheckpointError, match="other data"):
+    with pytest.raises(ResumeError, match="other data"):
         Trainer(named, other, small.config(), out=whole[0]).train(resume=True)
     del named["gated"]
-    with pytest.raises(CheckpointError, match=r"coders\.gated"):
+    with pytest.raises(ResumeError, match=r"coders\.gated"):
         Trainer(named, small.store(small.coders()), small.config(), out=whole[0]).train(resume=True)
 
 

@@ -1,0 +1,50 @@
+"""Widths of streams against the activations themselves, and how often a coder's streams are worked out."""
+
+from __future__ import annotations
+
+import pytest
+
+import saes.naming
+import saes.rewriting
+from hooked_mamba.hooks.names import HookNameError
+from saes import splice
+from saes.located import locate
+from saes.targets import LOCAL, stream_values
+from tests.hooked_mamba.tiny import tokens_for
+from tests.saes.models import mambacoder_on, sae_on, tiny
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_widths_are_those_of_the_activations(family):
+    model = tiny(family)
+    streams = [name for name in model.hook_dict if name.startswith("blocks.1.") and not name.endswith("hook_h.-1")]
+    streams += ["hook_embed", "ln_final.hook_out", f"blocks.1.mixer.hook_out_proj{LOCAL}"]
+    for stream in streams:
+        place = locate(stream, model)
+        _, cache = model.run_with_cache(tokens_for(model, 2, 5), names_filter=list(place.sites))
+        assert stream_values(stream, cache, model).shape == (2, 5, place.width), stream
+    state = "blocks.1.mixer.hook_h"
+    _, cache = model.run_with_cache(tokens_for(model, 2, 5), names_filter=[state])
+    assert stream_values(state, cache, model, [1, 2]).shape[2] == locate(state, model, [1, 2]).width
+
+
+def test_what_a_model_does_not_have():
+    model = tiny("mamba")
+    with pytest.raises(HookNameError, match=r"blocks\.9"):
+        locate("blocks.9.mixer.hook_x", model)
+    with pytest.raises(ValueError, match="no number for every position"):
+        locate("hook_tokens", model)
+    with pytest.raises(IndexError, match="channel 99 of"):
+        locate("blocks.0.mixer.hook_h", model, [99])
+
+
+def test_a_splice_works_out_each_coders_streams_once(monkeypatch):
+    model = tiny("mamba")
+    coders = {"sae": sae_on(model, "blocks.1.hook_resid_post"), "coder": mambacoder_on(model, 0)}
+    asked = []
+    for module in (saes.naming, saes.rewriting):
+        inner = module.streams_of
+        monkeypatch.setattr(module, "streams_of", lambda cfg, inner=inner: asked.append(cfg) or inner(cfg))
+    with splice(model, coders):
+        model(tokens_for(model, 1, 4))
+    assert len(asked) == 2
