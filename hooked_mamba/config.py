@@ -1,4 +1,4 @@
-"""What shapes a model: frozen, validated configurations of the two families."""
+"""What shapes a model and the branches of its blocks: frozen, validated configurations."""
 
 from __future__ import annotations
 
@@ -8,69 +8,27 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Config = TypeVar("Config", bound="SSMConfig")
+Config = TypeVar("Config", bound="BranchConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSMConfig:
-    """What every family of state-space model has. Use :class:`MambaConfig` or :class:`Mamba2Config`."""
+class BranchConfig:
+    """What shapes one branch of a block: a mixer, attention or an MLP."""
 
     d_model: int
     """Width d of the residual stream."""
     n_layers: int
     """Number of blocks."""
-    d_vocab: int
-    """Rows V of the embedding, padding rows included."""
-    d_vocab_unpadded: int | None = None
-    """Rows of the embedding that stand for tokens; the rest is padding. None: the checkpoint does not say."""
-    d_state: int = 16
-    """State size N: numbers of memory per channel."""
-    d_conv: int = 4
-    """Taps K of the causal depthwise convolution."""
-    expand: int | float = 2
-    """Inner width E as a multiple of d_model, unless `d_inner` is given."""
-    d_inner: int | None = None
-    """Inner width E. None: int(expand * d_model)."""
-    eps: float = 1e-5
-    """Added to the mean square in every block's norm and in the final norm."""
-    use_bias: bool = False
-    """Whether in_proj and out_proj have biases."""
-    conv_bias: bool = True
-    """Whether the convolution has a bias."""
-    tie_embeddings: bool = True
-    """Whether the unembedding is the embedding's transpose (one and the same parameter)."""
-    residual_in_fp32: bool = True
-    """Whether the residual stream is float32 although the weights are bfloat16 or float16."""
-    dt_min: float = 0.001
-    """Smallest step size drawn when weights are initialised at random (`time_step_min`)."""
-    dt_max: float = 0.1
-    """Largest step size drawn when weights are initialised at random (`time_step_max`)."""
-    dt_init_floor: float = 1e-4
-    """Lower clamp of the drawn step size (`time_step_floor`)."""
-    bos_token_id: int | None = None
-    """Token put in front when `prepend_bos` is asked for. The tokenizer's own wins where it has one."""
-    eos_token_id: int | None = None
-    """Token at which generation stops. The tokenizer's own wins where it has one."""
-    pad_token_id: int | None = None
-    """Token that fills padded positions; it is masked, so its value changes nothing."""
-    model_name: str = "custom"
-    """Where the weights came from, for cards and titles."""
 
-    def __post_init__(self) -> None:
-        if self.d_inner is None:
-            object.__setattr__(self, "d_inner", int(self.expand * self.d_model))
-        for name in ("d_model", "n_layers", "d_vocab", "d_state", "d_conv", "d_inner"):
+    def check_positive(self, *names: str) -> None:
+        """Refuse fields that are no positive integers."""
+        for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.d_vocab_unpadded is not None and not 1 <= self.d_vocab_unpadded <= self.d_vocab:
-            raise ValueError(
-                f"d_vocab_unpadded must be from 1 to d_vocab={self.d_vocab}, got {self.d_vocab_unpadded!r}"
-            )
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, got {self.eps!r}")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"expected 0 < dt_min <= dt_max, got dt_min={self.dt_min}, dt_max={self.dt_max}")
+
+    def __post_init__(self) -> None:
+        self.check_positive("d_model", "n_layers")
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -86,6 +44,72 @@ class SSMConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping that :meth:`from_dict` reads back to an equal config."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(BranchConfig):
+    """What every model has: its stack and its vocabulary."""
+
+    d_vocab: int
+    """Rows V of the embedding, padding rows included."""
+    d_vocab_unpadded: int | None = None
+    """Rows of the embedding that stand for tokens; the rest is padding. None: the checkpoint does not say."""
+    eps: float = 1e-5
+    """Added to the mean square in every block's norm and in the final norm."""
+    tie_embeddings: bool = True
+    """Whether the unembedding is the embedding's transpose (one and the same parameter)."""
+    residual_in_fp32: bool = True
+    """Whether the residual stream is float32 although the weights are bfloat16 or float16."""
+    bos_token_id: int | None = None
+    """Token put in front when `prepend_bos` is asked for. The tokenizer's own wins where it has one."""
+    eos_token_id: int | None = None
+    """Token at which generation stops. The tokenizer's own wins where it has one."""
+    pad_token_id: int | None = None
+    """Token that fills padded positions; it is masked, so its value changes nothing."""
+    model_name: str = "custom"
+    """Where the weights came from, for cards and titles."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("d_vocab")
+        if self.d_vocab_unpadded is not None and not 1 <= self.d_vocab_unpadded <= self.d_vocab:
+            raise ValueError(
+                f"d_vocab_unpadded must be from 1 to d_vocab={self.d_vocab}, got {self.d_vocab_unpadded!r}"
+            )
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig(ModelConfig):
+    """What both Mamba families have. Use :class:`MambaConfig` or :class:`Mamba2Config`."""
+
+    d_state: int = 16
+    """State size N: numbers of memory per channel."""
+    d_conv: int = 4
+    """Taps K of the causal depthwise convolution."""
+    expand: int | float = 2
+    """Inner width E as a multiple of d_model, unless `d_inner` is given."""
+    d_inner: int | None = None
+    """Inner width E. None: int(expand * d_model)."""
+    use_bias: bool = False
+    """Whether in_proj and out_proj have biases."""
+    conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    dt_min: float = 0.001
+    """Smallest step size drawn when weights are initialised at random (`time_step_min`)."""
+    dt_max: float = 0.1
+    """Largest step size drawn when weights are initialised at random (`time_step_max`)."""
+    dt_init_floor: float = 1e-4
+    """Lower clamp of the drawn step size (`time_step_floor`)."""
+
+    def __post_init__(self) -> None:
+        if self.d_inner is None:
+            object.__setattr__(self, "d_inner", int(self.expand * self.d_model))
+        super().__post_init__()
+        self.check_positive("d_state", "d_conv", "d_inner")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"expected 0 < dt_min <= dt_max, got dt_min={self.dt_min}, dt_max={self.dt_max}")
 
     @property
     def E(self) -> int:
@@ -154,10 +178,7 @@ class Mamba2Config(SSMConfig):
         low, high = self.dt_limit  # a list after JSON; kept a tuple so that equal configs compare equal
         object.__setattr__(self, "dt_limit", (float(low), float(high)))
         object.__setattr__(self, "A_init_range", tuple(map(float, self.A_init_range)))
-        for name in ("head_dim", "n_groups", "norm_groups", "chunk_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.check_positive("head_dim", "n_groups", "norm_groups", "chunk_size")
         if self.E % self.head_dim:
             raise ValueError(f"d_inner={self.E} is not a multiple of head_dim={self.head_dim}")
         if self.H % self.n_groups:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same cases in every run and on every machine: few in `make test`, many in `make test-all`.
+settings.register_profile("default", max_examples=10, derandomize=True, database=None, deadline=None)
+settings.register_profile(
+    "many", settings.get_profile("default"), max_examples=200, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

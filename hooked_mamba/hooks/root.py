@@ -71,9 +71,11 @@ class HookedRoot(SitedModule):
         """The hook point of one of our own names."""
         site = SiteName.parse(name)
         found = self._hook_points.get(str(site.base))
-        if found is None or (site.t is not None and not isinstance(found, StateHookPoint)):
-            raise unknown_name(name, list(self._hook_points))
-        return found if site.t is None else found.at(site.t)  # type: ignore[attr-defined]
+        if found is not None and site.t is None:
+            return found
+        if isinstance(found, StateHookPoint) and site.t is not None:
+            return found.at(site.t)
+        raise unknown_name(name, list(self._hook_points))
 
     def site(self, name: str) -> PlacedSite:
         """What is declared of a site: its shape, width, axes and meaning.

@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from demos.notebooks.__main__ import main
 from demos.notebooks.execute import FIGURE, FOLDER, VARIES, differences, execute, notebooks, read, texts, write
+from demos.notebooks.rounded import alike
 
 LARGEST = 300_000
 """Bytes."""
@@ -134,6 +135,42 @@ def test_other_output_is_a_difference_but_not_where_it_varies(run):
     varying = nbformat.from_dict(run)
     code_of(varying)[0].metadata["tags"] = [VARIES]
     assert differences(varying, other) == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed"),
+    [
+        ("p = 0.12", "p = 0.13"),
+        ("53% of 7", "54% of 7"),
+        ("99.9%", "100.0%"),
+        ("1.0e-06", "9.9e-07"),
+        ("+0.0", "-0.0"),
+        ("1,234.5", "1,234.6"),
+    ],
+)
+def test_one_unit_of_the_last_digit_is_rounding(shown, printed):
+    assert alike(shown, printed)
+    assert alike(printed, shown)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed"),
+    [
+        ("p = 0.12", "p = 0.14"),
+        ("53%", "55%"),
+        ("7 nodes", "8 nodes"),
+        ("1.2e-06", "1.2e-05"),
+        ("True 0.1", "False 0.1"),
+        ("a  0.1", "a 0.1"),
+        ("0.1", "0.10"),
+        ("+2.9e+00", "2.9"),
+        ("0.1 0.2", "0.1"),
+        ("[' so', ' I']", "[' I', ' so']"),
+    ],
+)
+def test_anything_else_is_a_difference(shown, printed):
+    assert not alike(shown, printed)
+    assert not alike(printed, shown)
 
 
 def test_notebooks_are_named_by_the_command(tmp_path, run):

@@ -1,6 +1,9 @@
 """Python blocks of markdown files: found, run, and their printed output held against what the file shows.
 
 A ```python block that is followed by a ```text block promises to print that text. All blocks of a file are one program.
+
+The last digit of a rounded figure may differ by one unit, since processors add in different orders
+(`demos.notebooks.rounded.alike`). Figures that are nothing but rounding (a residual of 1e-6) are printed as bounds.
 """
 
 from __future__ import annotations

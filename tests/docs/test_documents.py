@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from demos.notebooks.rounded import alike
 from hooked_mamba.hooks.names import declared
 from hooked_mamba.loading import bundled_names
 from hooked_mamba.loading.registry import FORMATS
@@ -22,7 +23,9 @@ def test_every_block_runs_and_prints_what_is_shown(name, tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     for block, printed in zip(blocks_of(path), run_blocks(path, tmp_path), strict=True):
         if block.shown is not None:
-            assert printed.splitlines() == lines[slice(*block.shown)], f"{name}, block of line {block.start}"
+            shown = lines[slice(*block.shown)]
+            if not alike("\n".join(shown), printed.rstrip("\n")):  # equal only where nothing was rounded, see `alike`
+                assert printed.splitlines() == shown, f"{name}, block of line {block.start}"
 
 
 def test_a_block_that_prints_something_else_is_seen(tmp_path):

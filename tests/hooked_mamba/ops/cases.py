@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hooked_mamba.ops import StateEdits
@@ -116,6 +117,16 @@ def assert_agrees(op: Callable, inputs: dict[str, Tensor], dtype: torch.dtype, b
         TOLERANCE[dtype],
         loop=lambda: outcome(op, inputs, dtype, "naive", **options),
     )
+
+
+def lengths() -> st.SearchStrategy[int]:
+    """Lengths up to 130; those around the sizes of blocks and chunks as often as all others together."""
+    return st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 130]) | st.integers(1, 130)
+
+
+def sizes(largest: int) -> st.SearchStrategy[int]:
+    """Sizes of any other axis; 1 and the largest as often as all others together."""
+    return st.sampled_from([1, largest]) | st.integers(1, largest)
 
 
 def some_positions(kind: str | None, l: int) -> list[int] | str | None:

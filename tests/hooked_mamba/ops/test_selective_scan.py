@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hooked_mamba.ops import selective_scan
 from tests.hooked_mamba.ops.cases import (
     SELECTIVE_BACKENDS,
     assert_agrees,
     assert_close,
+    lengths,
     outcome,
     selective_inputs,
+    sizes,
     some_positions,
 )
 
@@ -52,18 +56,16 @@ def test_options(leave_out, states, backend, dtype):
     )
 
 
-@pytest.mark.slow
 @each_backend
-@pytest.mark.parametrize("l", [1, 2, 3, 7, 63, 64, 65, 130])
-@pytest.mark.parametrize("E", [1, 5, 17, 70])
-@pytest.mark.parametrize("N", [1, 3, 16])
-@pytest.mark.parametrize("b", [1, 3])
-@pytest.mark.parametrize("states", [None, "one", "several", "all", "last"])
-def test_sweep(b, l, E, N, states, backend, dtype):
-    states_at, leave_out = some_positions(states, l), ("h0",) if (l + E) % 2 else ()
-    assert_agrees(
-        selective_scan, selective_inputs(b, l, E, N), dtype, backend, leave_out=leave_out, states_at=states_at
-    )
+@given(
+    shape=st.tuples(sizes(3), lengths(), sizes(70), sizes(16)),
+    states=st.sampled_from([None, "one", "several", "all", "last"]),
+    leave_out=st.sampled_from([(), ("h0",), ("D",), ("D", "h0")]),
+    seed=st.integers(0, 9),
+)
+def test_sweep(shape, states, leave_out, seed, backend, dtype):
+    inputs, states_at = selective_inputs(*shape, seed=seed), some_positions(states, shape[1])
+    assert_agrees(selective_scan, inputs, dtype, backend, leave_out=leave_out, states_at=states_at)
 
 
 @each_backend

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hooked_mamba.ops import ssd
 from tests.hooked_mamba.ops.cases import (
     SSD_BACKENDS,
     assert_agrees,
     assert_close,
+    lengths,
     outcome,
+    sizes,
     some_positions,
     ssd_inputs,
 )
@@ -47,18 +51,20 @@ def test_options(leave_out, states, backend, dtype):
     assert_agrees(ssd, inputs, dtype, backend, leave_out=leave_out, states_at=states_at, chunk=8)
 
 
-@pytest.mark.slow
 @each_backend
-@pytest.mark.parametrize("l", [1, 2, 3, 7, 63, 64, 65, 130])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (4, 2), (6, 6)])
-@pytest.mark.parametrize("P", [1, 5])
-@pytest.mark.parametrize("N", [1, 16])
-@pytest.mark.parametrize("b", [1, 3])
-@pytest.mark.parametrize("states", [None, "one", "several", "all", "last"])
-def test_sweep(b, l, heads, P, N, states, backend, dtype):
-    inputs, states_at = ssd_inputs(b, l, heads[0], P, heads[1], N), some_positions(states, l)
-    leave_out = ("h0",) if (l + heads[0]) % 2 else ()
-    assert_agrees(ssd, inputs, dtype, backend, leave_out=leave_out, states_at=states_at)
+@given(
+    shape=st.tuples(sizes(3), lengths()),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 6), (6, 3), (5, 1)]),
+    state=st.tuples(sizes(5), sizes(16)),
+    states=st.sampled_from([None, "one", "several", "all", "last"]),
+    leave_out=st.sampled_from([(), ("h0",), ("D",), ("D", "h0")]),
+    chunk=st.sampled_from([1, 8, 16, 64, 256]),
+    seed=st.integers(0, 9),
+)
+def test_sweep(shape, heads, state, states, leave_out, chunk, seed, backend, dtype):
+    (H, G), (P, N) = heads, state
+    inputs, states_at = ssd_inputs(*shape, H, P, G, N, seed=seed), some_positions(states, shape[1])
+    assert_agrees(ssd, inputs, dtype, backend, leave_out=leave_out, states_at=states_at, chunk=chunk)
 
 
 @each_backend
