@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.decomposition import Labelled, ResidualDecomposition
-from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import TokenPath
+from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.mixers.linear_form import Read
 

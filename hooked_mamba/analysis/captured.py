@@ -113,9 +113,7 @@ def layer_list(model: HookedRoot, layers: int | Iterable[int] | None) -> list[in
     return sorted({i % n for i in chosen})
 
 
-def channel_list(
-    model: HookedRoot, channels: int | Iterable[int] | None, layer: int = 0
-) -> tuple[int, ...] | None:
+def channel_list(model: HookedRoot, channels: int | Iterable[int] | None, layer: int = 0) -> tuple[int, ...] | None:
     """Channels of a mixer as non-negative ints; None: all."""
     if channels is None:
         return None

@@ -227,7 +227,9 @@ class DecayScan(HeldScan):
             pieces.append(piece)
             h, start = piece[:, -1], end + 1
         y = torch.cat(pieces, 1)
-        return ScanOut(y.to(self.u.dtype), y[:, -1, ..., None], None if states_at is None else y[:, states_at, ..., None])
+        return ScanOut(
+            y.to(self.u.dtype), y[:, -1, ..., None], None if states_at is None else y[:, states_at, ..., None]
+        )
 
     def write(self, u: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l H P N"]:
         return u.unsqueeze(-1)
