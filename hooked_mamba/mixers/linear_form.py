@@ -9,7 +9,7 @@ nothing else. A branch with `in_proj` and `out_proj` that moves values by a scan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from hooked_mamba.frozen.linear import Conv, Gain, Mix, Piece, Project
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
+from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.state import BranchState
 
 Read = Callable[[str], Tensor]
@@ -31,13 +32,11 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 """Pairs (a site's own name in the branch, hook)."""
 
 
-class LinearForm:
+class LinearForm(SitedModule):
     """The part of a branch about its linear form."""
 
-    title: ClassVar[str]
-    site_rows: Callable[[], Sequence[Any]]
-    get_submodule: Callable[[str], Any]
-
+    title: ClassVar[str] = ""
+    """Its name in tables ("Mamba-1")."""
     frozen_sites: ClassVar[tuple[str, ...]] = ()
     """Sites that a run must cache for :meth:`frozen`, by their own names."""
     places: ClassVar[Mapping[str, str]] = {}
@@ -115,15 +114,15 @@ class LinearForm:
 
     def value_input(self) -> Project:
         """The weights that make p, float32 at least."""
-        return projection(self.get_submodule("in_proj"), self.value_rows)
+        return projection(self.in_proj, self.value_rows)
 
     def value_output(self) -> Project:
         """The weights that write into the stream, float32 at least."""
-        return projection(self.get_submodule("out_proj"))
+        return projection(self.out_proj)
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
-        return self.get_submodule("out_proj").weight
+        return self.out_proj.weight
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""
