@@ -252,7 +252,7 @@ class HookedRoot(SitedModule):
 
         def gradient_keeper(name: str) -> HookFunction:
             def keep(grad: Tensor, hook: HookPoint) -> None:
-                values[f"{name}_grad"] = _detached(choice[name].apply(grad), device)
+                values[f"{name}_grad"] = _detached(choice[name].apply(grad, hook.position_axis), device)
 
             return keep
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.config import Mamba2Config, MambaConfig, SSMConfig
+from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
@@ -27,7 +27,7 @@ class Format:
 
     name: str
     family: str
-    config_class: type[SSMConfig]
+    config_class: type[ModelConfig]
     to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
     from_ours: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], LazyState]]
     kind: str | None = None
@@ -132,7 +132,7 @@ def check_family(found: str, expected: str | None, name: str) -> None:
         )
 
 
-def format_for(cfg: SSMConfig, kind: str) -> Format:
+def format_for(cfg: ModelConfig, kind: str) -> Format:
     """The format in which a model of `cfg` is written.
 
     Parameters

@@ -30,6 +30,7 @@ class Mamba1Mixer(Branch):
     kind = "mamba"
     title = "Mamba-1"
     place = "mixer"
+    config_class = MambaConfig
     keep_float32 = ("A_log", "D", "dt_proj.bias")
     sites = (
         Site("hook_in_proj", "b l 2E", "whole projection, before the split"),
@@ -74,7 +75,7 @@ class Mamba1Mixer(Branch):
         ),
     )
 
-    def __init__(self, cfg: MambaConfig) -> None:
+    def __init__(self, cfg: MambaConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         E, N, R, d = cfg.E, cfg.d_state, cfg.R, cfg.d_model

@@ -31,6 +31,7 @@ class Mamba2Mixer(Branch):
     kind = "mamba2"
     title = "Mamba-2"
     place = "mixer"
+    config_class = Mamba2Config
     keep_float32 = ("A_log", "D", "dt_bias")
     sites = (
         Site("hook_in_proj", "b l E+C+H", "whole projection, before the split"),
@@ -83,7 +84,7 @@ class Mamba2Mixer(Branch):
         ),
     )
 
-    def __init__(self, cfg: Mamba2Config) -> None:
+    def __init__(self, cfg: Mamba2Config, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         E, H, d = cfg.E, cfg.H, cfg.d_model
