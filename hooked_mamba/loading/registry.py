@@ -11,14 +11,25 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
+from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, nemotron_h
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
 
 __all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder", "format_for"]
 
-CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2"}
+CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2", "hybrid": "HookedHybrid"}
+
+HYBRIDS: dict[str, Any] = {
+    "bamba": bamba,
+    "falcon_h1": falcon_h1,
+    "granitemoehybrid": granite,
+    "jamba": jamba,
+    "nemotron_h": nemotron_h,
+}
+"""model_type of transformers -> the module that reads it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,10 @@ def _no_mixer_norms(cfg: Any) -> bool:
     return not cfg.mixer_norms
 
 
+def _is(architecture: str) -> Callable[[Any], bool]:
+    return lambda cfg: cfg.architecture == architecture
+
+
 FORMATS = {
     row.name: row
     for row in (
@@ -50,11 +65,17 @@ FORMATS = {
         Format("hf_mamba2", "mamba2", Mamba2Config, hf_mamba2.to_ours, hf_mamba2.from_ours, "hf"),
         Format("raw_mamba", "mamba", MambaConfig, raw_mamba.to_ours, raw_mamba.from_ours, "raw"),
         Format("raw_mamba2", "mamba2", Mamba2Config, raw_mamba2.to_ours, raw_mamba2.from_ours, "raw"),
+        *(
+            Format(f"hf_{name}", "hybrid", HybridConfig, module.to_ours, module.from_ours, "hf", _is(name))
+            for name, module in HYBRIDS.items()
+        ),
         Format("codestral", "mamba2", Mamba2Config, codestral.to_ours, codestral.from_ours),
     )
 }
 
-MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"}
+MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"} | {
+    name: f"hf_{name}" for name in HYBRIDS
+}
 LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2"}
 
 

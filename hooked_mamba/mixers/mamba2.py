@@ -93,7 +93,8 @@ class Mamba2Mixer(Branch):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
-        self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
+        if cfg.gated_norm != "none":
+            self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
 
         self.add_sites()
@@ -117,7 +118,8 @@ class Mamba2Mixer(Branch):
         # An empty memory is None: some kernels start from no other.
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
 
-        zxBCdt = self.hook_in_proj(self.in_proj(resid))
+        zxBCdt = self.in_proj(resid)
+        zxBCdt = self.hook_in_proj(zxBCdt if cfg.in_scales is None else zxBCdt * self.in_factors())
         z, xBC, dt_pre = zxBCdt.split([E, cfg.conv_dim, H], -1)
         xBC = self.hook_x_pre(real(xBC))
         z = self.hook_z(z)
@@ -136,8 +138,20 @@ class Mamba2Mixer(Branch):
         y = self.hook_y(y_scan + skip)
 
         gate = self.hook_gate(silu(z))
-        y_gated = self.hook_y_gated(rearrange(y, "b l h p -> b l (h p)") * gate)
-        return self.hook_out_proj(self.out_proj(self.norm(y_gated))), LayerState(history, h)
+        y = rearrange(y, "b l h p -> b l (h p)")
+        if cfg.gated_norm == "gate_first":
+            out = self.norm(self.hook_y_gated(y * gate))
+        else:
+            out = self.hook_y_gated((self.norm(y) if cfg.gated_norm == "norm_first" else y) * gate)
+        return self.hook_out_proj(self.out_proj(out)), LayerState(history, h)
+
+    def in_factors(self) -> Float[Tensor, " inner"]:
+        """`in_scales`, one for each row of in_proj."""
+        cfg = self.cfg
+        assert cfg.in_scales is not None  # asked for only where there are some
+        widths = (cfg.E, cfg.E, cfg.G * cfg.d_state, cfg.G * cfg.d_state, cfg.H)
+        factors = [f for factor, width in zip(cfg.in_scales, widths, strict=True) for f in [factor] * width]
+        return self.A_log.new_tensor(factors, dtype=self.in_proj.weight.dtype)
 
     def ssm(
         self,
@@ -223,4 +237,5 @@ class Mamba2Mixer(Branch):
         self.dt_bias.copy_(initial_dt_bias(cfg, self.dt_bias, generator))
         self.A_log.uniform_(*cfg.A_init_range, generator=generator).log_()
         self.D.fill_(1)
-        self.norm.weight.fill_(1)
+        if cfg.gated_norm != "none":
+            self.norm.weight.fill_(1)

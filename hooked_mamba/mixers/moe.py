@@ -104,7 +104,7 @@ class MoE(Branch):
             groups = scores.unflatten(-1, (cfg.n_groups, -1))
             best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
             kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(cfg.top_k_groups, -1).indices, True)
-            scores = groups.masked_fill(~kept.unsqueeze(-1), 0.0).flatten(-2)
+            scores = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., : cfg.top_k]
 
     def weigh(
