@@ -50,10 +50,16 @@ class AttentionConfig(BranchConfig):
             )
         if not 0 <= self.rotary_dim <= self.d_head or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and from 0 to d_head={self.d_head}, got {self.rotary_dim}")
-        if self.scale is None:
-            object.__setattr__(self, "scale", self.d_head**-0.5)
-        if self.d_out is None:
-            object.__setattr__(self, "d_out", self.d_model)
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the scores."""
+        return self.d_head**-0.5 if self.scale is None else self.scale
+
+    @property
+    def width_out(self) -> int:
+        """The width of the output."""
+        return self.d_model if self.d_out is None else self.d_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,11 @@ class MLPConfig(BranchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("d_mlp")
-        if self.d_in is None:
-            object.__setattr__(self, "d_in", self.d_model)
+
+    @property
+    def width_in(self) -> int:
+        """The width of the input."""
+        return self.d_model if self.d_in is None else self.d_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +129,22 @@ class MoEConfig(BranchConfig):
         return self.d_model if self.d_latent is None else self.d_latent
 
 
+def branch_of(entry: str) -> tuple[str, str]:
+    """(name in the block, key of its config) of an entry of a layout: "mlp" and "mlp=shared"."""
+    name, _, key = entry.partition("=")
+    return name, key or name
+
+
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig(ModelConfig):
     """A stack whose blocks differ, and the branches that stand in them."""
 
     residual_in_fp32: bool = False
-    branches: Mapping[str, BranchConfig] = field(default_factory=dict)
+    branches: Mapping[str, Any] = field(default_factory=dict)
     """Name of a branch ("mixer", "attn", "mlp", "moe") -> what shapes it."""
     layout: Layout = ()
-    """For each block its stages, for each stage the branches that read its norm."""
+    """For each block its stages, for each stage the branches that read its norm. An entry is a name of `branches`, or
+    "mlp=shared" for a branch called "mlp" in its block that is shaped by `branches["shared"]`."""
     in_scales: Mapping[str, float] = field(default_factory=dict)
     """Branch -> factor of what it reads; 1 where absent."""
     out_scales: Mapping[str, float] = field(default_factory=dict)
@@ -149,9 +165,9 @@ class HybridConfig(ModelConfig):
         if len(layout) != self.n_layers:
             raise ValueError(f"layout has {len(layout)} blocks, expected n_layers={self.n_layers}")
         for i, block in enumerate(layout):
-            names = [name for stage in block for name in stage]
-            unknown = sorted(set(names) - set(self.branches))
-            if unknown or not names or len(set(names)) != len(names):
+            parts = [branch_of(entry) for stage in block for entry in stage]
+            names, keys = [name for name, _ in parts], {key for _, key in parts}
+            if keys - set(self.branches) or not names or len(set(names)) != len(names):
                 raise ValueError(
                     f"block {i} of the layout is {block}; expected each name once, of {', '.join(self.branches)}"
                 )

@@ -40,7 +40,7 @@ class Format:
     family: str
     config_class: type[ModelConfig]
     to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
-    from_ours: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], LazyState]]
+    from_ours: Callable[..., tuple[dict[str, Any], LazyState]]
     kind: str | None = None
     """What `save_pretrained(format=)` calls it: "hf", "raw", or None for what is only read."""
     writes: Callable[[Any], bool] = lambda cfg: True

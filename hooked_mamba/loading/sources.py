@@ -7,7 +7,7 @@ ways: reading takes the first source whose tensors are there, writing takes the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -129,8 +129,8 @@ def read_table(state: Mapping[str, Tensor], table: Table, dropped: tuple[str, ..
     return LazyState(getters)
 
 
-def write_table(state: Mapping[str, Tensor], table: Table) -> LazyState:
-    """The inverse of :func:`read_table`, under the first source's names.
+def write_table(state: Mapping[str, Tensor], table: Table, names: Collection[str] | None = None) -> LazyState:
+    """The inverse of :func:`read_table`, under the first source's names; with `names`, under the first that are there.
 
     Raises
     ------
@@ -143,8 +143,10 @@ def write_table(state: Mapping[str, Tensor], table: Table) -> LazyState:
     pieces: dict[str, list[tuple[int, int, Callable[[], Tensor]]]] = {}
     lazy = LazyState.of(state)
     for ours in state:
-        sources = table[ours]
-        first = sources[0] if isinstance(sources, tuple) else sources
+        options = table[ours]
+        sources = options if isinstance(options, tuple) else (options,)
+        there = (s for s in sources if names is None or all(name in names for name in s.names))
+        first = next(there, sources[0])
         for name, piece in first.parts(lazy.getter(ours)).items():
             pieces.setdefault(name, []).append(piece)
     return LazyState({name: _joined(sorted(parts, key=lambda part: part[1])) for name, parts in pieces.items()})

@@ -64,7 +64,7 @@ class Attention(Branch):
         self.q_proj = Linear(d, Q * c, bias=cfg.qkv_bias)
         self.k_proj = Linear(d, J * c, bias=cfg.qkv_bias)
         self.v_proj = Linear(d, J * c, bias=cfg.qkv_bias)
-        self.o_proj = Linear(Q * c, cfg.d_out, bias=cfg.out_bias)
+        self.o_proj = Linear(Q * c, cfg.width_out, bias=cfg.out_bias)
         self.add_sites()
 
     def site_rows(self) -> tuple[Site, ...]:
@@ -73,7 +73,7 @@ class Attention(Branch):
 
     def sizes(self) -> dict[str, int]:
         cfg = self.cfg
-        return {"Q": cfg.n_heads, "J": cfg.n_key_value_heads, "c": cfg.d_head, "d": cfg.d_out}
+        return {"Q": cfg.n_heads, "J": cfg.n_key_value_heads, "c": cfg.d_head, "d": cfg.width_out}
 
     def facts(self) -> tuple[tuple[str, object], ...]:
         cfg = self.cfg
@@ -115,10 +115,12 @@ class Attention(Branch):
             self.hook_pattern.read(length, lambda t: self.scores(q, memory, t).softmax(-1).to(q.dtype))
             mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
             z = F.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, memory.k, memory.v)),
+                q.transpose(1, 2),
+                memory.k.transpose(1, 2),
+                memory.v.transpose(1, 2),
                 attn_mask=None if mask is None else mask[:, None],
                 is_causal=mask is None and length > 1,
-                scale=self.cfg.scale,
+                scale=self.cfg.score_scale,
                 enable_gqa=True,
             ).transpose(1, 2)
         return z if call.padding is None else call.padding.zero(z)
@@ -126,7 +128,7 @@ class Attention(Branch):
     def scores(self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice) -> Float[Tensor, "b Q q m"]:
         """Scaled scores of chosen queries, -inf where they must not look."""
         keys = of_queries(memory.k, self.cfg.n_heads)
-        scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.scale
+        scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.score_scale
         return scores.masked_fill(~visible(memory.real, q.shape[1])[:, None, t], -torch.inf)
 
     def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:

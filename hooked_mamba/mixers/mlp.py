@@ -46,8 +46,8 @@ class MLP(Branch):
         super().__init__()
         self.cfg = cfg
         if cfg.gated:
-            self.gate_proj = Linear(cfg.d_in, cfg.d_mlp, bias=cfg.bias)
-        self.up_proj = Linear(cfg.d_in, cfg.d_mlp, bias=cfg.bias)
+            self.gate_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
+        self.up_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
         self.down_proj = Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
         self.add_sites()
 

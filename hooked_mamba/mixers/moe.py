@@ -117,8 +117,8 @@ class MoE(Branch):
         if cfg.scoring == "top_k_softmax":
             weights = weights.softmax(-1)
         if cfg.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * cfg.routed_scale if cfg.routed_scale != 1 else weights
+            weights = weights.div(weights.sum(-1, keepdim=True) + 1e-20)
+        return weights if cfg.routed_scale == 1 else weights * cfg.routed_scale
 
     # Experts -------------------------------------------------------------------------------------------------
 
@@ -162,4 +162,4 @@ class MoE(Branch):
                 weight.zero_()
             else:
                 uniform_fan_in(weight, weight.shape[-1], generator)
-        self.down_proj /= self.cfg.n_layers**0.5
+        self.down_proj.div_(self.cfg.n_layers**0.5)

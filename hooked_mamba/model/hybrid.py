@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hooked_mamba.hybrid_config import HybridConfig
+from hooked_mamba.hybrid_config import HybridConfig, branch_of
 from hooked_mamba.mixers.attention import Attention
 from hooked_mamba.mixers.base import Branch, branch_class
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
@@ -32,12 +32,11 @@ class HookedHybrid(HookedModel):
 
     @classmethod
     def stages(cls, cfg: HybridConfig, layer: int) -> Stages:
-        return cfg.layout[layer]
+        return tuple(tuple(branch_of(entry)[0] for entry in stage) for stage in cfg.layout[layer])
 
     @classmethod
     def make_block(cls, cfg: HybridConfig, layer: int) -> Block:
         stages = cls.stages(cfg, layer)
-        branches = {
-            name: branch_class(cfg.branches[name])(cfg.branches[name], layer) for stage in stages for name in stage
-        }
+        shapes = dict(branch_of(entry) for stage in cfg.layout[layer] for entry in stage)
+        branches = {name: branch_class(cfg.branches[key])(cfg.branches[key], layer) for name, key in shapes.items()}
         return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True)

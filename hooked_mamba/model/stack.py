@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -115,14 +116,14 @@ class Block(SitedModule):
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             resid = self.hook_resid_mid(resid) if i else resid
             x = getattr(self, norm)(resid)
-            added: Tensor | None = None
+            outs: list[Tensor] = []
             for name in stage:
                 before = None if state is None else state[name]
                 out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
-                added = out if added is None else added + out
-            resid = resid + added
+                outs.append(out)
+            resid = resid + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:

@@ -5,14 +5,14 @@ Positions turn the first half of each head, whatever the config says: so the pub
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooked_mamba.hybrid_config import HybridConfig, MLPConfig
 from hooked_mamba.loading.hybrids import common
-from hooked_mamba.loading.sources import Table, Whole
+from hooked_mamba.loading.sources import Table, Whole, write_table
 from hooked_mamba.loading.tables import LazyState, reject
 
 WHAT = "this Bamba config"
@@ -33,6 +33,7 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
     base = common.rope_base(config, WHAT)
     attn = common.attention(config, d, n, None)
     attn = common.attention(config, d, n, None, rotary_dim=attn.d_head // 2, rotary_base=base)
+    bias = bool(common.get(config, "mlp_bias", False))
     attends = set(common.get(config, "attn_layer_indices", ()))
     return HybridConfig(
         **stack,
@@ -43,7 +44,7 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
                 d_model=d,
                 n_layers=n,
                 d_mlp=config["intermediate_size"],
-                bias=bool(common.get(config, "mlp_bias", False)),
+                bias=bias,
             ),
         },
         layout=tuple(((("attn",) if i in attends else ("mixer",)), ("mlp",)) for i in range(n)),
@@ -75,8 +76,10 @@ def to_ours(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Hyb
     return cfg, common.read_state(state, cfg, table(cfg, common.prefix_of(state, "model.")))
 
 
-def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:
-    """The inverse of :func:`to_ours`."""
+def from_ours(
+    cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> tuple[dict[str, Any], LazyState]:
+    """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
     mixer, attn, mlp = cfg.branches["mixer"], cfg.branches["attn"], cfg.branches["mlp"]
     config = common.stack_config(cfg) | common.attention_fields(attn) | common.mamba2_fields(mixer)
     config |= {
@@ -88,4 +91,4 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
         "hidden_act": "silu",
         "architectures": ["BambaForCausalLM"],
     }
-    return config, common.write_state(state, table(cfg, "model."))
+    return config, write_table(state, table(cfg, "model."), names)

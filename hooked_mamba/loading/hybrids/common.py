@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hybrid_config import AttentionConfig, HybridConfig, MLPConfig, MoEConfig
-from hooked_mamba.loading.sources import Rows, Source, Stacked, Table, Whole, read_table, write_table
+from hooked_mamba.loading.sources import Rows, Source, Stacked, Table, Whole, read_table
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tying import drop_tied
 
@@ -197,6 +197,10 @@ def stack_weights(prefix: str, embed: str, norm: str, tied: bool) -> Weights:
     return table if tied else table | {"unembed.weight": Whole("lm_head.weight")}
 
 
+def _ends(embed: str, norm: str) -> tuple[tuple[str, str], ...]:
+    return ("embed", embed), ("ln_final", norm)
+
+
 BlockWeights = Callable[[HybridConfig, int, str], Weights]
 """(config, layer, the beginning of its names in the file) -> table of one block, our names within the block."""
 
@@ -223,11 +227,6 @@ def read_state(
         return read_table(state, table, dropped)
     extended = {**table, "unembed.weight": Whole("lm_head.weight")}
     return drop_tied(read_table(state, extended, dropped), tied=True)
-
-
-def write_state(state: Mapping[str, Tensor], table: Table) -> LazyState:
-    """The weights under the file's names."""
-    return write_table(state, table)
 
 
 def prefix_of(state: Mapping[str, Tensor], prefix: str) -> str:
@@ -281,7 +280,8 @@ def whole_multiple(cfg: Mamba2Config) -> int:
     """`expand` as transformers wants it."""
     if cfg.E % cfg.d_model:
         raise CheckpointError(
-            f"transformers takes whole multiples of d_model as inner width, got d_inner={cfg.E} for d_model={cfg.d_model}"
+            f"transformers takes whole multiples of d_model as inner width, got d_inner={cfg.E} for"
+            f" d_model={cfg.d_model}"
         )
     return cfg.E // cfg.d_model
 

@@ -5,14 +5,14 @@ Factors multiply what each branch reads and adds, the keys, the parts of in_proj
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooked_mamba.hybrid_config import HybridConfig, MLPConfig
 from hooked_mamba.loading.hybrids import common
-from hooked_mamba.loading.sources import Table, Whole
+from hooked_mamba.loading.sources import Table, Whole, write_table
 from hooked_mamba.loading.tables import LazyState, reject
 
 WHAT = "this Falcon-H1 config"
@@ -94,8 +94,10 @@ def to_ours(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Hyb
     return cfg, common.read_state(state, cfg, table(cfg, common.prefix_of(state, "model.")))
 
 
-def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:
-    """The inverse of :func:`to_ours`."""
+def from_ours(
+    cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> tuple[dict[str, Any], LazyState]:
+    """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
     mixer, attn, mlp = cfg.branches["mixer"], cfg.branches["attn"], cfg.branches["mlp"]
     config = common.stack_config(cfg) | common.attention_fields(attn) | common.mamba2_fields(mixer)
     config |= {
@@ -118,4 +120,4 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
         "hidden_act": "silu",
         "architectures": ["FalconH1ForCausalLM"],
     }
-    return config, common.write_state(state, table(cfg, "model."))
+    return config, write_table(state, table(cfg, "model."), names)

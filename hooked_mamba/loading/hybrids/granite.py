@@ -5,14 +5,14 @@ A factor multiplies the embedding, every addition to the stream and the scores; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooked_mamba.hybrid_config import HybridConfig, MLPConfig, MoEConfig
 from hooked_mamba.loading.hybrids import common
-from hooked_mamba.loading.sources import Rows, Table, Whole
+from hooked_mamba.loading.sources import Rows, Table, Whole, write_table
 from hooked_mamba.loading.tables import LazyState, reject
 
 WHAT = "this Granite config"
@@ -102,9 +102,12 @@ def to_ours(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Hyb
     return cfg, common.read_state(state, cfg, table(cfg, common.prefix_of(state, "model.")))
 
 
-def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:
-    """The inverse of :func:`to_ours`."""
-    mixer, attn, mlp, moe = (cfg.branches.get(name) for name in ("mixer", "attn", "mlp", "moe"))
+def from_ours(
+    cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> tuple[dict[str, Any], LazyState]:
+    """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
+    mixer, attn, mlp = (cfg.branches[name] for name in ("mixer", "attn", "mlp"))
+    moe = cfg.branches.get("moe")
     config = common.stack_config(cfg) | common.attention_fields(attn) | common.mamba2_fields(mixer)
     words = {"mixer": "mamba", "attn": "attention"}
     config |= {
@@ -112,7 +115,7 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
         "shared_intermediate_size": mlp.d_mlp,
         "mamba_expand": common.whole_multiple(mixer),
         "layer_types": [words[block[0][0]] for block in cfg.layout],
-        "attention_multiplier": attn.scale,
+        "attention_multiplier": attn.score_scale,
         "embedding_multiplier": cfg.embedding_multiplier,
         "residual_multiplier": cfg.out_scales.get("mixer", 1.0),
         "logits_scaling": 1 / cfg.logit_multiplier,
@@ -123,4 +126,4 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
         "hidden_act": "silu",
         "architectures": ["GraniteMoeHybridForCausalLM"],
     }
-    return config, common.write_state(state, table(cfg, "model."))
+    return config, write_table(state, table(cfg, "model."), names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mamba.config import MambaConfig
 from hooked_mamba.hybrid_config import HybridConfig, MLPConfig, MoEConfig
 from hooked_mamba.loading.hybrids import common
-from hooked_mamba.loading.sources import Table, Whole
+from hooked_mamba.loading.sources import Table, Whole, write_table
 from hooked_mamba.loading.tables import CheckpointError, LazyState, reject
 
 WHAT = "this Jamba config"
@@ -98,15 +98,18 @@ def to_ours(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Hyb
     return cfg, common.read_state(state, cfg, table(cfg, common.prefix_of(state, "model.")))
 
 
-def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:
-    """The inverse of :func:`to_ours`.
+def from_ours(
+    cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> tuple[dict[str, Any], LazyState]:
+    """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors.
 
     Raises
     ------
     CheckpointError
         A layout that no period and offset describe.
     """
-    mixer, attn, mlp, moe = (cfg.branches.get(name) for name in ("mixer", "attn", "mlp", "moe"))
+    mixer, attn, mlp = (cfg.branches[name] for name in ("mixer", "attn", "mlp"))
+    moe = cfg.branches.get("moe")
     attn_period, attn_offset = _period([i for i, block in enumerate(cfg.layout) if "attn" in block[0]], cfg.n_layers)
     moe_period, moe_offset = _period([i for i, block in enumerate(cfg.layout) if "moe" in block[1]], cfg.n_layers)
     config = common.stack_config(cfg) | common.attention_fields(attn)
@@ -129,7 +132,7 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
         "hidden_act": "silu",
         "architectures": ["JambaForCausalLM"],
     }
-    return config, common.write_state(state, table(cfg, "model."))
+    return config, write_table(state, table(cfg, "model."), names)
 
 
 def _period(layers: list[int], n: int) -> tuple[int, int]:

@@ -1,24 +1,24 @@
 """Nemotron-H and Nemotron 3 (arXiv:2504.03624; transformers' `nemotron_h`): one sublayer a block.
 
 MLPs and experts are ungated, with relu^2; experts may work in a latent width, beside a shared one on the stream.
-The step size is clamped by `time_step_limit`, as in the published code; see docs/comparison.md for what transformers does.
+The step size is clamped by `time_step_limit`, as in the published code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config
-from hooked_mamba.hybrid_config import HybridConfig, MLPConfig, MoEConfig
+from hooked_mamba.hybrid_config import Activation, HybridConfig, MLPConfig, MoEConfig
 from hooked_mamba.loading.hybrids import common
-from hooked_mamba.loading.sources import Table, Whole
+from hooked_mamba.loading.sources import Table, Whole, write_table
 from hooked_mamba.loading.tables import CheckpointError, LazyState, reject
 
 WHAT = "this Nemotron-H config"
-ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "relu": "relu", "gelu": "gelu"}
+ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "relu": "relu", "gelu": "gelu"}
 LETTERS = {"mixer": "M", "attn": "*", "mlp": "-", "moe": "E"}
 OWN_WORDS = ("mamba", "attention", "mlp", "moe")
 
@@ -101,7 +101,7 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
         **stack,
         residual_in_fp32=False,
         branches={name: branch for name, branch in branches.items() if name in words or name == "shared"},
-        layout=tuple((("moe", "shared") if word == "moe" else (word,),) for word in words),
+        layout=tuple((("moe", "mlp=shared") if word == "moe" else (word,),) for word in words),
         architecture="nemotron_h",
         extra=common.kept(config),
     )
@@ -114,7 +114,7 @@ def table(cfg: HybridConfig, prefix: str) -> Table:
 
 def _block(cfg: HybridConfig, i: int, theirs: str) -> common.Weights:
     weights: common.Weights = {"norm.weight": Whole(f"{theirs}.norm.weight")}
-    there, (names,) = f"{theirs}.mixer", cfg.layout[i]
+    there, names = f"{theirs}.mixer", cfg.layout[i][0]
     if "mixer" in names:
         weights |= common.mamba2_weights("mixer", there, cfg.branches["mixer"])
     if "attn" in names:
@@ -126,7 +126,7 @@ def _block(cfg: HybridConfig, i: int, theirs: str) -> common.Weights:
             "moe.router.weight": Whole(f"{there}.gate.weight"),
             "moe.correction_bias": Whole(f"{there}.gate.e_score_correction_bias"),
             **common.expert_weights("moe", f"{there}.experts", cfg.branches["moe"]),
-            **common.mlp_weights("shared", f"{there}.shared_experts", cfg.branches["shared"]),
+            **common.mlp_weights("mlp", f"{there}.shared_experts", cfg.branches["shared"]),
         }
         if cfg.branches["moe"].d_latent is not None:
             weights["moe.latent_in.weight"] = Whole(f"{there}.fc1_latent_proj.weight")
@@ -134,15 +134,22 @@ def _block(cfg: HybridConfig, i: int, theirs: str) -> common.Weights:
     return weights
 
 
+def _prefix(names: Collection[str]) -> str:
+    """Files say backbone, model objects of release 5 say model."""
+    return "model." if any(name.startswith("model.") for name in names) else "backbone."
+
+
 def to_ours(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[HybridConfig, LazyState]:
     """Config and weights of a file under our names; the heads for several tokens at once (`mtp.*`) are left out."""
     cfg = config_of(config)
-    prefix = next((p for p in ("model.", "backbone.") if any(name.startswith(p) for name in state)), "")
-    return cfg, common.read_state(state, cfg, table(cfg, prefix), dropped=("mtp.",))
+    bare = not any(name.startswith(("model.", "backbone.")) for name in state)
+    return cfg, common.read_state(state, cfg, table(cfg, "" if bare else _prefix(state)), dropped=("mtp.",))
 
 
-def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:
-    """The inverse of :func:`to_ours`."""
+def from_ours(
+    cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> tuple[dict[str, Any], LazyState]:
+    """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
     config = common.stack_config(cfg)
     mixer, attn, mlp, moe, shared = (cfg.branches.get(name) for name in ("mixer", "attn", "mlp", "moe", "shared"))
     words = dict(zip(LETTERS, OWN_WORDS, strict=True))
@@ -183,4 +190,4 @@ def from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[str,
             "n_group": moe.n_groups,
             "topk_group": moe.top_k_groups,
         }
-    return config, common.write_state(state, table(cfg, "backbone."))
+    return config, write_table(state, table(cfg, _prefix(names or ())), names)
