@@ -22,23 +22,25 @@ arXiv:2404.16014), Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547)
 NEEDS_K: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 """Architectures whose number of active latents is set, not learned."""
 
-_LAYER = re.compile(r"^blocks\.(\d+)\.")
+_LAYER = re.compile(r"^blocks\.(0|[1-9][0-9]{0,3})\.")
+"""The block of a site. Four digits are more than any model has, and one block has one name."""
 
 
 def _near(wrong: object, right: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(str(wrong), list(right), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(wrong)[:200], list(right), n=1, cutoff=0.4)
     return f"; nearest: {near[0]!r}" if near else ""
 
 
 def _check_site(field: str, name: str) -> None:
     try:
-        if not isinstance(name, str) or (name.startswith("blocks.") and not _LAYER.match(name)):
+        if not isinstance(name, str) or len(name) > 200 or (name.startswith("blocks.") and not _LAYER.match(name)):
             raise KeyError(name)
         site_of(unalias(name))
     except (KeyError, IndexError):
         known = [row.name for row in SITES]
         near = _near(str(name).rpartition(".")[2], known)
-        raise ValueError(f"{field} must be the full name of a hook site, got {name!r}{near}") from None
+        shown = f"{name[:200]!r}..." if isinstance(name, str) and len(name) > 200 else repr(name)
+        raise ValueError(f"{field} must be the full name of a hook site, got {shown}{near}") from None
 
 
 def _check_choices(values: Mapping[str, Any]) -> None:

@@ -50,6 +50,13 @@ def open_coder(path: str | Path, **hints: Any) -> Opened:
         fields = ", ".join(Hints.__dataclass_fields__)
         raise TypeError(f"unknown options {', '.join(sorted(hints))}: a coder is loaded with {fields}") from None
     path = Path(path).expanduser()
+    opened = _open(path, known)
+    if known.norm_factor is not None and opened.format != "saelens":
+        raise CoderFileError(f"norm_factor= is for SAELens' coders, {path} is of {opened.format}; leave it out")
+    return opened
+
+
+def _open(path: Path, known: Hints) -> Opened:
     if path.is_file():
         return _open_file(path, known)
     if not path.is_dir():
@@ -61,7 +68,7 @@ def open_coder(path: str | Path, **hints: Any) -> Opened:
             cfg, metrics, get = read_own(read, lambda: open_tensors(weights), known, config, weights)
             plain_file(weights)
             return Opened(cfg, "hooked_mamba", metrics, get)
-        return Opened(*_with("saelens", *read_foreign(read, open_tensors(weights), known, config)))
+        return Opened(*_with("saelens", *read_foreign(read, open_tensors(weights), known, config, weights)))
     if single.exists() or single.is_symlink():
         if not config.exists():
             return _open_file(single, known)
@@ -110,9 +117,9 @@ def load(path: str | Path, cls: type[C], *, device: str = "cpu", **hints: Any) -
     device
         Where to put it.
     **hints
-        k, in_site, out_site, target, reads, model_name: what other libraries' files do not say or name otherwise. The k
-        of a recurrentlens TopK must be given, and sites that are none of a Mamba model. Our own files say all of this,
-        and what is given must agree.
+        k, in_site, out_site, target, reads, model_name, norm_factor: what other libraries' files do not say or name
+        otherwise. The k of a recurrentlens TopK must be given, the factor of a SAELens coder with normalised input, and
+        sites that no Mamba model has. Our own files say all of this, and what is given must agree.
 
     Returns
     -------

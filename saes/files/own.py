@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_mamba.names import unalias
 from saes.config import CoderConfig
-from saes.files.checks import DTYPES, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
+from saes.files.checks import DTYPES, TEXT, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
 from saes.files.saelens import config_of, file_shapes, from_file
 
 KEY = "hooked_mamba"
@@ -105,6 +105,8 @@ def _check_types(values: Mapping[str, Any], where: Path) -> None:
         field(values, name, kind, where)
     for name, right in {"k": int, "model_name": str, "model_hash": str, "matryoshka_widths": list}.items():
         value = values.get(name)
+        if isinstance(value, str) and len(value) > TEXT:
+            raise CoderFileError(f"{where} has a {name} of {len(value):,} characters, expected at most {TEXT}")
         if value is not None and (not isinstance(value, right) or isinstance(value, bool)):
             expected = {int: "an integer", str: "a text", list: "a list of integers"}[right]
             raise CoderFileError(f"{where} has {name}={value!r}, expected {expected} or null")
