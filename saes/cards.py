@@ -84,6 +84,12 @@ Licence: {{ license }}.
 | {{ e.name }} |{% for m in measures %} {{ e.metrics.get(m) }} |{% endfor %}
 {%- endfor %}
 {% endif %}
+{%- if trained %}
+## Training
+{% for e in trained %}
+- {{ e.name }}: {% for key, value in e.training.items() %}{{ ", " if not loop.first }}{{ key }} {{ value }}{% endfor %}
+{%- endfor %}
+{% endif %}
 {%- if hashes %}
 Weights of the model they were trained on (SHA-256, first digits):{% for h in hashes %} {{ h }}{% endfor %}.
 {% endif %}
@@ -130,6 +136,7 @@ def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None,
         models=models,
         base_models=[model for model in models if _HUB_MODEL.fullmatch(model)],
         hashes=sorted({entry.model_hash for entry in entries if entry.model_hash}),
+        trained=[entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.training],
         measures=list(dict.fromkeys(name for entry in entries for name in entry.metrics)),
         repo=repo,
         title=title or repo,

@@ -13,7 +13,8 @@ from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
 from saes.model_hash import model_hash
-from saes.options import OptionError
+from saes.options import OptionError, read_file
+from saes.run_options import RUN
 from saes.store.data import DataConfig, rows_of
 
 
@@ -36,13 +37,22 @@ def _expanded(name: str) -> list[str]:
     """A name that stands for several coders as theirs; any other as it is."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "cfg.json").exists():
-        return sorted(str(path.parent) for path in folder.glob("*/cfg.json")) or [name]
+        inside = sorted(folder.glob("*/cfg.json")) or sorted(folder.glob("coders/*/cfg.json"))  # as a training ends
+        return [str(path.parent) for path in inside] or [name]
     return [known for known in bundled_names() if known.startswith(f"{name}/")] or [name]
 
 
 def load_coders(names: Sequence[str], device: str = "cpu") -> dict[str, SparseCoder]:
     """Coders by name, see :func:`coder_folders`."""
     return {name: SparseCoder.load(path).to(device) for name, path in coder_folders(names).items()}
+
+
+def trained_model(names: Sequence[str]) -> str | None:
+    """The model that the trainings read whose folders these are, or lie in; None where they say none, or several."""
+    folders = [Path(name).expanduser() for name in names]
+    kept = [path / RUN for folder in folders for path in (folder, folder.parent, folder.parent.parent)]
+    found = {str(read_file(path).get("model")) for path in kept if path.is_file()}
+    return found.pop() if len(found) == 1 else None
 
 
 def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -> HookedSSM:

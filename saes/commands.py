@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hooked_mamba.cli import console, new_app, reports_errors, table
+from saes.flags import speaks_in_flags
 from saes.options import OptionError
 from saes.run_options import run_options
 
@@ -19,7 +20,8 @@ explore_app = new_app("explore")
 """`sae explore` once more, beside the other commands that look."""
 
 CodersArgument = Annotated[
-    list[str], typer.Argument(help="Folders of coders, bundled names or hub ids; a folder of folders is all of them.")
+    list[str],
+    typer.Argument(help="Folders of coders or trainings, bundled names or hub ids; a folder of several means all."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id. Default: what the coders say.")
@@ -33,8 +35,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def train(
-    config: Annotated[Path | None, typer.Argument(help="JSON or TOML file of options; flags override it.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="JSON or TOML file of options, or a training's folder; flags override it."),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id.")] = None,
     text: Annotated[
         Path | None, typer.Option("--text", "-t", help="Text file, documents parted by <|endoftext|>.")
@@ -62,15 +68,16 @@ def train(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other option, such as train.warmup=0.1; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in --out, with its options."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train coders on a model's activations, by flags, a file of options, or both; flags override the file.
 
     hooked-mamba sae train --text stories.txt --layer 2 --d-sae 1536 --n-tokens 1000000 --out runs/mine
     """
-    from saes.training import RunConfig, run
-
     flags = {
         **{"model": model, "text": None if text is None else str(text), "out": None if out is None else str(out)},
         **{"layer": layer, "site": site, "d_sae": d_sae, "k": k, "architecture": architecture},
@@ -79,19 +86,25 @@ def train(
         **{"data.batch_size": batch_size, "data.context_length": context_length, "data.seed": seed},
         "train.progress": False if quiet else None,
     }
-    options = run_options(config, flags, setting or [])
+    options = run_options(config, flags, setting or [], resume)
+    if not quiet:
+        typer.echo(f"loading {options.get('model', 'the model')} ...", err=True)
+    from saes.training import RunConfig, run  # takes seconds, so the line above comes first
+
     result = run(RunConfig.from_dict(options), resume=resume)
     columns = ("coder", "EV", "L0", "dead")
     rows = [(name, f"{m['ev']:.4f}", f"{m['l0']:.2f}", f"{m['dead']:.2%}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
     if not result.complete:
-        typer.echo(f"stopped at step {result.step}; go on with --resume", err=True)
+        again = f"hooked-mamba sae train --resume --out {options['out']}"
+        typer.echo(f"stopped at step {result.step}; to continue: {again}", err=True)
         raise typer.Exit(130)
     typer.echo(f"coders in {Path(options['out']) / 'coders'}")
 
 
 @app.command("eval")
 @reports_errors
+@speaks_in_flags
 def eval_(
     coders: CodersArgument,
     text: TextOption,
@@ -107,11 +120,11 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Judge coders on a text: reconstruction, sparsity, and what the model loses that runs on them."""
-    from saes.command_parts import load_coders, model_of, text_rows
+    from saes.command_parts import load_coders, model_of, text_rows, trained_model
     from saes.evaluation import evaluate
 
     named = load_coders(coders, device)
-    loaded = model_of(named, model, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     rows = text_rows(text, loaded, context_length)
     report = evaluate(loaded, named, rows, metric or None, n_tokens=n_tokens, progress=not quiet)
     console().print(report)
@@ -122,6 +135,7 @@ def eval_(
 @explore_app.command()
 @app.command()
 @reports_errors
+@speaks_in_flags
 def explore(
     coders: CodersArgument,
     text: TextOption,
@@ -139,12 +153,12 @@ def explore(
     quiet: QuietOption = False,
 ) -> None:
     """Write a page about the features of coders: where they are active, what they say, which are alike."""
-    from saes.command_parts import load_coders, model_of
+    from saes.command_parts import load_coders, model_of, trained_model
     from saes.explorer import explore as look
     from saes.options import read_file
 
     named = load_coders(coders, device)
-    loaded = model_of(named, model, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     page = look(
         loaded,
         named,
@@ -172,6 +186,7 @@ def _labels(read: dict) -> dict:
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def push(
     coders: CodersArgument,
     to: Annotated[str, typer.Option("--to", help="Repository of the hub (owner/name), or a folder.")],
@@ -198,6 +213,7 @@ def push(
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def pull(
     source: Annotated[str, typer.Argument(help="Bundled name, hub id (owner/name or owner/name/coder) or folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the coder into.")],
@@ -212,6 +228,7 @@ def pull(
 
 @app.command("list")
 @reports_errors
+@speaks_in_flags
 def list_(
     query: Annotated[str, typer.Argument(help="Words to find in names, sites, models and architectures.")] = "",
     source: Annotated[

@@ -21,19 +21,22 @@ arXiv:2404.16014), Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547)
 NEEDS_K: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 """Architectures whose number of active latents is set, not learned."""
 
-_LAYER = re.compile(r"^blocks\.(\d+)\.")
+_LAYER = re.compile(r"^blocks\.(0|[1-9][0-9]{0,3})\.")
+"""The block of a site. Four digits are more than any model has, and one block has one name."""
 
 
 def _near(wrong: object, right: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(str(wrong), list(right), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(wrong)[:200], list(right), n=1, cutoff=0.4)
     return f"; nearest: {near[0]!r}" if near else ""
 
 
 def _check_site(field: str, name: str) -> None:
-    misplaced = not isinstance(name, str) or (name.startswith("blocks.") and not _LAYER.match(name))
+    too_long = isinstance(name, str) and len(name) > 200
+    misplaced = not isinstance(name, str) or too_long or (name.startswith("blocks.") and not _LAYER.match(name))
     if misplaced or not is_declared(unalias(name)):
-        near = _near(str(name).rpartition(".")[2], [hook for _, hook in declared().rows])
-        raise ValueError(f"{field} must be the full name of a hook site, got {name!r}{near}")
+        shown = f"{name[:200]!r}..." if too_long else repr(name)
+        near = "" if too_long else _near(str(name).rpartition(".")[2], [hook for _, hook in declared().rows])
+        raise ValueError(f"{field} must be the full name of a hook site, got {shown}{near}")
 
 
 def _check_choices(values: Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,19 +23,35 @@ def write_file(path: Path, data: bytes) -> None:
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        write_through(aside, data)
-    except OSError as error:
+        with room_for(path, len(data)):
+            write_through(aside, data)
+    except BaseException:
         aside.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                error.errno,
-                f"no room for {len(data):,} bytes of {path.name}: {error.strerror}. What was written before is whole;"
-                " make room and run the same again",
-                str(path),
-            ) from error
         raise
     os.replace(aside, path)
     sync(path.parent)
+
+
+@contextmanager
+def room_for(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn the system's error about a full disk, which may name no file, into one that names `path`.
+
+    Raises
+    ------
+    DiskFullError
+        If the disk (or the quota) is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskFullError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            error.errno,
+            f"no room for {n_bytes:,} bytes of {path.name}: {error.strerror}. What was written before is whole;"
+            " make room and run the same again",
+            str(path),
+        ) from error
 
 
 def write_through(path: Path, data: bytes) -> None:

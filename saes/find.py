@@ -92,7 +92,7 @@ def resolve(
 
 def _no_revision(name: str, revision: str | None, why: str) -> None:
     if revision is not None:
-        raise CoderFileError(f"{name!r} {why} and has no revisions; expected revision=None, got {revision!r}")
+        raise CoderFileError(f"{name!r} {why} and has no revisions; leave revision= out, got {revision!r}")
 
 
 def _within(folder: Path, subfolder: str | None) -> Path:
@@ -103,6 +103,8 @@ def _within(folder: Path, subfolder: str | None) -> Path:
         entries = read_index(folder)
         return folder / one_of(entries, str(folder / INDEX)) if entries is not None else folder
     inner = folder / subfolder
+    if not inner.exists() and (folder / "coders" / subfolder).exists():  # the folder of a training
+        return folder / "coders" / subfolder
     if not inner.exists():
         names = sorted(scan(folder))
         there = ", ".join(names) or "no coders"

@@ -65,7 +65,7 @@ def list_coders(source: str | Path | None = None, revision: str | None = None, t
         if source is not None and not folder.is_dir():
             raise CoderFileError(f"{str(source)!r} is no folder that is there, nor a hub id (owner/name)")
         if revision is not None:
-            raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; expected revision=None")
+            raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; leave revision= out")
         entries = None if source is None else read_index(folder)
         return list((scan(folder) if entries is None else entries).values())
     entries = read_index(snapshot(str(source), [INDEX], revision, token))
@@ -131,7 +131,7 @@ def push(
     """
     local = is_local(to)
     if local and revision is not None:
-        raise CoderFileError(f"{str(to)!r} is on this machine and has no revisions; expected revision=None")
+        raise CoderFileError(f"{str(to)!r} is on this machine and has no revisions; leave revision= out")
     with tempfile.TemporaryDirectory() as scratch:
         staged = _stage(coders, Path(scratch), metrics, dtype)
         if local:
@@ -167,9 +167,11 @@ def _stage(
             opened, loaded = open_coder(coder), SparseCoder.load(coder)
             own = opened.format == "hooked_mamba"
             kept = _dtype_of(Path(coder)) if own and dtype is None else dtype
-            save(loaded, scratch / name, dtype=kept, metrics={**opened.metrics, **given.get(name, {})})
+            mine = given.get(name, {})
+            training = {k: v for k, v in opened.training.items() if k != "metrics_from" or not mine}
+            save(loaded, scratch / name, dtype=kept, metrics={**opened.metrics, **mine}, training=training)
         saved = open_coder(scratch / name)
-        staged[name] = Entry.of(name, saved.cfg, saved.metrics)
+        staged[name] = Entry.of(name, saved.cfg, saved.metrics, saved.training)
     return staged
 
 

@@ -14,7 +14,7 @@ from hooked_mamba.hooks.names import unalias
 from saes.config import ARCHITECTURES, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object
-from saes.files.own import Metrics, clean_metrics
+from saes.files.own import Metrics, Training, clean_metrics, clean_training
 from saes.renamed import renamed_in
 
 INDEX = "index.json"
@@ -63,9 +63,17 @@ class Entry:
     model: str | None = None
     model_hash: str | None = None
     metrics: Metrics = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
+    """What it was trained on."""
 
     @classmethod
-    def of(cls, name: str, cfg: CoderConfig, metrics: Mapping[str, Any] | None = None) -> Entry:
+    def of(
+        cls,
+        name: str,
+        cfg: CoderConfig,
+        metrics: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> Entry:
         """The entry of a coder under a name."""
         same = ("kind", "architecture", "out_site", "d_in", "d_out", "d_sae", "k", "skip", "target", "layer")
         return cls(
@@ -74,6 +82,7 @@ class Entry:
             model=cfg.model_name,
             model_hash=cfg.model_hash,
             metrics=clean_metrics(metrics or {}),
+            training=clean_training(training or {}),
             **{key: getattr(cfg, key) for key in same},
         )
 
@@ -83,12 +92,13 @@ class Entry:
         if not isinstance(values, dict):
             raise CoderFileError(f"{where} lists {values!r}; expected an object a coder")
         types = {row.name: str(row.type) for row in fields(cls)}
-        missing = [n for n, t in types.items() if n not in values and "None" not in t and n not in ("skip", "metrics")]
+        optional = {n for n, t in types.items() if "None" in t or n in ("skip", "metrics", "training")}
+        missing = [n for n in types if n not in values and n not in optional]
         if missing:
             raise CoderFileError(f"an entry of {where} lacks {', '.join(missing)}{nearest(missing[0], values)}")
         known = {name: value for name, value in values.items() if name in types}
         kinds: dict[str, tuple[type, ...]] = {
-            "str": (str,), "int": (int,), "bool": (bool,), "Metrics": (dict,),
+            "str": (str,), "int": (int,), "bool": (bool,), "Metrics": (dict,), "Training": (dict,),
             "str | None": (str, type(None)), "int | None": (int, type(None)),
         }  # fmt: skip
         for name, value in known.items():
@@ -96,7 +106,11 @@ class Entry:
             if not isinstance(value, right) or (isinstance(value, bool) and bool not in right):
                 raise CoderFileError(f"an entry of {where} has {name}={value!r}, expected {types[name]}")
         check_name(known["name"])
-        return cls(**{**known, "metrics": clean_metrics(known.get("metrics", {}))})
+        cleaned = {
+            "metrics": clean_metrics(known.get("metrics", {})),
+            "training": clean_training(known.get("training", {})),
+        }
+        return cls(**{**known, **cleaned})
 
     def text(self) -> str:
         """What a search looks in."""
@@ -142,7 +156,7 @@ def scan(folder: Path) -> dict[str, Entry]:
         name = path.parent.relative_to(folder).as_posix()
         if name != "." and all(_PART.fullmatch(part) for part in name.split("/")):
             opened: Opened = open_coder(path.parent)
-            found[name] = Entry.of(name, opened.cfg, opened.metrics)
+            found[name] = Entry.of(name, opened.cfg, opened.metrics, opened.training)
     return found
 
 

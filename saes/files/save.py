@@ -31,6 +31,7 @@ def save(
     *,
     dtype: str | torch.dtype | None = None,
     metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a directory that :func:`saes.files.load` reads, and SAELens wherever it has such a coder.
 
@@ -46,6 +47,8 @@ def save(
         biases and thresholds stay float32.
     metrics
         Numbers by name to keep beside the config, such as "fvu" and "l0"; model cards and registries show them.
+    training
+        What it was trained on, short texts and numbers by name, such as {"text": "stories.txt", "tokens": 1_000_000}.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def save(
     state = {key: value.detach().cpu() for key, value in coder.state_dict().items()}
     tensors = {key: _as(value, name, key) for key, value in to_file(coder.cfg, state).items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
-    config = full_config(coder.cfg, name, hashlib.sha256(weights).hexdigest(), metrics or {})
+    config = full_config(coder.cfg, name, hashlib.sha256(weights).hexdigest(), metrics or {}, training or {})
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     write_files(folder, {WEIGHTS: weights, CONFIG: text.encode()})
     return folder

@@ -5,6 +5,7 @@ A source of blocks is resumed by its cursor alone: the block after a cursor is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -71,6 +72,8 @@ class ModelBlocks:
         self.block = 0
         self.widths = capture.widths
         self.endless = endless(rows)
+        self.watch: Callable[[int, int], None] | None = None
+        """Called after every forward pass with the positions so far and those wanted; it may raise to stop."""
 
     def next_block(self) -> Block | None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.block)
@@ -82,6 +85,8 @@ class ModelBlocks:
                 break
             parts.append(self.capture(rows, generator))
             found += len(next(iter(parts[-1].values())))
+            if self.watch is not None:
+                self.watch(found, self.tokens)
         self.block += 1
         return joined(parts) if found else None
 

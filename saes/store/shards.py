@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from saes.durable import DiskFullError, write_file
+from saes.options import unique_keys
 
 FORMAT = "hooked-mamba activations 1"
 MANIFEST = "manifest.json"
@@ -126,7 +127,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no store: there is no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except ValueError as error:
         raise StoreError(f"{path} is no JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -117,7 +117,11 @@ class ActivationStore:
 
     def _take_block(self) -> None:
         self._before = self.blocks.state_dict()
-        block = self.blocks.next_block()
+        try:
+            block = self.blocks.next_block()
+        except BaseException:
+            self.blocks.load_state_dict(self._before)  # as if it had not begun
+            raise
         if block is None:
             raise StopIteration
         n = len(next(iter(block.values())))

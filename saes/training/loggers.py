@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from saes.durable import write_file
+from saes.durable import room_for, write_file
 from saes.options import check_choice
 
 
@@ -39,11 +40,14 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # open as long as the training runs
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **numbers}) + "\n"
+        with room_for(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed when it was written; a full disk was reported then
+            self._file.close()
 
 
 def _whole_lines(path: Path) -> list[str]:
