@@ -131,7 +131,9 @@ def sizes(largest: int) -> st.SearchStrategy[int]:
 
 def some_positions(kind: str | None, l: int) -> list[int] | str | None:
     """None, "all", or the positions that the word names."""
-    return {"one": [l // 2], "several": sorted({0, l // 3, l - 1}), "last": [l - 1]}.get(kind, kind)
+    return {"one": [l // 2], "several": sorted({0, l // 3, l - 1}), "last": [l - 1], "most": [*range(l // 9, l)]}.get(
+        kind, kind
+    )
 
 
 def random_edits(at: list[int], kind: str, inputs: dict[str, Tensor]) -> StateEdits:
