@@ -62,8 +62,12 @@ class ResidualDecomposition:
             raise ValueError(f"mode must be 'all' or 'mixer', got {mode!r}")
         upto = self.layer_index(layer)
         parts = [self.resid_entering(0, pos_slice)] if incl_embeds else []
-        parts += [self.at(self["out_proj", i], pos_slice) for i in range(upto)]
-        labels = (["embed"] if incl_embeds else []) + [f"{i}_mixer_out" for i in range(upto)]
+        labels = ["embed"] if incl_embeds else []
+        for i in range(upto):
+            for name, branch in self.model.block(i).branches.items():
+                if mode in ("all", name):
+                    parts.append(self.at(self[f"blocks.{i}.{name}.{branch.out_site}"], pos_slice))
+                    labels.append(f"{i}_{name}_out")
         return self._finish(self._stack(parts), labels, upto, apply_ln, pos_slice, return_labels)
 
     @torch.no_grad()

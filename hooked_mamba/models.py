@@ -13,12 +13,11 @@ from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.model.hooked_model import MODELS, HookedModel
 from hooked_mamba.model.hybrid import HookedHybrid as HookedHybrid
-from hooked_mamba.weights import Mamba1Weights, Mamba2Weights
 
 HookedSSM = HookedModel
 
 
-class HookedMamba(Mamba1Weights, HookedModel):
+class HookedMamba(HookedModel):
     """Mamba-1 (and Falcon-Mamba) with a hook point at every internal site."""
 
     family = "mamba"
@@ -26,7 +25,7 @@ class HookedMamba(Mamba1Weights, HookedModel):
     branch_classes: ClassVar = {"mixer": Mamba1Mixer}
 
 
-class HookedMamba2(Mamba2Weights, HookedModel):
+class HookedMamba2(HookedModel):
     """Mamba-2 (and Codestral-Mamba) with a hook point at every internal site."""
 
     family = "mamba2"

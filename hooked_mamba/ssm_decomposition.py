@@ -10,14 +10,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba import ops
-from hooked_mamba.components import at_least_fp32
-from hooked_mamba.config import Mamba2Config
 from hooked_mamba.decomposition import Labelled, ResidualDecomposition
+from hooked_mamba.frozen.scan import HeldScan
+from hooked_mamba.frozen.selective import SelectiveScan
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
-from hooked_mamba.scan_view import ScanView, hidden_attention, mean_hidden_attention
-from hooked_mamba.token_sources import TokenPath
+from hooked_mamba.mixers.linear_form import Read
 
 Source = Literal["scan", "token"]
 """What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
@@ -25,10 +24,10 @@ convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 class SSMDecomposition(ResidualDecomposition):
-    """The part of :class:`ActivationCache` about what happens inside mixers.
+    """The part of :class:`ActivationCache` about what happens inside mixers, as their linear forms tell it.
 
-    Everything here is computed from x, dt, B, C, z and the norms' scales as they were cached: edits that hooks made
-    to A_bar, B_bar, Bx or h in that run are not seen.
+    Of Mamba everything here is computed from x, dt, B, C, z and the norms' scales as they were cached: edits that hooks
+    made to A_bar, B_bar, Bx or h in that run are not seen.
     """
 
     # Channels and heads --------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ class SSMDecomposition(ResidualDecomposition):
             A direction d, or several d k: give the products with them, which need d times less memory.
         """
         upto = self.layer_index(layer)
-        labels = [f"L{i}C{e}" for i in range(upto) for e in range(self.model.cfg.E)]
+        labels = [f"L{i}C{e}" for i in range(upto) for e in range(self._width(i))]
         return self._unit_results(
             1, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
@@ -76,17 +75,14 @@ class SSMDecomposition(ResidualDecomposition):
         apply_ln: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Labelled:
-        """What every head of every Mamba-2 mixer before `layer` adds; arguments as :meth:`stack_channel_results`.
+        """What every head of every mixer before `layer` adds; arguments as :meth:`stack_channel_results`.
 
         Labels are "L0H0", "L0H1", ... Mamba-1 has no heads: its units are channels.
         """
-        cfg = self.model.cfg
-        if not isinstance(cfg, Mamba2Config):
-            raise ValueError("Mamba-1 has no heads, every channel has its own step size: use stack_channel_results")
-        upto = self.layer_index(layer)
-        labels = [f"L{i}H{h}" for i in range(upto) for h in range(cfg.H)]
+        upto, P = self.layer_index(layer), self.head_width()
+        labels = [f"L{i}H{h}" for i in range(upto) for h in range(self._width(i) // P)]
         return self._unit_results(
-            cfg.P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
+            P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
 
     @torch.no_grad()
@@ -116,17 +112,18 @@ class SSMDecomposition(ResidualDecomposition):
         if mlp_input:
             raise ValueError("mlp_input: these blocks have no MLP")
         upto = self.layer_index(layer)
-        if expand_channels or isinstance(self.model.cfg, Mamba2Config):
+        if expand_channels or self.model.mixer(0).head_width is not None:
             stack_units = self.stack_channel_results if expand_channels else self.stack_head_results
             units, labels = stack_units(
                 upto, True, pos_slice=pos_slice, apply_ln=apply_ln, project_output_onto=project_output_onto
             )
         else:
-            ys = [self.at(self["out_proj", i], pos_slice) - self.model.b_out[i] for i in range(upto)]
+            ys = [self.at(self.mixer_output(i), pos_slice) - self._b_out(i) for i in range(upto)]
             labels = [f"{i}_mixer_out" for i in range(upto)]
             units = self._project(ys, upto, apply_ln, pos_slice, project_output_onto)
         embed = self.resid_entering(0, pos_slice)
-        bias = self.model.b_out[:upto].sum(0).to(embed.dtype).expand_as(embed)
+        biases = [self._b_out(i) for i in range(upto)] or [embed.new_zeros(embed.shape[-1])]
+        bias = torch.stack(biases).sum(0).to(embed.dtype).expand_as(embed)
         rest = self._project([embed, bias], upto, apply_ln, pos_slice, project_output_onto)
         stack, labels = torch.cat([units, rest.to(units.dtype)]), [*labels, "embed", "bias"]
         return (stack, labels) if return_labels else stack
@@ -168,26 +165,26 @@ class SSMDecomposition(ResidualDecomposition):
         Tensor
             source (and bias), batch, position, d.
         """
-        mixer = self.model.blocks[layer].mixer
         view, path = self.scan_view(layer), self.token_path(layer) if source == "token" else None
         if source not in ("scan", "token"):
             raise ValueError(f"source must be 'scan' or 'token', got {source!r}")
         select = PositionSelect(pos_slice)
         queries = _positions(select, view.length)
-        W = at_least_fp32(mixer.out_proj.weight.t())
+        output = self.model.mixer(layer).value_output()
+        W, b_out = output.W.t(), output.b
         if project_output_onto is not None:
             W = W @ project_output_onto.reshape(W.shape[1], -1).to(W.dtype)
         gain = self.output_gain(layer)[:, queries]
-        P, b, l = view.u.shape[3], view.u.shape[0], view.length
+        P, b, l = view.width, view.batch, view.length
         n = (l + 1) * b * len(queries) * W.shape[1]
-        self._check_fits(n, view.dt.dtype, "stack_source_results", "choose targets with pos_slice")
-        out = view.dt.new_zeros(l, b, len(queries), W.shape[1])
-        bias = view.dt.new_zeros(b, len(queries), W.shape[1])
+        self._check_fits(n, view.dtype, "stack_source_results", "choose targets with pos_slice")
+        out = gain.new_zeros(l, b, len(queries), W.shape[1], dtype=view.dtype)
+        bias = gain.new_zeros(b, len(queries), W.shape[1], dtype=view.dtype)
         step = max(1, 2**22 // (b * len(queries) * l * P))  # lanes at once, so that temporaries stay small
         for first in range(0, view.n_lanes, step):
             lanes = slice(first, first + step)
             channels = slice(first * P, (first + step) * P)
-            alpha = rearrange(hidden_attention(view.lanes(lanes), queries), "b h q s -> b q s h 1")
+            alpha = rearrange(view.rows(queries, lanes=lanes), "b h q s -> b q s h 1")
             if path is None:
                 values = alpha * view.u[:, None, :, lanes]
             else:
@@ -195,15 +192,14 @@ class SSMDecomposition(ResidualDecomposition):
                 bias += (rearrange(constant, "b q h p -> b q (h p)") * gain[..., channels]) @ W[channels]
             values = rearrange(values, "b q s h p -> b q s (h p)") * gain[:, :, None, channels]
             out += rearrange(values @ W[channels], "b q s d -> s b q d")
-        if mixer.out_proj.bias is not None:
-            b_out = at_least_fp32(mixer.out_proj.bias)
+        if b_out is not None:
             if project_output_onto is not None:
-                b_out = b_out @ project_output_onto.reshape(mixer.out_proj.weight.shape[0], -1).to(W.dtype)
+                b_out = b_out @ project_output_onto.reshape(len(b_out), -1).to(W.dtype)
             bias = bias + b_out
         stack = torch.cat([out, bias[None]])
         labels = [f"{'S' if source == 'scan' else 'T'}{s}" for s in range(l)] + ["bias"]
         if incl_remainder:
-            whole = self._with_batch(self["out_proj", layer])[:, queries].to(stack.dtype)
+            whole = self._with_batch(self.mixer_output(layer))[:, queries].to(stack.dtype)
             if project_output_onto is not None:
                 whole = whole @ project_output_onto.reshape(whole.shape[-1], -1).to(whole.dtype)
             stack, labels = torch.cat([stack, (whole - stack.sum(0))[None]]), [*labels, "remainder"]
@@ -231,14 +227,13 @@ class SSMDecomposition(ResidualDecomposition):
         """
         if layer is None:
             return torch.stack([self.compute_ssm_state(i, time_step) for i in range(self.model.cfg.n_layers)])
-        x, dt, B, C = (self._with_batch(self[name, layer]) for name in ("x", "dt", "B", "C"))
-        A = self.model.blocks[layer].mixer.A
+        view, mixer = self.scan_view(layer), self.model.mixer(layer)
         select = PositionSelect(time_step)  # type: ignore[arg-type]
-        queries = _positions(select, x.shape[1])
+        queries = _positions(select, view.length)
         at = sorted(set(queries))
-        scan = ops.ssd if isinstance(self.model.cfg, Mamba2Config) else ops.selective_scan
-        states = scan(x, dt, A, B, C, states_at=at).states
+        states = view.out(states_at=at).states
         assert states is not None  # they were asked for
+        states = states.reshape(*states.shape[:2], *mixer.memory(mixer.initial_state(1, "meta")).shape[1:])
         if queries != at:
             states = states[:, [at.index(t) for t in queries]]
         states = states if select.keeps_axis else states[:, 0]
@@ -262,20 +257,17 @@ class SSMDecomposition(ResidualDecomposition):
         if layer is None:
             every = range(self.model.cfg.n_layers)
             return torch.stack([self.compute_ssm_effective_attention(i, include_dt_scaling) for i in every])
-        view = self.scan_view(layer)
+        view = self.step_scan(layer)
         states = view.B.shape[-1] if per_state_coord else 1
-        n = view.dt.shape[0] * view.n_lanes * view.length**2 * states
-        self._check_fits(n, view.dt.dtype, "compute_ssm_effective_attention", "use hidden_attention(layer, channels=)")
+        n = view.batch * view.n_lanes * view.length**2 * states
+        self._check_fits(n, view.dtype, "compute_ssm_effective_attention", "use hidden_attention(layer, channels=)")
         if per_state_coord:
-            if isinstance(self.model.cfg, Mamba2Config):
-                raise ValueError("per_state_coord: in Mamba-2 all states of a head share one decay")
-            alphas = [
-                hidden_attention(view.state(n), include_dt=include_dt_scaling, include_skip=False)
-                for n in range(view.B.shape[-1])
-            ]
+            if not view.decay_per_state:
+                raise ValueError("per_state_coord: here all states of a head share one decay, as in Mamba-2")
+            alphas = [view.state(n).rows(include_dt=include_dt_scaling, include_skip=False) for n in range(states)]
             alpha = torch.stack(alphas, 2)
         else:
-            alpha = hidden_attention(view, include_dt=include_dt_scaling, include_skip=False)
+            alpha = view.rows(include_dt=include_dt_scaling, include_skip=False)
         return alpha if self.has_batch_dim else alpha[0]
 
     @torch.no_grad()
@@ -308,51 +300,85 @@ class SSMDecomposition(ResidualDecomposition):
             batch, channel (unless averaged), target, source.
         """
         view = self.scan_view(layer)
-        if channels is not None:
-            view = view.lanes([channels] if isinstance(channels, int) else channels)
+        lanes = [channels] if isinstance(channels, int) else channels
         select = PositionSelect(queries)
         at = _positions(select, view.length)
         if average:
-            alpha = mean_hidden_attention(view, at, include_skip=include_skip)
+            alpha = view.mean_rows(at, lanes=lanes, include_skip=include_skip)
         else:
-            n = view.dt.shape[0] * view.n_lanes * len(at) * view.length
-            self._check_fits(n, view.dt.dtype, "hidden_attention", "choose channels or queries, or average=True")
-            alpha = hidden_attention(view, at, include_skip=include_skip)
+            n = view.batch * (view.n_lanes if lanes is None else len(lanes)) * len(at) * view.length
+            self._check_fits(n, view.dtype, "hidden_attention", "choose channels or queries, or average=True")
+            alpha = view.rows(at, lanes=lanes, include_skip=include_skip)
             if isinstance(channels, int):
                 alpha = alpha[:, 0]
         alpha = alpha if select.keeps_axis else alpha[..., 0, :]
         return alpha if self.has_batch_dim else alpha[0]
 
-    def scan_view(self, layer: int) -> ScanView:
-        """What the scan of one layer read, in one layout for both families."""
-        mixer = self.model.blocks[layer].mixer
-        u, dt, B, C = (self._with_batch(self[name, layer]) for name in ("x", "dt", "B", "C"))
-        A, D = mixer.A, at_least_fp32(mixer.D)
-        if isinstance(self.model.cfg, Mamba2Config):
-            return ScanView(u, dt, A.unsqueeze(-1), B, C, D)
-        return ScanView(u.unsqueeze(-1), dt, A, B.unsqueeze(2), C.unsqueeze(2), D)
+    # The linear form -----------------------------------------------------------------------------------------
+
+    def scan_view(self, layer: int) -> HeldScan:
+        """How one layer moves values between positions, with everything that decides it held at the run's numbers."""
+        scan = self.model.mixer(layer).held_scan(self.reader(layer))
+        if scan is None:
+            raise ValueError(f"the mixer of layer {layer} moves nothing between positions")
+        return scan
+
+    def step_scan(self, layer: int) -> SelectiveScan:
+        """The same of a kind that has step sizes dt.
+
+        Raises
+        ------
+        ValueError
+            This kind has none.
+        """
+        scan = self.scan_view(layer)
+        if not isinstance(scan, SelectiveScan):
+            raise ValueError(f"the mixer of layer {layer} has no step size dt, so that nothing can be said about it")
+        return scan
 
     def token_path(self, layer: int) -> TokenPath:
-        """How tokens reach the scan of one layer through the convolution."""
-        p, conv, u = (self._with_batch(self[name, layer]) for name in ("x_pre", "conv", "x"))
-        return TokenPath.of(self.model.blocks[layer].mixer, p, conv, u)
+        """How tokens reach the scan of one layer, through its convolution if it has one."""
+        return self.model.mixer(layer).token_path(self.reader(layer))
 
     def output_gain(self, layer: int) -> Float[Tensor, "b l E"]:
         """What the scan's output is multiplied with before out_proj: the gate, and in Mamba-2 w / scale."""
-        gain = at_least_fp32(self._with_batch(self["gate", layer]))
-        if isinstance(self.model.cfg, Mamba2Config):
-            scale = self._with_batch(self["scale", layer, "mixer.norm"])
-            weight = self.model.blocks[layer].mixer.norm.weight
-            grouped = rearrange(gain * weight, "b l (g w) -> b l g w", g=scale.shape[2]) / scale
-            gain = rearrange(grouped, "b l g w -> b l (g w)")
-        return gain
+        gain = self.model.mixer(layer).output_gain(self.reader(layer))
+        return torch.ones_like(self.scan_view(layer).values) if gain is None else gain
 
     def mixer_vectors(self, layer: int, pos_slice: PosSlice = None) -> Float[Tensor, "... E"]:
         """What out_proj of one layer reads."""
-        is_mamba2 = isinstance(self.model.cfg, Mamba2Config)
-        return self.at(self["out", layer, "mixer.norm"] if is_mamba2 else self["y_gated", layer], pos_slice)
+        found = self.model.mixer(layer).vectors(self.reader(layer))
+        return self.at(found if self.has_batch_dim else found[0], pos_slice)
+
+    def mixer_output(self, layer: int) -> Float[Tensor, "... d"]:
+        """What one layer's mixer adds to the stream."""
+        return self[f"blocks.{layer}.mixer.{self.model.mixer(layer).out_site}"]
+
+    def reader(self, layer: int) -> Read:
+        """What this cache has of one mixer, by the sites' own names, with a batch axis."""
+        return lambda name: self._with_batch(self[f"blocks.{layer}.mixer.{name}"])
+
+    def head_width(self) -> int:
+        """Channels P of a head.
+
+        Raises
+        ------
+        ValueError
+            These mixers have no heads.
+        """
+        mixer = self.model.mixer(0)
+        if mixer.head_width is None:
+            raise ValueError(f"{mixer.title} has no heads, its units are channels: use stack_channel_results")
+        return mixer.head_width
 
     # Helpers -------------------------------------------------------------------------------------------------
+
+    def _width(self, layer: int) -> int:
+        return self.model.mixer(layer).width
+
+    def _b_out(self, layer: int) -> Tensor:
+        output = self.model.mixer(layer).value_output()
+        return output.W.new_zeros(output.W.shape[0]) if output.b is None else output.b
 
     def _with_batch(self, value: Tensor) -> Tensor:
         return value if self.has_batch_dim else value[None]
@@ -377,12 +403,13 @@ class SSMDecomposition(ResidualDecomposition):
         self._check_fits(n, final.dtype, "the stack", "choose positions with pos_slice, or use project_output_onto")
         stack = final.new_zeros(count, *final.shape[:-1], outputs)
         shown, scale = self._reading(upto, apply_ln, pos_slice, onto)
-        units = self.model.cfg.E // width
+        start = 0
         for i in range(upto):
-            y = self.mixer_vectors(i, pos_slice).to(final.dtype).unflatten(-1, (units, width))
-            w = self.model.blocks[i].mixer.out_proj.weight.t().to(final.dtype)
-            w = shown(w).unflatten(0, (units, width))
-            stack[i * units : (i + 1) * units] = torch.einsum("...uc,ucd->u...d", y, w) / scale
+            y = self.mixer_vectors(i, pos_slice).to(final.dtype).unflatten(-1, (-1, width))
+            w = self.model.mixer(i).value_output().W.t().to(final.dtype)
+            w = shown(w).unflatten(0, (-1, width))
+            stack[start : start + len(w)] = torch.einsum("...uc,ucd->u...d", y, w) / scale
+            start += len(w)
         if incl_remainder:
             stack[-1] = shown(final) / scale - stack[:-1].sum(0)
             labels = [*labels, "remainder"]

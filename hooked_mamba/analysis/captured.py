@@ -59,7 +59,8 @@ def padding_under_way(model: Stack) -> Iterator[Padded]:
     padded = Padded()
 
     def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        padded.padding = kwargs.get("padding", args[2] if len(args) > 2 else None)
+        call = kwargs.get("call", args[2] if len(args) > 2 else None)
+        padded.padding = None if call is None else call.padding
 
     with ExitStack() as stack:
         for block in model.blocks:
@@ -112,11 +113,11 @@ def layer_list(model: HookedRoot, layers: int | Iterable[int] | None) -> list[in
     return sorted({i % n for i in chosen})
 
 
-def channel_list(model: HookedRoot, channels: int | Iterable[int] | None) -> tuple[int, ...] | None:
-    """Channels as non-negative ints; None: all."""
+def channel_list(model: HookedRoot, channels: int | Iterable[int] | None, layer: int = 0) -> tuple[int, ...] | None:
+    """Channels of a mixer as non-negative ints; None: all."""
     if channels is None:
         return None
-    E = cast(SSMConfig, model.cfg).E
+    E = cast(Stack, model).mixer(layer).width
     chosen = [channels] if isinstance(channels, int) else [int(e) for e in channels]
     for e in chosen:
         if not -E <= e < E:

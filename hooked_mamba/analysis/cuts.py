@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from hooked_mamba.analysis.columns import Columns, column_mask
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.scan import HeldScan
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.ops.interface import StateEdits
-from hooked_mamba.scan_view import ScanView, scan_out
 from hooked_mamba.ssm_decomposition import Source
 from hooked_mamba.state import Padding
-from hooked_mamba.token_sources import TokenPath
 
 Channels = tuple[int, ...] | None
 """Channels e of E (in Mamba-2 e = h P + p); None: all."""
@@ -72,7 +72,7 @@ class Memory:
 class Pass:
     """One call of one mixer, as cuts see it."""
 
-    view: ScanView
+    view: HeldScan
     path: TokenPath
     before: int | None = None
     """Columns of earlier calls, while generating."""
@@ -83,8 +83,7 @@ class Pass:
 
     def mask(self, columns: Columns) -> Bool[Tensor, "b l"]:
         """Columns as a mask."""
-        b, l = self.view.dt.shape[:2]
-        device = self.view.dt.device
+        b, l, device = self.view.batch, self.view.length, self.view.u.device
         found = column_mask(columns, b, l, self.before, device)
         return torch.ones(b, l, dtype=torch.bool, device=device) if found is None else found
 
@@ -92,8 +91,7 @@ class Pass:
         """Where a cut takes something away; e = 1 where it does so in all channels."""
         if len(cut.cells) == 1 and cut.cells[0][1] is None:
             return self.mask(cut.cells[0][0]).unsqueeze(-1)
-        b, l = self.view.dt.shape[:2]
-        cells = torch.zeros(b, l, self.path.p.shape[2], dtype=torch.bool, device=self.view.dt.device)
+        cells = torch.zeros(*self.path.p.shape, dtype=torch.bool, device=self.view.u.device)
         for columns, channels in cut.cells:
             index = slice(None) if channels is None else list(channels)
             cells[:, :, index] |= self.mask(columns).unsqueeze(-1)
@@ -201,11 +199,11 @@ def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Fl
                 where = where & ~targets[i]
         u = (inputs[code] if code in inputs else torch.zeros_like(lost)).unflatten(2, (H, P)).to(view.u.dtype)
         if code & written:
-            y = u * view.D[:, None]
+            y = u * view.skip()[:, None]
         elif call.before is None and not bool(where.any()):
             continue
         else:
-            out = scan_out(replace(view, u=u), call.memory.states.get(code), edits=call.changes)
+            out = view.over(u).out(call.memory.states.get(code), edits=call.changes)
             y = out.y
             if call.before is not None:
                 call.memory.states[code] = out.h_last
@@ -226,8 +224,8 @@ def _codes(cuts: Sequence[Cut], call: Pass, source: Source) -> Int[Tensor, "b l 
     """At each cell, the cuts of one kind of source that take it away."""
     if len(cuts) > 62:
         raise ValueError(f"{len(cuts)} cuts hold in one layer, at most 62 can: join those that have the same targets")
-    b, l = call.view.dt.shape[:2]
-    code = torch.zeros(b, l, 1, dtype=torch.long, device=call.view.dt.device)
+    view = call.view
+    code = torch.zeros(view.batch, view.length, 1, dtype=torch.long, device=view.u.device)
     for i, cut in enumerate(cuts):
         if cut.source == source:
             code = code + call.cells(cut).long() * (1 << i)

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.config import Mamba2Config
 from hooked_mamba.display import table
 from hooked_mamba.hooks.positions import PosSlice
 from hooked_mamba.ssm_decomposition import Source
@@ -55,7 +54,8 @@ def direct_logit_attribution(
     tokens, incorrect_tokens
         One token (text or id) or one a row.
     by
-        "layer": embedding and mixers. "channel", "head" (Mamba-2): those of all mixers, the embedding and the biases.
+        "layer": embedding and mixers. "channel", "head" (where mixers have any): those of all mixers, the embedding
+        and the biases.
     pos_slice
         Positions; an int drops the axis.
     """
@@ -64,8 +64,8 @@ def direct_logit_attribution(
     if by == "layer":
         stack, labels = cache.decompose_resid(pos_slice=pos_slice, return_labels=True)
         return DirectLogits(cache.logit_attrs(stack, tokens, incorrect_tokens, pos_slice=pos_slice), labels)
-    if by == "head" and not isinstance(cache.model.cfg, Mamba2Config):  # type: ignore[union-attr]
-        raise ValueError("Mamba-1 has no heads: use by='channel'")
+    if by == "head":
+        cache.head_width()  # says so where there are none
     directions = _directions(cache, tokens, incorrect_tokens)
     # Projecting first: one number a part instead of d. Rows may have their own direction.
     distinct, row = directions.reshape(-1, directions.shape[-1]).unique(dim=0, return_inverse=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import layer_list
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
-from hooked_mamba.scan_view import hidden_attention
 
 Measure = Literal["mean", "abs", "flow"]
 """Of a layer's channels: the signed mean of alpha; the mean of |alpha|; or the mean of |alpha[t,s] u_s|, what flows."""
@@ -37,14 +36,14 @@ def attention_map(
     view, select = cache.scan_view(layer), PositionSelect(queries)
     index = select.index(view.length)
     at = list(range(view.length)) if isinstance(index, slice) else index
-    b = view.dt.shape[0]
-    total = view.dt.new_zeros(b, len(at), view.length)
+    b = view.batch
+    total = view.values.new_zeros(b, len(at), view.length, dtype=view.dtype)
     step = max(1, 2**22 // (b * len(at) * view.length))  # lanes at once
     for first in range(0, view.n_lanes, step):
-        part = view.lanes(slice(first, first + step))
-        rows = hidden_attention(part, at).abs()
+        lanes = slice(first, first + step)
+        rows = view.rows(at, lanes=lanes).abs()
         if measure == "flow":
-            rows = rows * part.u.abs().mean(-1).transpose(1, 2).unsqueeze(2).to(rows.dtype)
+            rows = rows * view.u[:, :, lanes].abs().mean(-1).transpose(1, 2).unsqueeze(2).to(rows.dtype)
         total += rows.sum(1)
     total /= view.n_lanes
     total = total if select.keeps_axis else total[:, 0]

@@ -44,7 +44,7 @@ def knockout(
     Parameters
     ----------
     model
-        A HookedMamba or HookedMamba2; other hooks work as always.
+        Its mixers must say how they move values (their linear form); other hooks work as always.
     sources, targets
         Positions (columns of the call): an int, several, a slice, a mask b l with each row's own, or None for all.
         For `generate` see `hooked_mamba.analysis.columns.Columns`: what was read in earlier calls stays cut.
@@ -82,7 +82,8 @@ def knockout(
 def cutting(model: Any, mine: Cut) -> Iterator[None]:
     """One cut in every forward pass inside the `with`."""
     chosen = sorted(mine.layers)
-    names = [f"blocks.{i}.mixer.hook_{site}" for i in chosen for site in ("x_pre", "conv", "x", "dt", "B", "C")]
+    mixers = {i: model.mixer(i) for i in chosen}
+    names = [f"blocks.{i}.mixer.{site}" for i, mixer in mixers.items() for site in mixer.frozen_sites]
     memories: dict[int, Memory] = {}
 
     def call_of(layer: int) -> Pass:
@@ -107,12 +108,10 @@ def cutting(model: Any, mine: Cut) -> Iterator[None]:
         earlier = in_force(model, i, "write", mine)
         view = call.view
         lost = lost_writes([*earlier, mine], call, len(earlier)).reshape(view.u.shape).to(view.u.dtype)
-        B = view.B.repeat_interleave(view.n_lanes // view.B.shape[2], 2)
-        written = torch.einsum("blhp,blhn->blhpn", view.dt.unsqueeze(-1) * lost, B.to(view.dt.dtype))
-        return Bx - written.reshape(Bx.shape)
+        return Bx - view.write(lost).reshape(Bx.shape)
 
-    site, edit = ("hook_y", lose_reads) if mine.cut == "read" else ("hook_Bx", lose_writes)
-    hooks = [(f"blocks.{i}.mixer.{site}", edit) for i in chosen]
+    place, edit = ("y", lose_reads) if mine.cut == "read" else ("write", lose_writes)
+    hooks = [(f"blocks.{i}.mixer.{mixer.site_at(place)}", edit) for i, mixer in mixers.items()]
     with captured(model, names) as cache, padding_under_way(model) as padded, held(model, mine), model.hooks(hooks):
         yield
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.display import Shown
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
-from hooked_mamba.scan_view import hidden_attention
 
 
 @torch.no_grad()
@@ -30,10 +29,7 @@ def write_survival(cache: ActivationCache, layer: int, source: int, per_state: b
     """
     view = cache.scan_view(layer)
     s = _position(source, view.length)
-    steps = view.dt.double().cumsum(1)
-    passed = (steps - steps[:, s : s + 1]).clamp(min=0).to(view.dt.dtype)
-    left = torch.exp(passed.unsqueeze(-1) * view.A)
-    left[:, :s] = 0
+    left = view.transport(s)
     left = left if per_state else left.mean(-1)
     return left if cache.has_batch_dim else left[0]
 
@@ -44,8 +40,13 @@ def half_life(cache: ActivationCache, layer: int) -> Float[Tensor, "..."]:
 
     ln 2 / (mean dt |A|); in Mamba-2 the last axis has one number, all states of a head decaying alike. Padding is
     left out.
+
+    Raises
+    ------
+    ValueError
+        The mixer has no step size dt.
     """
-    view = cache.scan_view(layer)
+    view = cache.step_scan(layer)
     real = (view.dt > 0).any(-1, keepdim=True).to(view.dt.dtype)
     mean = view.dt.sum(1) / real.sum(1).clamp(min=1)
     lives = torch.log(torch.tensor(2.0, dtype=mean.dtype)) / (mean.unsqueeze(-1) * -view.A)
@@ -68,8 +69,14 @@ class Saliency(Shown):
 
 @torch.no_grad()
 def saliency(cache: ActivationCache, layer: int) -> Saliency:
-    """dt, B, C and the write of each position."""
-    view = cache.scan_view(layer)
+    """dt, B, C and the write of each position.
+
+    Raises
+    ------
+    ValueError
+        The mixer has no step size dt.
+    """
+    view = cache.step_scan(layer)
     length_B = view.B.norm(dim=-1)  # b l G
     per_lane = length_B.repeat_interleave(view.n_lanes // length_B.shape[-1], -1)
     write = (view.dt * per_lane).unsqueeze(-1) * view.u.abs()
@@ -114,16 +121,16 @@ def receptive_field(
     view, select = cache.scan_view(layer), PositionSelect(queries)
     index = select.index(view.length)
     at = list(range(view.length)) if isinstance(index, slice) else index
-    b = view.dt.shape[0]
-    step = max(1, 2**22 // (b * len(at) * view.length))  # lanes at once
-    target = torch.tensor(at, device=view.dt.device)
-    distance = (target[:, None] - torch.arange(view.length, device=view.dt.device)).clamp(min=0).to(view.dt.dtype)
+    step = max(1, 2**22 // (view.batch * len(at) * view.length))  # lanes at once
+    device = view.u.device
+    target = torch.tensor(at, device=device)
+    distance = (target[:, None] - torch.arange(view.length, device=device)).clamp(min=0).to(view.dtype)
     means, reaches = [], []
     for first in range(0, view.n_lanes, step):
-        part = view.lanes(slice(first, first + step))
-        weight = hidden_attention(part, at, include_skip=include_skip).abs()
+        lanes = slice(first, first + step)
+        weight = view.rows(at, lanes=lanes, include_skip=include_skip).abs()
         if flow:
-            weight = weight * part.u.abs().mean(-1).transpose(1, 2).unsqueeze(2).to(weight.dtype)
+            weight = weight * view.u[:, :, lanes].abs().mean(-1).transpose(1, 2).unsqueeze(2).to(weight.dtype)
         total = weight.sum(-1).clamp(min=torch.finfo(weight.dtype).tiny)
         means.append((weight * distance).sum(-1) / total)
         # From the target backwards: the first distance at which enough has come together. Sources after it weigh 0.

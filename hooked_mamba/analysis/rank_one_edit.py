@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.config import Mamba2Config
 from hooked_mamba.display import Shown
-from hooked_mamba.hooks.names import get_act_name
+from hooked_mamba.renamed import renamed_in
 
 
 @dataclass(frozen=True)
-class Edit(Shown):
-    """An edit, ready to be applied."""
+class RankOneEdit(Shown):
+    """An edit of weights, ready to be applied."""
 
     layer: int
     key: Float[Tensor, " E"]
@@ -63,9 +62,17 @@ def key_moment(model: Any, layer: int, batches: Iterable[Int[Tensor, "..."]]) ->
 
 
 def key_site(model: Any, layer: int) -> str:
-    """The site that out_proj reads."""
-    is_mamba2 = isinstance(model.cfg, Mamba2Config)
-    return get_act_name("out", layer, "mixer.norm") if is_mamba2 else get_act_name("y_gated", layer)
+    """The site that out_proj reads.
+
+    Raises
+    ------
+    ValueError
+        The mixer has no such site.
+    """
+    mixer = model.mixer(layer)
+    if mixer.vectors_site is None:
+        raise ValueError(f"{mixer.title} has no site for what its output's weights read: nothing can be edited there")
+    return f"blocks.{layer}.mixer.{mixer.vectors_site}"
 
 
 def rank_one_edit(
@@ -79,7 +86,7 @@ def rank_one_edit(
     lr: float = 0.5,
     decay: float = 0.0,
     ridge: float = 1e-4,
-) -> Edit:
+) -> RankOneEdit:
     """Find the edit that makes the model continue the prompts with `answer`.
 
     Parameters
@@ -102,7 +109,7 @@ def rank_one_edit(
     if len(prompts) != len(subject) or not prompts:
         raise ValueError(f"{len(prompts)} prompts, but {len(subject)} subject positions")
     rows = [p if p.ndim == 2 else p[None] for p in prompts]
-    out_site, key_name = get_act_name("out_proj", layer), key_site(model, layer)
+    out_site, key_name = f"blocks.{layer}.mixer.{model.mixer(layer).out_site}", key_site(model, layer)
     keys, written = [], []
     with torch.no_grad():
         for row, t in zip(rows, subject, strict=True):
@@ -136,7 +143,7 @@ def rank_one_edit(
     eye = torch.eye(len(k), dtype=k.dtype, device=k.device)
     direction = torch.linalg.solve(moment.to(k) + ridge * moment.diagonal().mean().to(k) * eye, k)
     delta = torch.outer(value - W @ k, direction) / (k @ direction)
-    return Edit(layer, key, value.to(key.dtype), delta.to(key.dtype), losses)
+    return RankOneEdit(layer, key, value.to(key.dtype), delta.to(key.dtype), losses)
 
 
 def _loss(model: Any, row: Tensor, site: str, t: int, shift: Tensor, answer: int) -> Tensor:
@@ -147,3 +154,6 @@ def _loss(model: Any, row: Tensor, site: str, t: int, shift: Tensor, answer: int
 
     logits = model.run_with_hooks(row, fwd_hooks=[(site, write)])
     return -logits[0, -1].log_softmax(-1)[answer]
+
+
+__getattr__ = renamed_in(__name__, {"Edit": "hooked_mamba.analysis.rank_one_edit.RankOneEdit"})

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.analysis.factored_matrix import FactoredMatrix
-from hooked_mamba.config import Mamba2Config
 
 Input = Literal["x", "z", "B", "C", "dt"]
 
@@ -27,9 +26,7 @@ def read_weights(model: Any) -> Float[Tensor, "layer d E"]:
 
 def write_weights(model: Any) -> Float[Tensor, "layer E d"]:
     """Gated output to residual stream, the gated norm's weight included where there is one."""
-    if isinstance(model.cfg, Mamba2Config):
-        return model.w_gated_norm.unsqueeze(-1) * model.W_out
-    return model.W_out
+    return torch.stack([model.mixer(i).write_weight().t() for i in range(model.cfg.n_layers)])
 
 
 def mixer_OV(model: Any) -> FactoredMatrix:
@@ -44,11 +41,18 @@ def channel_OV(model: Any) -> FactoredMatrix:
 
 
 def head_OV(model: Any) -> FactoredMatrix:
-    """Each Mamba-2 head: layer H d d, inner width P."""
-    if not isinstance(model.cfg, Mamba2Config):
-        raise ValueError("Mamba-1 has no heads: use channel_OV or mixer_OV")
-    A = rearrange(read_weights(model), "layer d (h p) -> layer h d p", p=model.cfg.P)
-    return FactoredMatrix(A, rearrange(write_weights(model), "layer (h p) d -> layer h p d", p=model.cfg.P))
+    """Each head: layer H d d, inner width P.
+
+    Raises
+    ------
+    ValueError
+        The mixers have no heads, as in Mamba-1.
+    """
+    mixer = model.mixer(0)
+    if mixer.head_width is None:
+        raise ValueError(f"{mixer.title} has no heads: use channel_OV or mixer_OV")
+    A = rearrange(read_weights(model), "layer d (h p) -> layer h d p", p=mixer.head_width)
+    return FactoredMatrix(A, rearrange(write_weights(model), "layer (h p) d -> layer h p d", p=mixer.head_width))
 
 
 def input_matrix(model: Any, input: Input) -> FactoredMatrix:
@@ -56,10 +60,11 @@ def input_matrix(model: Any, input: Input) -> FactoredMatrix:
     norm = model.w_norm.unsqueeze(-1)
     if input in ("x", "z"):
         W = norm * (model.W_in_x if input == "x" else model.W_in_z)
-    elif isinstance(model.cfg, Mamba2Config):
-        W = norm * {"B": model.W_B.flatten(2), "C": model.W_C.flatten(2), "dt": model.W_dt}[input]
-    else:  # by way of x
-        return FactoredMatrix(read_weights(model), {"B": model.W_B, "C": model.W_C, "dt": model.W_dt}[input])
+    else:
+        W = getattr(model, f"W_{input}").flatten(2)
+        if model.mixer(0).selection_reads == "u":  # by way of x
+            return FactoredMatrix(read_weights(model), W)
+        W = norm * W
     return FactoredMatrix(W, torch.eye(W.shape[-1], dtype=W.dtype, device=W.device))
 
 
@@ -77,7 +82,7 @@ def mixer_composition_scores(
     input
         What mixer j reads through R_j: "x", "z", "B", "C" or "dt" (in Mamba-1 the last three by way of x).
     by
-        "mixer", or "head" for the senders of a Mamba-2 model.
+        "mixer", or "head" for senders that have heads, as in Mamba-2.
 
     Returns
     -------
@@ -119,10 +124,14 @@ def fold_norms(model: Any, center_unembed: bool = False) -> Any:
     """
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     for i in range(model.cfg.n_layers):
-        at = f"blocks.{i}."
-        _fold(weights, at + "norm.weight", at + "mixer.in_proj.weight")
-        if at + "mixer.norm.weight" in weights:
-            _fold(weights, at + "mixer.norm.weight", at + "mixer.out_proj.weight")
+        block, at = model.block(i), f"blocks.{i}."
+        for norm, stage in zip(block.norm_names, block.stages, strict=True):
+            branches = {name: block.branches[name] for name in stage}
+            readers = [f"{at}{name}.{weight}" for name, branch in branches.items() for weight in branch.norm_readers]
+            _fold(weights, f"{at}{norm}.weight", *readers)
+            for name, branch in branches.items():
+                for inner, matrix in branch.inner_norms:
+                    _fold(weights, f"{at}{name}.{inner}", f"{at}{name}.{matrix}")
     weights["unembed.weight"] = weights["unembed.weight"].clone()  # tied weights share a tensor
     _fold(weights, "ln_final.weight", "unembed.weight")
     if center_unembed:
@@ -134,7 +143,8 @@ def fold_norms(model: Any, center_unembed: bool = False) -> Any:
     return folded.train(model.training)
 
 
-def _fold(weights: dict[str, Tensor], norm: str, matrix: str) -> None:
-    """Columns of the matrix times the norm's weight."""
-    weights[matrix] *= weights[norm].to(weights[matrix].dtype)
+def _fold(weights: dict[str, Tensor], norm: str, *matrices: str) -> None:
+    """Columns of the matrices times the norm's weight."""
+    for matrix in matrices:
+        weights[matrix] *= weights[norm].to(weights[matrix].dtype)
     weights[norm].fill_(1)

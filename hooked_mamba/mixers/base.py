@@ -15,12 +15,16 @@ from torch import Tensor
 
 from hooked_mamba.config import BranchConfig
 from hooked_mamba.hooks.sited import SitedModule
+from hooked_mamba.mixers.linear_form import LinearForm
 from hooked_mamba.mixers.precision import KeepsFloat32
 from hooked_mamba.state import BranchState, Call
 
 
-class Branch(KeepsFloat32, SitedModule):
-    """Reads the normalised residual stream and gives what is added to the stream."""
+class Branch(LinearForm, KeepsFloat32, SitedModule):
+    """Reads the normalised residual stream and gives what is added to the stream.
+
+    How it is taken apart, once all but its value path is held, is said by the methods of :class:`LinearForm`.
+    """
 
     kind: ClassVar[str] = ""
     """Its name among kinds of branches ("mamba"); a class without one is a base of others."""

@@ -9,6 +9,7 @@ Glossary
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,14 +18,19 @@ from torch import Tensor, nn
 from hooked_mamba import ops
 from hooked_mamba.components import Linear, at_least_fp32, conv_silu, linear, rms_normalize, silu, softplus
 from hooked_mamba.config import MambaConfig
+from hooked_mamba.frozen.selective import SelectiveScan
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Hooks, Read
 from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
+from hooked_mamba.mixers.selective_rules import RULE_SITES, selective_rule_hooks
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
+from hooked_mamba.mixers.weight_views import Mamba1Views
 from hooked_mamba.state import BranchState, Call, LayerState, with_history, zero_padding
 
 
-class Mamba1Mixer(Branch):
+class Mamba1Mixer(Mamba1Views, Branch):
     """in_proj -> conv -> selective scan -> gate -> out_proj, with a hook point at every site."""
 
     kind = "mamba"
@@ -75,6 +81,12 @@ class Mamba1Mixer(Branch):
         ),
     )
 
+    frozen_sites = tuple(f"hook_{site}" for site in ("x_pre", "conv", "x", "dt", "B", "C", "gate"))
+    places: ClassVar = {"p": "hook_x_pre", "u": "hook_x", "y": "hook_y", "write": "hook_Bx", "state": "hook_h"}
+    vectors_site = "hook_y_gated"
+    selection_reads = "u"
+    rule_sites = (*RULE_SITES, "hook_x_proj")
+
     def __init__(self, cfg: MambaConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
@@ -90,6 +102,7 @@ class Mamba1Mixer(Branch):
             self.dt_norm_weight = nn.Parameter(torch.empty(R))
             self.B_norm_weight = nn.Parameter(torch.empty(N))
             self.C_norm_weight = nn.Parameter(torch.empty(N))
+        self.value_rows = slice(0, E)
 
         self.add_sites()
 
@@ -211,6 +224,41 @@ class Mamba1Mixer(Branch):
     def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k E"]:
         """The convolution's inputs before the first position."""
         return self.in_proj.weight.new_zeros(batch, self.cfg.d_conv - 1, self.cfg.E, device=device)
+
+    # The linear form ---------------------------------------------------------------------------------------------
+
+    def held_scan(self, read: Read) -> SelectiveScan:
+        u, dt, B, C = (read(f"hook_{name}") for name in ("x", "dt", "B", "C"))
+        return SelectiveScan(u.unsqueeze(-1), dt, self.A, B.unsqueeze(2), C.unsqueeze(2), at_least_fp32(self.D))
+
+    def token_path(self, read: Read) -> TokenPath:
+        return TokenPath.silu(self.conv1d, *(read(f"hook_{name}") for name in ("x_pre", "conv", "x")))
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
+        return at_least_fp32(read("hook_gate"))
+
+    def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
+        return super().history(before, path) if before is None else at_least_fp32(before[0])
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        biases = (self.in_proj.bias, self.conv1d.bias, self.out_proj.bias)
+        return list(zip(("hook_in_proj", "hook_conv", "hook_out_proj"), biases, strict=True))
+
+    def rule_hooks(
+        self, rule: str, shares: tuple[float, float, float], read: Read, mask: Tensor | None, h0: Tensor | None
+    ) -> Hooks:
+        def part(which: int) -> Tensor:
+            """B (0) or C (1) as x_proj gives it, the divisor of its norm held."""
+            N = self.cfg.d_state
+            first = self.cfg.R + which * N
+            raw = read("hook_x_proj")[..., first : first + N]
+            scale = torch.ones_like(raw[..., :1])
+            if self.cfg.mixer_norms:
+                scale = torch.rsqrt(raw.square().mean(-1, keepdim=True) + self.cfg.mixer_norm_eps).detach()
+            return raw * scale
+
+        linear = {"linear_B": lambda B: part(0), "linear_C": lambda C: part(1)}
+        return selective_rule_hooks(rule, shares, read, mask, h0, scan=self.held_scan, **linear)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

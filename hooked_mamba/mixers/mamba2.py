@@ -9,6 +9,7 @@ Glossary
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 from hooked_mamba import ops
 from hooked_mamba.components import GroupedRMSNorm, Linear, at_least_fp32, conv_silu, silu, softplus
 from hooked_mamba.config import Mamba2Config
+from hooked_mamba.frozen.selective import SelectiveScan
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Hooks, Read, hold, linear_silu
 from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
+from hooked_mamba.mixers.selective_rules import RULE_SITES, selective_rule_hooks
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
+from hooked_mamba.mixers.weight_views import Mamba2Views
 from hooked_mamba.state import BranchState, Call, LayerState, with_history, zero_padding
 
 
-class Mamba2Mixer(Branch):
+class Mamba2Mixer(Mamba2Views, Branch):
     """in_proj -> conv -> state-space dual -> gated norm -> out_proj, with a hook point at every site."""
 
     kind = "mamba2"
@@ -84,6 +90,12 @@ class Mamba2Mixer(Branch):
         ),
     )
 
+    frozen_sites = (*(f"hook_{site}" for site in ("x_pre", "conv", "x", "dt", "B", "C", "gate")), "norm.hook_scale")
+    places: ClassVar = {"p": "hook_x_pre", "u": "hook_x", "y": "hook_y", "write": "hook_Bx", "state": "hook_h"}
+    vectors_site = "norm.hook_out"
+    inner_norms = (("norm.weight", "out_proj.weight"),)
+    rule_sites = (*RULE_SITES, "norm.hook_scale")
+
     def __init__(self, cfg: Mamba2Config, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
@@ -96,6 +108,13 @@ class Mamba2Mixer(Branch):
         if cfg.gated_norm != "none":
             self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
+        self.value_rows, self.head_width = slice(E, 2 * E), cfg.P
+        if cfg.gated_norm != "gate_first":
+            self.vectors_site = "hook_y_gated"
+        if cfg.gated_norm == "none":
+            self.inner_norms = ()
+            self.frozen_sites = tuple(site for site in self.frozen_sites if not site.startswith("norm."))
+            self.rule_sites = tuple(site for site in self.rule_sites if not site.startswith("norm."))
 
         self.add_sites()
 
@@ -222,6 +241,47 @@ class Mamba2Mixer(Branch):
     def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k c"]:
         """The convolution's inputs before the first position."""
         return self.in_proj.weight.new_zeros(batch, self.cfg.d_conv - 1, self.cfg.conv_dim, device=device)
+
+    # The linear form ---------------------------------------------------------------------------------------------
+
+    def held_scan(self, read: Read) -> SelectiveScan:
+        u, dt, B, C = (read(f"hook_{name}") for name in ("x", "dt", "B", "C"))
+        return SelectiveScan(u, dt, self.A.unsqueeze(-1), B, C, at_least_fp32(self.D))
+
+    def token_path(self, read: Read) -> TokenPath:
+        return TokenPath.silu(self.conv1d, *(read(f"hook_{name}") for name in ("x_pre", "conv", "x")))
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
+        """The gate, and the gated norm's weight and divisor."""
+        if self.cfg.gated_norm == "none":
+            return at_least_fp32(read("hook_gate"))
+        scale = read("norm.hook_scale")
+        gain = at_least_fp32(read("hook_gate")) * self.norm.weight
+        grouped = rearrange(gain, "b l (g w) -> b l g w", g=scale.shape[2]) / scale
+        return rearrange(grouped, "b l g w -> b l (g w)")
+
+    def write_weight(self) -> Float[Tensor, "d E"]:
+        return self.out_proj.weight if self.cfg.gated_norm == "none" else self.out_proj.weight * self.norm.weight
+
+    def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
+        return super().history(before, path) if before is None else at_least_fp32(before[0][..., : self.cfg.E])
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        biases = (self.in_proj.bias, self.conv1d.bias, self.out_proj.bias)
+        return list(zip(("hook_in_proj", "hook_conv", "hook_out_proj"), biases, strict=True))
+
+    def rule_hooks(
+        self, rule: str, shares: tuple[float, float, float], read: Read, mask: Tensor | None, h0: Tensor | None
+    ) -> Hooks:
+        def part(which: int, value: Tensor) -> Tensor:
+            """B (0) or C (1), SiLU's factor held."""
+            width = value.shape[2:].numel()
+            first = self.cfg.E + which * width
+            return linear_silu(read("hook_conv")[..., first : first + width]).reshape(value.shape)
+
+        linear = {"linear_B": lambda B: part(0, B), "linear_C": lambda C: part(1, C)}
+        hooks = selective_rule_hooks(rule, shares, read, mask, h0, scan=self.held_scan, **linear)
+        return [*hooks, ("norm.hook_scale", hold)]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

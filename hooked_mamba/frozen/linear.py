@@ -1,0 +1,183 @@
+"""Pieces of a branch that are affine in its value once everything else is held at a run's numbers.
+
+Each takes a value forwards, `push`, and a covector backwards, `pull` (the vector-Jacobian product). What its bias and
+the memory before the first position add to a covector comes out of `pull` as numbers of their own, so that sums stay
+complete. Constants have the rows b of a run in front; `of(rows)` takes those of n targets.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.frozen.scan import HeldScan
+
+
+class Back(NamedTuple):
+    """What a covector on a piece's output becomes."""
+
+    covector: Tensor
+    """On its input, n l i."""
+    bias: Float[Tensor, " n"] | None = None
+    """What the piece's bias adds; None without one."""
+    initial: Float[Tensor, " n"] | None = None
+    """What memory before the first position adds; None without any."""
+
+
+class Piece(ABC):
+    """One affine step."""
+
+    def of(self, rows: Any) -> Piece:
+        """Its constants at some rows (or another index of rows and positions)."""
+        return self
+
+    @abstractmethod
+    def push(self, x: Tensor) -> Tensor:
+        """The linear part: a change of the input to one of the output."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The whole step: bias and memory included."""
+        return self.push(x)
+
+    @abstractmethod
+    def pull(self, v: Tensor) -> Back:
+        """A covector on the output as one on the input."""
+
+    def diagonal(self) -> Tensor:
+        """The factor by which a channel's value passes at its own position, b l e or what broadcasts to it.
+
+        Raises
+        ------
+        ValueError
+            The piece mixes channels.
+        """
+        raise ValueError(f"{type(self).__name__} mixes channels: it has no factor for each")
+
+
+@dataclass(frozen=True)
+class Project(Piece):
+    """W x + b."""
+
+    W: Float[Tensor, "o i"]
+    b: Float[Tensor, " o"] | None = None
+
+    def push(self, x: Tensor) -> Tensor:
+        return x @ self.W.t()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.push(x) if self.b is None else self.push(x) + self.b
+
+    def pull(self, v: Tensor) -> Back:
+        return Back(v @ self.W, None if self.b is None else (v @ self.b).sum(1))
+
+
+@dataclass(frozen=True)
+class Gain(Piece):
+    """A factor for each number: a gate, a norm's w / scale, 0 at padding."""
+
+    factor: Float[Tensor, "b l #e"]
+
+    def of(self, rows: Any) -> Gain:
+        return Gain(self.factor[rows])
+
+    def push(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def pull(self, v: Tensor) -> Back:
+        return Back(v * self.factor)
+
+    def diagonal(self) -> Tensor:
+        return self.factor
+
+
+@dataclass(frozen=True)
+class Conv(Piece):
+    """A causal depthwise convolution: sum_k taps[K-1-k] x_{t-k} + bias."""
+
+    taps: Float[Tensor, "E K"]
+    bias: Float[Tensor, " E"]
+    history: Float[Tensor, "b k E"]
+    """The K - 1 inputs before the first position."""
+
+    def of(self, rows: Any) -> Conv:
+        return Conv(self.taps, self.bias, self.history[rows])
+
+    def push(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        return causal_mix(self.taps, x)
+
+    def apply(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        K, l = self.taps.shape[1], x.shape[1]
+        x = torch.cat([self.history.to(x.dtype), x], 1)
+        return torch.stack([self.taps[:, j] * x[:, j : j + l] for j in range(K)]).sum(0) + self.bias
+
+    def pull(self, v: Float[Tensor, "n l E"]) -> Back:
+        K, l = self.taps.shape[1], v.shape[1]
+        back = v.new_zeros(v.shape[0], K - 1 + l, v.shape[2])
+        for k in range(K):  # position t reads the input k positions before it
+            first = K - 1 - k
+            back[:, first : first + l] += self.taps[:, K - 1 - k] * v
+        initial = (back[:, : K - 1] * self.history).flatten(1).sum(1)
+        return Back(back[:, K - 1 :], (v @ self.bias).sum(1), initial)
+
+    def diagonal(self) -> Tensor:
+        return self.taps[:, -1]
+
+
+def causal_mix(taps: Float[Tensor, "E K"], x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+    """sum_k taps[K-1-k] x_{t-k}, with nothing before the first position."""
+    K, l = taps.shape[1], x.shape[1]
+    mixed = torch.zeros_like(x)
+    for k in range(min(K, l)):
+        mixed[:, k:] += taps[:, K - 1 - k] * x[:, : l - k]
+    return mixed
+
+
+@dataclass(frozen=True)
+class Mix(Piece):
+    """Values moved between positions by a held scan (or pattern)."""
+
+    scan: HeldScan
+    h0: Float[Tensor, "b ..."] | None
+    """The state before the first position."""
+    rows: Any = None
+
+    def of(self, rows: Any) -> Mix:
+        return Mix(self.scan, self.h0, rows)  # taken when it runs: the scan's own input is mostly not needed
+
+    def push(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        return self._over(x).out().y.flatten(2)
+
+    def apply(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        return self._over(x).out(self._h0()).y.flatten(2)
+
+    def pull(self, v: Float[Tensor, "n l E"]) -> Back:
+        h0 = self._h0()
+        scan = self.scan if self.rows is None else self.scan.of(self.rows)
+        covector, at_h0 = scan.pull(v, h0)
+        if h0 is None or at_h0 is None:
+            return Back(covector)
+        return Back(covector, None, (at_h0 * h0).flatten(1).sum(1))
+
+    def diagonal(self) -> Tensor:
+        return self.own() + self.skip()
+
+    def own(self) -> Float[Tensor, "b l E"]:
+        """What a channel reads of what it has just written."""
+        u = self.scan.values
+        return self.scan.diagonal(include_skip=False).repeat_interleave(self.scan.width, 2).to(u.dtype)
+
+    def skip(self) -> Float[Tensor, " E"]:
+        """What a channel passes on beside the state."""
+        u = self.scan.values
+        return self.scan.skip().repeat_interleave(self.scan.width).to(u.dtype)
+
+    def _over(self, x: Tensor) -> HeldScan:
+        return self.scan.over(x.unflatten(2, (self.scan.n_lanes, -1)), self.rows)
+
+    def _h0(self) -> Tensor | None:
+        return self.h0 if self.h0 is None or self.rows is None else self.h0[self.rows]

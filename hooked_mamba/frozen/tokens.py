@@ -1,0 +1,71 @@
+"""How tokens reach a scan: the split of u_s into the tokens s-K+1..s through a convolution's taps.
+
+    u_s = sigma_s xc_s        xc_s = sum_k kappa[K-1-k] p_{s-k} + b_c        sigma = sigmoid(xc), taken as it was
+
+so token s sends sum_k alpha[t,s+k] sigma_{s+k} kappa[K-1-k] p_s to target t. Without a convolution u = p: one tap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.linear import causal_mix
+
+
+@dataclass(frozen=True)
+class TokenPath:
+    """The way of each channel from its own input p to the value u that enters memory, linearised at a run."""
+
+    p: Float[Tensor, "b l E"]
+    """Inputs of the convolution (those channels that become u)."""
+    sigma: Float[Tensor, "b l E"]
+    """SiLU's factor; 0 at padding."""
+    taps: Float[Tensor, "E K"]
+    """kappa; the last tap multiplies the position itself."""
+    bias: Float[Tensor, " E"]
+    """b_c."""
+
+    @classmethod
+    def silu(cls, conv: nn.Conv1d, p: Tensor, out: Tensor, u: Tensor) -> TokenPath:
+        """SiLU of a convolution, from the run's inputs and outputs of the convolution, and u (any layout)."""
+        u = u.flatten(2)
+        E = u.shape[-1]
+        p, out = at_least_fp32(p[..., :E]), at_least_fp32(out[..., :E])
+        # At padding u is 0 whatever the convolution says.
+        sigma = torch.where((u == 0) & (out != 0), torch.zeros_like(out), torch.sigmoid(out))
+        weight, bias = conv.weight[:E, 0], conv.bias
+        return cls(p, sigma, at_least_fp32(weight), at_least_fp32(weight.new_zeros(E) if bias is None else bias[:E]))
+
+    @classmethod
+    def straight(cls, u: Tensor) -> TokenPath:
+        """No convolution: p is u."""
+        u = at_least_fp32(u.flatten(2))
+        return cls(u, torch.ones_like(u), u.new_ones(u.shape[-1], 1), u.new_zeros(u.shape[-1]))
+
+    def input_of(self, tokens: Bool[Tensor, "b l"]) -> Float[Tensor, "b l E"]:
+        """The part of u that comes from chosen tokens, biases of the convolution left out."""
+        return self.sigma * self.mix(self.p * tokens.unsqueeze(-1))
+
+    def mix(self, p: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        """sum_k kappa[K-1-k] p_{t-k} of any inputs, with nothing before the first."""
+        return causal_mix(self.taps, p)
+
+    def split_tokens(
+        self, alpha: Float[Tensor, "b q s h 1"], channels: slice, P: int
+    ) -> tuple[Float[Tensor, "b q s h p"], Float[Tensor, "b q h p"]]:
+        """What y_t gets from each token, and from the convolution's bias, for the lanes of `channels`."""
+        K, l = self.taps.shape[1], alpha.shape[2]
+        sigma, p = (rearrange(v[..., channels], "b s (h p) -> b 1 s h p", p=P) for v in (self.sigma, self.p))
+        taps = rearrange(self.taps[channels], "(h p) k -> k h p", p=P)
+        bias = rearrange(self.bias[channels], "(h p) -> h p", p=P)
+        reach = alpha * sigma
+        through = torch.zeros_like(reach)
+        for k in range(min(K, l)):
+            through[:, :, : l - k] += taps[K - 1 - k] * reach[:, :, k:]
+        return through * p, (reach * bias).sum(2)

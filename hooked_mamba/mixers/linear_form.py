@@ -1,0 +1,200 @@
+"""What a branch says about its own linear form: the affine map that it is once all but its value path is held.
+
+    value path   stream -> norm -> W_x -> p -> u -> y -> gain -> W_o -> what is added to the stream
+
+Decompositions, direct logit attribution, knockout, coders for the local part and circuits read these methods and
+nothing else. A branch with `in_proj` and `out_proj` that moves values by a scan gives `frozen_sites`, `places` and
+:meth:`LinearForm.held_scan`; the rest has defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.linear import Conv, Gain, Mix, Piece, Project
+from hooked_mamba.frozen.scan import HeldScan
+from hooked_mamba.frozen.tokens import TokenPath
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.state import BranchState
+
+Read = Callable[[str], Tensor]
+"""A site's own name in the branch ("hook_dt", "norm.hook_scale") -> what the run had there, batch in front."""
+
+Hooks = list[tuple[str, Callable[..., Tensor]]]
+"""Pairs (a site's own name in the branch, hook)."""
+
+
+class LinearForm:
+    """The part of a branch about its linear form."""
+
+    title: ClassVar[str]
+    site_rows: Callable[[], Sequence[Any]]
+    get_submodule: Callable[[str], Any]
+
+    frozen_sites: ClassVar[tuple[str, ...]] = ()
+    """Sites that a run must cache for :meth:`frozen`, by their own names."""
+    places: ClassVar[Mapping[str, str]] = {}
+    """The sites at places of the value path: "u", and where they differ from it "p", "y"; "write" and "state" where
+    values are written into a state that has a site."""
+    value_rows: slice = slice(None)
+    """Which rows of in_proj make p."""
+    head_width: int | None = None
+    """Channels P of a head; None where each channel stands alone."""
+    vectors_site: ClassVar[str | None] = None
+    """The site that the output's weights read; None: it is formed from y and the gain."""
+    selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
+    """What B, C and dt are computed from, where there are any."""
+    norm_readers: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
+    """Weights whose columns read the block's norm."""
+    inner_norms: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
+    rule_sites: ClassVar[tuple[str, ...]] = ()
+    """Sites that :meth:`rule_hooks` reads."""
+
+    # The whole -------------------------------------------------------------------------------------------------
+
+    def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
+        """The branch as an affine map of the stream that its norm reads.
+
+        Parameters
+        ----------
+        read
+            The run's `frozen_sites`.
+        before
+            Memory before the first position; None: empty.
+        mask
+            Real positions; None: all are.
+        norm
+            The norm, its divisor held.
+        """
+        path, scan, gain = self.token_path(read), self.held_scan(read), self.output_gain(read)
+        pieces: list[Piece] = [norm, self.value_input()]
+        if mask is not None:
+            pieces.append(Gain(mask.unsqueeze(-1).to(path.p.dtype)))
+        nodes = {"p": len(pieces)}
+        pieces += [Conv(path.taps, path.bias, self.history(before, path)), Gain(path.sigma)]
+        nodes["u"] = len(pieces)
+        pieces += [] if scan is None else [Mix(scan, self.memory(before))]
+        nodes["y"] = len(pieces)
+        pieces += [] if gain is None else [Gain(gain)]
+        u = at_least_fp32(read(self.site_at("u")).flatten(2)) if scan is None else scan.values
+        return Chain((*pieces, self.value_output()), nodes, path, {"p": path.p, "u": u})
+
+    @property
+    def width(self) -> int:
+        """Channels E of the value path."""
+        return self.value_output().W.shape[1]
+
+    # Its parts -------------------------------------------------------------------------------------------------
+
+    def held_scan(self, read: Read) -> HeldScan | None:
+        """How values move between positions; None of a branch that moves none."""
+        return None
+
+    def token_path(self, read: Read) -> TokenPath:
+        """How a channel's own input p becomes the value u; default: it is u."""
+        return TokenPath.straight(read(self.site_at("u")))
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
+        """What y is multiplied with before the output's weights; None: nothing."""
+        return None
+
+    def value_input(self) -> Project:
+        """The weights that make p, float32 at least."""
+        return projection(self.get_submodule("in_proj"), self.value_rows)
+
+    def value_output(self) -> Project:
+        """The weights that write into the stream, float32 at least."""
+        return projection(self.get_submodule("out_proj"))
+
+    def write_weight(self) -> Float[Tensor, "d E"]:
+        """The output's weights, those of a norm right before it included."""
+        return self.get_submodule("out_proj").weight
+
+    def memory(self, before: BranchState | None) -> Tensor | None:
+        """The scan's own part of the memory; default: the last part."""
+        return before[-1] if before else None
+
+    def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
+        """The K - 1 values of p before the first position; default: zeros."""
+        return path.p.new_zeros(path.p.shape[0], path.taps.shape[1] - 1, path.p.shape[2])
+
+    def vectors(self, read: Read) -> Float[Tensor, "b l E"]:
+        """What the output's weights read."""
+        if self.vectors_site is not None:
+            return read(self.vectors_site)
+        y, gain = read(self.site_at("y")).flatten(2), self.output_gain(read)
+        return y if gain is None else y * gain
+
+    def site_at(self, name: str) -> str:
+        """The own name of the site at a place; without one of its own, p and y stand where u does.
+
+        Raises
+        ------
+        ValueError
+            It has no such site.
+        """
+        if name in ("p", "y") and name not in self.places:
+            name = "u"
+        if name not in self.places:
+            raise ValueError(f"{self.title or type(self).__name__} has no site for {name!r} in its linear form")
+        return self.places[name]
+
+    @property
+    def out_site(self) -> str:
+        """The own name of the site of what is added to the stream: the last one."""
+        return [row.name for row in self.site_rows() if isinstance(row, Site)][-1]
+
+    # Other rules than holding ----------------------------------------------------------------------------------
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        """Sites whose value has a bias in it, and the bias."""
+        return [(self.site_at("p"), self.value_input().b), (self.out_site, self.value_output().b)]
+
+    def rule_hooks(
+        self, rule: str, shares: tuple[float, float, float], read: Read, mask: Tensor | None, h0: Tensor | None
+    ) -> Hooks:
+        """Hooks by which this branch's gradient follows a rule of attribution (see `circuits.rules`).
+
+        Parameters
+        ----------
+        rule, shares
+            "half" or "shares", and the shares of C, B and u.
+        read
+            Sites of the pass under way.
+        mask
+            Real positions.
+        h0
+            The scan's state before the first position.
+
+        Raises
+        ------
+        ValueError
+            The rule means nothing for this kind.
+        """
+        raise ValueError(
+            f"selection {rule!r} is not defined for {self.title or type(self).__name__}: use 'none' or 'gradient'"
+        )
+
+
+def projection(linear: Any, rows: slice = slice(None)) -> Project:
+    """A linear layer (or some of its rows) as a piece."""
+    weight, bias = at_least_fp32(linear.weight), linear.bias
+    return Project(weight[rows].detach(), None if bias is None else at_least_fp32(bias[rows]).detach())
+
+
+def hold(x: Tensor, hook: Any) -> Tensor:
+    """A hook: the value, through which no gradient flows back."""
+    return x.detach()
+
+
+def linear_silu(x: Tensor) -> Tensor:
+    """SiLU as a product with its factor held."""
+    return x * torch.sigmoid(x).detach()
