@@ -84,7 +84,12 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
     def make_block(cls, cfg: Any, layer: int) -> Block:
         """One block with its branches."""
         stages = cls.stages(cfg, layer)
-        return Block(cfg, {name: cls.branch_classes[name](cfg, layer) for stage in stages for name in stage}, stages)
+        return Block(
+            cfg,
+            {name: cls.branch_classes[name](cfg, layer) for stage in stages for name in stage},
+            stages,
+            norm=cls.norm_class,
+        )
 
     # Making and keeping --------------------------------------------------------------------------------------
 
@@ -229,6 +234,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         stop_at_layer: int | None = None,
         initial_state: ModelState | None = None,
         return_state: bool = False,
+        carry: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Run the model.
 
@@ -254,7 +260,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         attention_mask
             b l, 1 for real tokens and 0 for padding at either end.
         initial_state, return_state
-            Memory to go on from, and whether to return (output, memory after the last real token of each row).
+            Memory to continue from, and whether to return (output, memory after the last real token of each row).
+        carry
+            What layers before `start_at_layer` hand to later ones beside the stream, by name; only for models that
+            have such a thing, whose error says what.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -275,7 +284,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if start_at_layer is None:
             assert tokens is not None  # found above
             resid = self.embed_tokens(tokens)
-        resid, state = self.run_blocks(resid, layers, initial_state, padding)
+        resid, state = self.run_blocks(resid, layers, initial_state, padding, carry)
         out: Any = resid
         if stop_at_layer is None:
             logits = self.to_logits(resid)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_mamba.components import Embed, RMSNorm, Unembed, at_least_fp32
+from hooked_mamba.components import Embed, LayerNorm, RMSNorm, Unembed, at_least_fp32
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
+
+NormClass = Callable[[int, float], Any]
+"""(width, eps) -> a norm with `hook_scale`, `hook_normalized` and `hook_out`."""
 
 Stages = Sequence[Sequence[str]]
 """What a block does in turn: each stage is one norm and the branches that read it, side by side."""
@@ -53,6 +56,8 @@ class Block(SitedModule):
         Branch -> factor of what it reads, and of what it adds; 1 where absent.
     output_sites
         Whether `hook_{branch}_out` holds what each branch adds.
+    norm
+        Made of a width and an eps, one for each stage.
     """
 
     place = "block"
@@ -73,6 +78,7 @@ class Block(SitedModule):
         in_scales: Mapping[str, float] | None = None,
         out_scales: Mapping[str, float] | None = None,
         output_sites: bool = False,
+        norm: NormClass = RMSNorm,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -82,7 +88,7 @@ class Block(SitedModule):
         self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
         self.output_sites = output_sites
         for name in self.norm_names:
-            setattr(self, name, RMSNorm(cfg.d_model, cfg.eps))
+            setattr(self, name, norm(cfg.d_model, cfg.eps))
         for name, branch in branches.items():
             setattr(self, name, branch)
         self.add_sites()
@@ -143,6 +149,12 @@ class Stack(SitedModule):
     sites = (
         Site("hook_tokens", "b l", "token ids, if the input is tokens", integer=True),
         Site("hook_embed", "b l d", "token embedding"),
+        Child(
+            "ln_embed",
+            LayerNorm,
+            {"w": "d"},
+            {"hook_scale": "the divisor of the norm behind the embedding, where there is one"},
+        ),
         Child("blocks"),
         Child(
             "ln_final",
@@ -158,12 +170,19 @@ class Stack(SitedModule):
     logit_multiplier: float | None = None
     """Factor of the logits; None: 1."""
 
+    norm_class: ClassVar[NormClass] = RMSNorm
+    """The final norm's class."""
+    norms_embedding: ClassVar[bool] = False
+    """Whether a norm of its own follows the embedding."""
+
     def __init__(self, cfg: ModelConfig, blocks: Iterable[Block]) -> None:
         super().__init__()
         self.cfg = cfg
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        if self.norms_embedding:
+            self.ln_embed = self.norm_class(cfg.d_model, cfg.eps)
         self.blocks = nn.ModuleList(blocks)
-        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.ln_final = self.norm_class(cfg.d_model, cfg.eps)
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model)
         self.add_sites()
         self.tie_weights()
@@ -178,7 +197,8 @@ class Stack(SitedModule):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids to the start of the residual stream."""
-        return self.hook_embed(scaled(self.embed(self.hook_tokens(tokens)), self.embedding_multiplier))
+        embedded = self.hook_embed(scaled(self.embed(self.hook_tokens(tokens)), self.embedding_multiplier))
+        return self.ln_embed(embedded) if self.norms_embedding else embedded
 
     def run_blocks(
         self,
@@ -223,7 +243,14 @@ class Stack(SitedModule):
         for i in range(len(self.blocks)):
             block = self.block(i)
             for name in block.norm_names:
-                getattr(block, name).weight.fill_(1)
+                reset_norm(getattr(block, name))
             for branch in block.branches.values():
                 branch.reset_parameters(generator)
-        self.ln_final.weight.fill_(1)
+        for norm in (self.ln_final, *([self.ln_embed] if self.norms_embedding else [])):
+            reset_norm(norm)
+
+
+def reset_norm(norm: nn.Module) -> None:
+    """Weight 1 and bias 0."""
+    for name, parameter in norm.named_parameters():
+        parameter.fill_(1 if name == "weight" else 0)
