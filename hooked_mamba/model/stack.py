@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, ClassVar, cast
@@ -17,9 +17,6 @@ from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
-
-NormClass = Callable[[int, float], Any]
-"""(width, eps) -> a norm with `hook_scale`, `hook_normalized` and `hook_out`."""
 
 Stages = Sequence[Sequence[str]]
 """What a block does in turn: each stage is one norm and the branches that read it, side by side."""
@@ -78,7 +75,7 @@ class Block(SitedModule):
         in_scales: Mapping[str, float] | None = None,
         out_scales: Mapping[str, float] | None = None,
         output_sites: bool = False,
-        norm: NormClass = RMSNorm,
+        norm: type[SitedModule] = RMSNorm,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -88,7 +85,7 @@ class Block(SitedModule):
         self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
         self.output_sites = output_sites
         for name in self.norm_names:
-            setattr(self, name, norm(cfg.d_model, cfg.eps))
+            setattr(self, name, norm(cfg.d_model, cfg.eps))  # type: ignore[call-arg]
         for name, branch in branches.items():
             setattr(self, name, branch)
         self.add_sites()
@@ -170,7 +167,7 @@ class Stack(SitedModule):
     logit_multiplier: float | None = None
     """Factor of the logits; None: 1."""
 
-    norm_class: ClassVar[NormClass] = RMSNorm
+    norm_class: ClassVar[type[SitedModule]] = RMSNorm
     """The final norm's class."""
     norms_embedding: ClassVar[bool] = False
     """Whether a norm of its own follows the embedding."""
@@ -180,9 +177,9 @@ class Stack(SitedModule):
         self.cfg = cfg
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         if self.norms_embedding:
-            self.ln_embed = self.norm_class(cfg.d_model, cfg.eps)
+            self.ln_embed = self.norm_class(cfg.d_model, cfg.eps)  # type: ignore[call-arg]
         self.blocks = nn.ModuleList(blocks)
-        self.ln_final = self.norm_class(cfg.d_model, cfg.eps)
+        self.ln_final = self.norm_class(cfg.d_model, cfg.eps)  # type: ignore[call-arg]
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model)
         self.add_sites()
         self.tie_weights()
