@@ -3,11 +3,12 @@
 Rows of the state never meet. Forward, a lane is a row: one unit of work is 16 rows of one head of one batch element,
 whose 16 K numbers stay in the first cache; a position goes over them once and makes, at each key,
     S_t = w S_{t-1} + b recall_t + k v_t,      y_t += r S_t,      recall_{t+1} += a_{t+1} S_t
-(5 multiply-adds). Backward, a lane is a key, so that sums over rows need no lanes to meet: one unit is a head, with L
-the adjoint of its state. States are kept every T positions, and made again from there.
+(5 multiply-adds; 4 where b is a multiple of k). Backward, a lane is a key, so that sums over rows need no lanes to
+meet: one unit is a head, with L the adjoint of its state. States are kept every T positions, and made again from there.
     L_t = dy_t r_t^T + dstates_t + L_{t+1} diag(w_{t+1}) + c_{t+1} a_{t+1}^T,      c_t = L_t b_t + drecall_t
     dr = S_t^T dy,   dk = L^T v,   dv = L k,   dw = sum_V S_{t-1} L,   da = S_{t-1}^T c,   db = L^T recall
-All arrays are contiguous float32; K and V are multiples of 16. w is b l H K or b l H 1.
+All arrays are contiguous float32; K and V are multiples of 16. w is b l H K or b l H 1; so is b in the forward, for
+that multiple of k.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def forward(r, w, k, v, a, b, h, y, recall, starts, states, positions, lo, hi):
     _, l, H, K = k.shape
     V = v.shape[3]
     blocks, size, wide = V // LANES, K * LANES, w.shape[3]
-    step = 1 if wide == K else 0
+    step, multiple = 1 if wide == K else 0, b.shape[3] < K
     keep, n_starts = starts.size > 0, (l + T - 1) // T
     saved, width = states.shape[1], states.shape[3]
     r, w, k, v, a, b = r.reshape(-1), w.reshape(-1), k.reshape(-1), v.reshape(-1), a.reshape(-1), b.reshape(-1)
@@ -59,7 +60,16 @@ def forward(r, w, k, v, a, b, h, y, recall, starts, states, positions, lo, hi):
                     row = (i * l + t) * H + head % H
                     at, onward, decay = row * K, (row + (H if t + 1 < l else 0)) * K, row * wide
                     v_t, out, next_held = load(v, row * V + block * LANES), zero, zero
-                    for n in range(K):
+                    if multiple:
+                        v_t = fma(broadcast(b, row), held, v_t)
+                    for n in range(K if multiple else 0):
+                        S_n = mul(broadcast(w, decay), load(flat_h, S + n * LANES))
+                        S_n = fma(broadcast(k, at + n), v_t, S_n)
+                        store(flat_h, S + n * LANES, S_n)
+                        out = fma(broadcast(r, at + n), S_n, out)
+                        next_held = fma(broadcast(a, onward + n), S_n, next_held)
+                        decay += step
+                    for n in range(0 if multiple else K):
                         S_n = mul(broadcast(w, decay), load(flat_h, S + n * LANES))
                         S_n = fma(broadcast(k, at + n), v_t, fma(broadcast(b, at + n), held, S_n))
                         store(flat_h, S + n * LANES, S_n)

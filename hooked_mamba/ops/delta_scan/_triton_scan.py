@@ -14,6 +14,7 @@ from torch import Tensor
 from hooked_mamba.ops.delta_scan._adjoint import before_the_first, from_the_end
 from hooked_mamba.ops.delta_scan._triton_backward import delta_backward
 from hooked_mamba.ops.delta_scan._triton_forward import delta_forward
+from hooked_mamba.ops.delta_scan.naive import full
 from hooked_mamba.ops.interface import DeltaScanOut
 from hooked_mamba.ops.triton_launch import on_device
 
@@ -30,13 +31,14 @@ def delta_scan(
     k: Float[Tensor, "b l H K"],
     v: Float[Tensor, "b l H V"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     *,
     h0: Float[Tensor, "b H V K"] | None,
     positions: tuple[int, ...] | None,
 ) -> DeltaScanOut:
     """See `hooked_mamba.ops.delta_scan`."""
-    y, h_last, states, recall = _DeltaScan.apply(r, w, k, v, a, b, None if h0 is None else h0.float(), positions)
+    b, h0 = full(b, k), None if h0 is None else h0.float()
+    y, h_last, states, recall = _DeltaScan.apply(r, w, k, v, a, b, h0, positions)
     return DeltaScanOut(y, h_last, states, recall)
 
 

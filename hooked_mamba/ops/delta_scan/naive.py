@@ -17,6 +17,11 @@ from hooked_mamba.ops.precision import state_dtype
 from hooked_mamba.ops.segments import edited
 
 
+def full(b: Float[Tensor, "b l H B"], k: Float[Tensor, "b l H K"]) -> Float[Tensor, "b l H K"]:
+    """The vectors b where they were given as multiples of k."""
+    return b * k if b.shape[3] < k.shape[3] else b
+
+
 @backend("delta_scan", takes={"h0", "states", "grad", "edits"})
 def delta_scan(
     r: Float[Tensor, "b l H K"],
@@ -24,7 +29,7 @@ def delta_scan(
     k: Float[Tensor, "b l H K"],
     v: Float[Tensor, "b l H V"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     *,
     h0: Float[Tensor, "b H V K"] | None,
     positions: tuple[int, ...] | None,
@@ -33,6 +38,7 @@ def delta_scan(
     """See `hooked_mamba.ops.delta_scan`."""
     dtype, work = v.dtype, state_dtype(v)
     r, w, k, v, a, b = (t.to(work) for t in (r, w, k, v, a, b))
+    b = full(b, k)
     S = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[3]) if h0 is None else h0.to(work)
     ys, recalls, states = [], [], []
     for t in range(v.shape[1]):

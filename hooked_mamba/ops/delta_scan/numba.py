@@ -15,6 +15,7 @@ from torch import Tensor
 from hooked_mamba.ops.choose import backend
 from hooked_mamba.ops.delta_scan import _numba_kernels as kernels
 from hooked_mamba.ops.delta_scan._adjoint import before_the_first, from_the_end
+from hooked_mamba.ops.delta_scan.naive import full
 from hooked_mamba.ops.interface import DeltaScanOut
 from hooked_mamba.ops.memory import fresh
 from hooked_mamba.ops.numba_compile import refusal, share
@@ -35,7 +36,7 @@ def delta_scan(
     k: Float[Tensor, "b l H K"],
     v: Float[Tensor, "b l H V"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     *,
     h0: Float[Tensor, "b H V K"] | None,
     positions: tuple[int, ...] | None,
@@ -45,6 +46,7 @@ def delta_scan(
     r, w, k, v, a, b = (t.to(work) for t in (r, w, k, v, a, b))
     h0 = None if h0 is None else h0.to(work)
     if K % LANES:
+        b = full(b, k)
         r, k, a, b = (F.pad(t, (0, -K % LANES)) for t in (r, k, a, b))
         w = F.pad(w, (0, -K % LANES)) if w.shape[3] > 1 else w.expand(-1, -1, -1, k.shape[3])
         h0 = None if h0 is None else F.pad(h0, (0, -K % LANES))
@@ -97,8 +99,9 @@ class _DeltaScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh_last, dstates, drecall):
-        *inputs, recall, starts = ctx.saved_tensors
-        _, w, k, v, _, _ = inputs
+        *inputs, b, recall, starts = ctx.saved_tensors
+        _, w, k, v, _ = inputs
+        inputs.append(full(b, k))
         dy = torch.zeros_like(v) if dy is None else dy.contiguous()
         if dstates is None and drecall is None and not any(ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)):
             return _adjoint(inputs, dy, dh_last, ctx.V, ctx.needs_input_grad[6])
@@ -116,6 +119,8 @@ class _DeltaScan(torch.autograd.Function):
         share(kernels.backward, batch * H, v.numel() * K, arrays, ())
         if w.shape[3] == 1:
             dw = dw.sum(-1, keepdim=True)
+        if b.shape[3] == 1:
+            dk, db = dk.addcmul_(db, b), (db * k).sum(-1, keepdim=True)
         return dr, dw, dk, dv, da, db, g[:, :, : ctx.V] if ctx.needs_input_grad[6] else None, None, None
 
 

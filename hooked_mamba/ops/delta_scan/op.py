@@ -19,7 +19,7 @@ def delta_scan(
     k: Float[Tensor, "b l H K"],
     v: Float[Tensor, "b l H V"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     *,
     h0: Float[Tensor, "b H V K"] | None = None,
     states_at: Sequence[int] | str | None = None,
@@ -32,8 +32,8 @@ def delta_scan(
         S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T,      y_t = S_t r_t,      recall_t = S_{t-1} a_t
 
     RWKV-7 (arXiv 2503.14456): a = kappa, b = -a_t kappa with its in-context learning rate a_t.
-    Gated DeltaNet (arXiv 2412.06464): w = alpha, a = k, b = -alpha beta k, and beta v for v.
-    Kimi Delta Attention (arXiv 2510.26692): w = alpha, a = alpha k, b = -beta k, and beta v for v.
+    Gated DeltaNet (arXiv 2412.06464): w = alpha, a = k, b = -alpha beta (times k), and beta v for v.
+    Kimi Delta Attention (arXiv 2510.26692): w = alpha, a = alpha k, b = -beta (times k), and beta v for v.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def delta_scan(
     k, v
         Key and value that are written, b l H K and b l H V. The state is float32, or float64 if v is float64.
     a, b
-        The rank-one part of the transition, b l H K. Padding: w = 1, and k and b (or v and a) 0 keep the state.
+        The rank-one part of the transition, b l H K. b may be b l H 1, for that multiple of k (if K is not 1): what is
+        removed then lies under the key that is written, which saves work. Padding: w = 1, and k and b 0.
     h0
         State before the first position, b H V K; None for zeros.
     states_at
@@ -71,8 +72,9 @@ def delta_scan(
     op = "delta_scan"
     sizes: dict[str, int] = {}
     checks.expect(op, sizes, r=(r, "b l H K"), k=(k, "b l H K"), v=(v, "b l H V"))
-    checks.expect(op, sizes, a=(a, "b l H K"), b=(b, "b l H K"), h0=(h0, "b H V K"))
-    checks.expect(op, sizes, w=(w, "b l H 1" if w.shape[-1:] == (1,) else "b l H K"))
+    checks.expect(op, sizes, a=(a, "b l H K"), h0=(h0, "b H V K"))
+    for name, tensor in (("w", w), ("b", b)):
+        checks.expect(op, sizes, **{name: (tensor, "b l H 1" if tensor.shape[-1:] == (1,) else "b l H K")})
     checks.expect_length(op, sizes["l"])
     positions = checks.positions_of(op, states_at, sizes["l"])
     edits = checks.checked_edits(op, edits, sizes["b"], sizes["l"], (sizes["H"], sizes["V"], sizes["K"]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_mamba.ops import checks
 from hooked_mamba.ops.delta_scan._adjoint import from_the_end
+from hooked_mamba.ops.delta_scan.naive import full
 from hooked_mamba.ops.delta_scan.op import delta_scan
 
 
@@ -18,7 +19,7 @@ def delta_rows(
     w: Float[Tensor, "b l H W"],
     k: Float[Tensor, "b l H K"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     queries: Sequence[int],
     *,
     backend: str | None = None,
@@ -48,6 +49,7 @@ def delta_rows(
         A target is outside the sequence, or they do not ascend.
     """
     batch, length, H, _ = r.shape
+    b = full(b, k)
     at = checks.ascending("delta_rows", "queries", queries, length)
     if not at:
         return r.new_zeros(batch, 0, H, length)

@@ -35,7 +35,7 @@ def delta_scan(
     k: Float[Tensor, "b l H K"],
     v: Float[Tensor, "b l H V"],
     a: Float[Tensor, "b l H K"],
-    b: Float[Tensor, "b l H K"],
+    b: Float[Tensor, "b l H B"],
     *,
     h0: Float[Tensor, "b H V K"] | None,
     positions: tuple[int, ...] | None,
@@ -44,7 +44,7 @@ def delta_scan(
     length = v.shape[1]
     if length == 1 or not _within_reach(w):
         return naive.delta_scan(r, w, k, v, a, b, h0=h0, positions=positions)
-    dtype, work = v.dtype, state_dtype(v)
+    dtype, work, b = v.dtype, state_dtype(v), naive.full(b, k)
     log_w = w.to(wide_dtype(v)).log()
     r, w, k, v, a, b, log_w = (t.transpose(1, 2).to(t.dtype if t is log_w else work) for t in (r, w, k, v, a, b, log_w))
     S = v.new_zeros(*v.shape[:2], v.shape[3], k.shape[3]) if h0 is None else h0.to(work)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mamba.ops import StateEdits
 
 SELECTIVE_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
-SSD_BACKENDS = [("torch", torch.float64), ("torch", torch.float32)]
+SSD_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 

@@ -13,7 +13,8 @@ OUTPUTS = ("y", "h_last", "states", "recall")
 def delta_inputs(
     batch: int, l: int, H: int, K: int, V: int, per: str = "key", least: float = 0.55, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Arguments in float64 that float32 holds exactly; decays in (least, 1) per "key" or per "head".
+    """Arguments in float64 that float32 holds exactly; decays in (least, 1) per "key" or per "head";
+    "multiple" is per head, with b given as a multiple of k.
 
     The transition removes up to all of what lies under a unit key, as in RWKV-7, so that states stay small.
     """
@@ -24,13 +25,14 @@ def delta_inputs(
 
     key = torch.nn.functional.normalize(normal(batch, l, H, K), dim=-1)
     rate = torch.rand(batch, l, H, K if per == "key" else 1, generator=random)
+    multiple = per == "multiple"
     made = {
         "r": normal(batch, l, H, K),
         "w": least + (1 - least) * torch.rand(batch, l, H, K if per == "key" else 1, generator=random),
-        "k": normal(batch, l, H, K),
+        "k": key if multiple else normal(batch, l, H, K),
         "v": normal(batch, l, H, V),
         "a": key,
-        "b": -rate * key,
+        "b": -rate if multiple else -rate * key,
         "h0": normal(batch, H, V, K),
     }
     return {name: value.double() for name, value in made.items()}
@@ -41,11 +43,17 @@ def transition(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.diag(w.expand_as(a)) + torch.outer(a, b)
 
 
+def whole(b: Tensor, k: Tensor) -> Tensor:
+    """b, where it is given as a multiple of k."""
+    return b if b.shape[-1] == k.shape[-1] else b * k
+
+
 def plain_loop(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, h0: Tensor | None, edits: StateEdits | None = None
 ) -> dict[str, Tensor]:
     """y, recall and all states, from S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T."""
     batch, l, H, V = v.shape
+    b = whole(b, k)
     S = [[torch.zeros(V, k.shape[3]).to(v) if h0 is None else h0[i, j] for j in range(H)] for i in range(batch)]
     ys, recalls, states = [], [], []
     for t in range(l):
@@ -66,7 +74,7 @@ def plain_loop(
 def dense_rows(r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """alpha[t, s] = k_s^T M_{s+1} ... M_t r_t for all pairs, b l H l, by multiplying the matrices out."""
     batch, l, H, K = r.shape
-    alpha = torch.zeros(batch, l, H, l).to(r)
+    b, alpha = whole(b, k), torch.zeros(batch, l, H, l).to(r)
     for i in range(batch):
         for j in range(H):
             for t in range(l):

@@ -16,7 +16,7 @@ from tests.hooked_mamba.ops.delta_cases import OUTPUTS, delta_inputs, dense_rows
 BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
 SHAPES = [(2, 1, 2, 4, 3), (1, 3, 3, 5, 7), (2, 33, 2, 16, 20), (1, 70, 1, 24, 16)]
 each_backend = pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-each_decay = pytest.mark.parametrize("per", ["key", "head"])
+each_decay = pytest.mark.parametrize("per", ["key", "head", "multiple"])
 
 
 @each_decay
@@ -145,7 +145,7 @@ def test_the_published_recurrences():
 
     for step, arguments in (
         (rwkv7, (r, w, k, v, kappa, -rate * kappa)),
-        (gated_deltanet, (r, alpha, k, beta * v, k, -alpha * beta * k)),
+        (gated_deltanet, (r, alpha, k, beta * v, k, -alpha * beta)),
         (kda, (r, w, k, beta * v, w * k, -beta * k)),
     ):
         S, expected = torch.zeros(V, K).double(), []

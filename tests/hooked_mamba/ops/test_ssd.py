@@ -93,8 +93,9 @@ def test_gradcheck(states_at):
 
 @each_backend
 @pytest.mark.parametrize("l", [1, 40])
-def test_frozen_is_the_gradient_with_constants(l, backend, dtype):
-    inputs, states_at = ssd_inputs(2, l, 4, 3, 2, 3), sorted({0, l // 2, l - 1})
+@pytest.mark.parametrize("with_states", [True, False])
+def test_frozen_is_the_gradient_with_constants(l, with_states, backend, dtype):
+    inputs, states_at = ssd_inputs(2, l, 4, 3, 2, 3), sorted({0, l // 2, l - 1}) if with_states else None
     full = outcome(ssd, inputs, torch.float64, "naive", states_at=states_at)
     frozen = outcome(ssd, inputs, dtype, backend, states_at=states_at, frozen=True, chunk=16)
     for name in ("dt", "A", "B", "C", "D"):
@@ -167,3 +168,17 @@ def test_all_states_lie_on_the_path_of_the_outputs():
     read = (out.states * C.unsqueeze(-2)).sum(-1) + inputs["D"][:, None] * inputs["x"]
     assert torch.allclose(read, out.y, atol=1e-12)
     assert torch.allclose(out.states[:, -1], out.h_last, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[16, 33, 2], [5, 2, 44]])
+def test_numba_gives_the_bits_of_the_whole_from_any_pieces(lengths):
+    inputs = {k: v.float() for k, v in ssd_inputs(2, sum(lengths), 4, 20, 2, 18).items()}
+    whole = ssd(**inputs, backend="numba", states_at="all")
+    A, D, h = inputs["A"], inputs["D"], inputs["h0"]
+    ys = []
+    for x, dt, B, C in zip(*(inputs[k].split(lengths, 1) for k in ("x", "dt", "B", "C")), strict=True):
+        y, h, _ = ssd(x, dt, A, B, C, D, h0=h, backend="numba")
+        ys.append(y)
+    assert torch.equal(torch.cat(ys, 1), whole.y)
+    assert torch.equal(h, whole.h_last)
+    assert torch.equal(h, whole.states[:, -1])

@@ -316,6 +316,7 @@ MORE: dict[str, Case] = {
     "ssd without D and h0": scan(ops.ssd, without(ssd_inputs(2, 11, 2, 4, 1, 4), "D", "h0")),
     "ssd one position": ssd_case(2, 1, 4, 5, 2, 6),
     "delta per head": delta_case(2, 33, 2, 16, 20, per="head"),
+    "delta multiple": delta_case(1, 9, 2, 5, 4, per="multiple"),
     "delta long": delta_case(1, 70, 1, 8, 4),
     "delta blocks": delta_case(1, 9, 2, 64, 40, patches=SHORT_DELTA),
     "delta all states": delta_case(1, 9, 2, 4, 3, states_at="all", patches=SHORT_DELTA),
