@@ -157,6 +157,28 @@ class SparseCoder(CoderParameters):
 
         return load(folder, cls, **options)
 
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """:meth:`save` under SAELens' name; returns the files of weights and config, as there."""
+        folder = self.save(path)
+        return folder / "sae_weights.safetensors", folder / "cfg.json"
+
+    @classmethod
+    def load_from_disk(cls, path: str | Path, device: str = "cpu", dtype: Any = None, **options: Any) -> SparseCoder:
+        """:meth:`load` under SAELens' name; `dtype`: a number format, such as "float32"."""
+        from saes.files.checks import DTYPES, dtype_name
+
+        coder = cls.load(path, device=device, **options)
+        return coder if dtype is None else coder.to(DTYPES[dtype_name(dtype)])
+
+    @classmethod
+    def load_from_pretrained(cls, path: str | Path, device: str = "cpu", dtype: Any = None) -> SparseCoder:
+        """:meth:`load_from_disk` under SAELens' older name."""
+        return cls.load_from_disk(path, device, dtype)
+
+    def get_name(self) -> str:
+        """A name made of model, site and width, as SAELens makes it."""
+        return f"sae_{self.cfg.model_name}_{self.cfg.in_site}_{self.cfg.d_sae}"
+
     @classmethod
     def from_pretrained(
         cls, name: str | Path, subfolder: str | None = None, revision: str | None = None, **options: Any
