@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hooked_mamba.config import BranchConfig, Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.recurrent_config import DeltaNetConfig
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
 """silu(x), the erf form of gelu(x), max(x, 0), max(x, 0)^2."""
@@ -198,6 +199,6 @@ class HybridConfig(ModelConfig):
 
 
 BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
-    cls.__name__: cls for cls in (MambaConfig, Mamba2Config, AttentionConfig, MLPConfig, MoEConfig)
+    cls.__name__: cls for cls in (MambaConfig, Mamba2Config, DeltaNetConfig, AttentionConfig, MLPConfig, MoEConfig)
 }
 """Configs of branches by name, for files."""

@@ -1,10 +1,11 @@
-"""What shapes the models of the delta rule: RWKV-7."""
+"""What shapes the models of the delta rule: RWKV-7, gated DeltaNet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from hooked_mamba.config import ModelConfig
+from hooked_mamba.config import BranchConfig, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,49 @@ class RWKV7Config(ModelConfig):
         """What is added to the variance of each head's output."""
         assert self.head_eps is not None  # __post_init__ fills it
         return self.head_eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(BranchConfig):
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464), one branch of a hybrid's blocks."""
+
+    n_key_heads: int
+    """Heads of queries and keys."""
+    n_value_heads: int
+    """Heads H of values; value head j reads key head j // (H / key heads)."""
+    key_dim: int
+    """Keys K of a head."""
+    value_dim: int
+    """Values V of a head."""
+    d_conv: int = 4
+    """Taps of the causal convolution over q, k and v; 0: no convolution, SiLU alone."""
+    conv_bias: bool = False
+    norm_eps: float = 1e-6
+    """eps of the norm of each head's output."""
+    gate: Literal["silu", "sigmoid", "none"] = "silu"
+    """What the gate's branch passes before it multiplies the normed output."""
+    negative_eigenvalues: bool = False
+    """Whether beta lies in (0, 2), so that a removal may turn the sign of what it finds."""
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    """Interval from which the decay's rate is drawn when weights are initialised at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "A_init_range", tuple(map(float, self.A_init_range)))
+        self.check_positive("n_key_heads", "n_value_heads", "key_dim", "value_dim")
+        if self.n_value_heads % self.n_key_heads:
+            raise ValueError(
+                f"{self.n_value_heads} value heads cannot be shared evenly by {self.n_key_heads} key heads"
+            )
+        if self.d_conv < 0:
+            raise ValueError(f"d_conv must be 0 (no convolution) or more, got {self.d_conv}")
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of q, k and v together."""
+        return 2 * self.n_key_heads * self.key_dim + self.n_value_heads * self.value_dim
+
+    @property
+    def E(self) -> int:
+        """Channels of the values."""
+        return self.n_value_heads * self.value_dim

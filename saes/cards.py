@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from saes.registry import Entry
 
 MARK = "<!-- written by hooked-mamba; remove this line to keep your own text -->"
-"""By which a card is known that may be written anew."""
+"""Marks a card that may be overwritten."""
 
 TAGS = ("saelens", "sparse-autoencoder", "interpretability", "mamba")
 
@@ -44,7 +44,9 @@ def quoted(value: Any) -> _Verbatim:
 
 TEMPLATE = """\
 ---
+{%- if loads_there %}
 library_name: saelens
+{%- endif %}
 license: {{ license | quoted }}
 tags:
 {%- for tag in tags %}
@@ -101,8 +103,12 @@ from saes import SparseCoder
 coder = SparseCoder.from_pretrained({{ repo | quoted }}, {{ entries[0].name | quoted }})
 ```
 
+{% if loads_there -%}
 Each folder is a SAELens directory (`cfg.json`, `sae_weights.safetensors`); BatchTopK and Matryoshka are JumpReLU there.
-TopK and gated MambaCoders have no counterpart in SAELens and load here only.
+{% endif -%}
+{% if only_here -%}
+No counterpart in SAELens, loads here only: {{ only_here | join(", ") }}.
+{% endif -%}
 """
 
 _environment = Environment(finalize=escape, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -111,6 +117,11 @@ _environment.filters["join"] = lambda values, by: _Verbatim(by.join(escape(value
 _template = _environment.from_string(TEMPLATE)
 
 _HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _loads_in_saelens(entry: Entry) -> bool:
+    """SAELens has no SAE with a skip, and no TopK or gated transcoder."""
+    return not entry.skip if entry.kind == "sae" else entry.architecture not in ("topk", "gated")
 
 
 def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None, license: str = "mit") -> str:
@@ -129,6 +140,7 @@ def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None,
     """
     if not entries:
         raise ValueError("a card is about at least one coder")
+    only_here = sorted(entry.name for entry in entries if not _loads_in_saelens(entry))
     models = sorted({entry.model for entry in entries if entry.model})
     return _template.render(
         entries=sorted(entries, key=lambda entry: entry.name),
@@ -141,6 +153,8 @@ def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None,
         repo=repo,
         title=title or repo,
         license=license,
-        tags=TAGS,
+        loads_there=len(only_here) < len(entries),
+        only_here=only_here,
+        tags=[tag for tag in TAGS if tag != "saelens" or len(only_here) < len(entries)],
         mark=_Verbatim(MARK),
     )

@@ -1,6 +1,6 @@
-"""`hooked-mamba sae`: train, judge, look at, share and fetch dictionaries.
+"""`hooked-mamba sae`: train, evaluate, explore, share and fetch dictionaries.
 
-What a command needs is imported when it runs, so that help comes at once.
+Each command imports what it needs when it runs, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saes.run_options import run_options
 
 app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
 explore_app = new_app("explore")
-"""`sae explore` once more, beside the other commands that look."""
+"""`sae explore` again, for the top-level group of viewers."""
 
 CodersArgument = Annotated[
     list[str],
@@ -26,7 +26,7 @@ CodersArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id. Default: what the coders say.")
 ]
-TextOption = Annotated[Path, typer.Option("--text", "-t", help="Text file, documents parted by <|endoftext|>.")]
+TextOption = Annotated[Path, typer.Option("--text", "-t", help="Text file, documents separated by <|endoftext|>.")]
 TokensOption = Annotated[int, typer.Option("--n-tokens", min=1, help="Stop after so many tokens.")]
 ContextOption = Annotated[int, typer.Option("--context-length", min=1, help="Tokens a row.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -43,7 +43,7 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id.")] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", "-t", help="Text file, documents parted by <|endoftext|>.")
+        Path | None, typer.Option("--text", "-t", help="Text file, documents separated by <|endoftext|>.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of checkpoints, log and coders.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Block; repeatable, one coder for each.")] = None,
@@ -58,11 +58,11 @@ def train(
     reads: Annotated[str | None, typer.Option(help="What MambaCoders read: normalized or resid.")] = None,
     target: Annotated[str | None, typer.Option(help="What MambaCoders predict: block or local.")] = None,
     n_tokens: Annotated[int | None, typer.Option("--n-tokens", help="Tokens to train on.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Or so many steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in steps, instead of tokens.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Tokens a step.")] = None,
     context_length: Annotated[int | None, typer.Option("--context-length", help="Tokens a row.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and orders.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     logger: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb; repeatable.")] = None,
     setting: Annotated[
@@ -119,7 +119,7 @@ def eval_(
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
-    """Judge coders on a text: reconstruction, sparsity, and what the model loses that runs on them."""
+    """Evaluate coders on a text: reconstruction, sparsity, and the loss of the model when it runs on them."""
     from saes.command_parts import load_coders, model_of, text_rows, trained_model
     from saes.evaluation import evaluate
 
@@ -152,7 +152,7 @@ def explore(
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
-    """Write a page about the features of coders: where they are active, what they say, which are alike."""
+    """Write a page about the features of coders: where they are active, what they promote, which are similar."""
     from saes.command_parts import load_coders, model_of, trained_model
     from saes.explorer import explore as look
     from saes.options import read_file
@@ -193,10 +193,10 @@ def push(
     name: Annotated[
         str | None, typer.Option(help="The coder's name there, if it is one. Default: its folder's.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if need be.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if needed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision on disk: float32, float16 or bfloat16.")] = None,
     license: Annotated[str, typer.Option(help="The weights' licence, as the hub names it.")] = "mit",
-    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Add coders to a repository of the hub or to a folder, with an index and a card. One push is one commit."""
     from saes import hub
@@ -245,7 +245,7 @@ def list_(
 
     found = hub.search(query, source, revision, architecture=architecture, layer=layer, kind=kind)
     if not found:
-        typer.echo("no coder fits", err=True)
+        typer.echo("no coder matches", err=True)
         raise typer.Exit(1)
     columns = ["name", "kind", "architecture", "site", "latents", "k"]
     rows = [[e.name, e.kind, e.architecture, e.site, e.d_sae, e.k or ""] for e in found]

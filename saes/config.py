@@ -7,9 +7,10 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from hooked_mamba.hooks.names import declared, is_declared, unalias
+from saes.saelens_names import CONFIG, advice
 
 Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka"]
 
@@ -151,6 +152,22 @@ class CoderConfig:
     def is_sae(self) -> bool:
         """Whether it predicts what it reads."""
         return self.in_site == self.out_site
+
+    @property
+    def hook_name(self) -> str:
+        """`in_site` under SAELens' name."""
+        return self.in_site
+
+    @property
+    def hook_name_out(self) -> str:
+        """`out_site` under SAELens' name."""
+        return self.out_site
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for names that do not exist; for SAELens' fields the error says what they are here."""
+        if name in CONFIG:
+            raise AttributeError(advice(name, CONFIG))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def kind(self) -> Literal["sae", "mambacoder"]:

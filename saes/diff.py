@@ -29,7 +29,7 @@ ROWS = 1 << 12
 
 @dataclass(frozen=True)
 class DictionaryDiff:
-    """How the latents of coder a are found again in coder b."""
+    """How the latents of coder a match those of coder b."""
 
     pairs: Int[Tensor, "p 2"]
     """Latent of a and of b, one to one, in the order of their cosines."""
@@ -52,11 +52,11 @@ class DictionaryDiff:
         return float((self.cosines >= least).sum()) / len(self.nearest_in_b)
 
     def only_in_a(self, below: float = 0.5) -> list[int]:
-        """Latents of a to which none of b comes near, the most peculiar first."""
+        """Latents of a without a close match in b, the least similar first."""
         return _below(self.cosine_in_b, below)
 
     def only_in_b(self, below: float = 0.5) -> list[int]:
-        """Latents of b to which none of a comes near, the most peculiar first."""
+        """Latents of b without a close match in a, the least similar first."""
         return _below(self.cosine_in_a, below)
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""Files that a crash leaves either old or new, never half of each."""
+"""Files that after a crash are either old or new, never partly written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class DiskFullError(OSError):
-    """No room for a file; what was there before is untouched."""
+    """No room for a file; earlier files are untouched."""
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` as a whole: written aside, brought to the disk, renamed.
+    """Replace `path` as a whole: a temporary file is written, synced and renamed.
 
     Raises
     ------
@@ -48,14 +48,14 @@ def room_for(path: Path, n_bytes: int) -> Iterator[None]:
             raise
         raise DiskFullError(
             error.errno,
-            f"no room for {n_bytes:,} bytes of {path.name}: {error.strerror}. What was written before is whole;"
+            f"no room for {n_bytes:,} bytes of {path.name}: {error.strerror}. What was written before is intact;"
             " make room and run the same again",
             str(path),
         ) from error
 
 
 def write_through(path: Path, data: bytes) -> None:
-    """Write and bring to the disk."""
+    """Write and sync."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -63,7 +63,7 @@ def write_through(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Sync a file, or a folder's entries, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)

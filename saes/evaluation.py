@@ -1,4 +1,4 @@
-"""Judging coders: how well they say what the model says, how sparsely, and what the model loses that runs on it.
+"""Evaluating coders: reconstruction, sparsity, and the loss of the model when it runs on their output.
 
 1. A pass over the text collects reconstruction and sparsity of all coders, and the means of what they predict.
 2. A second pass runs every batch as it is, with each coder in the model's place, with zeros there, with the means
@@ -49,7 +49,7 @@ def evaluate(
     together: bool | None = None,
     progress: bool = True,
 ) -> Report:
-    """Judge coders on text that they were not trained on.
+    """Evaluate coders on text that they were not trained on.
 
     Parameters
     ----------

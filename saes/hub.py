@@ -25,7 +25,7 @@ from saes.registry import INDEX, Entry, check_name, index_bytes, read_index, sca
 CARD = "README.md"
 
 TRIES = 5
-"""Pushes to one repository at the same time: how often to begin anew with the other's commit."""
+"""Pushes to one repository at the same time: how often to retry on top of the other's commit."""
 
 Coders = SparseCoder | Iterable[SparseCoder] | Mapping[str, SparseCoder | str | Path]
 """One, several under names made from their configs, or by name; a path stands for a coder on disk."""
@@ -94,7 +94,7 @@ def push(
 ) -> str:
     """Add coders to a repository of the hub or to a folder, and write its index and card.
 
-    What is there under the same names is replaced; all else stays. On the hub it is one commit, begun anew if someone
+    Coders of the same names are replaced; everything else stays. On the hub it is one commit, retried if someone
     else's comes between.
 
     Parameters
@@ -102,8 +102,8 @@ def push(
     coders
         One coder, several, or a mapping from names to coders or to their folders.
     to
-        "owner/name" on the hub, made if need be, or a folder: a Path, a folder that is there, or a text that cannot be
-        a hub id, such as "./coders".
+        "owner/name" on the hub, created if needed, or a folder: a Path, an existing folder, or a text that cannot be a
+        hub id, such as "./coders".
     metrics
         Numbers by name of a single coder; of several, such mappings by the coders' names.
     dtype
@@ -111,7 +111,7 @@ def push(
     license
         The hub's name for the weights' licence.
     revision
-        Branch; made if need be. None: main.
+        Branch; created if needed. None: main.
     private
         Whether a repository that is made can be seen by its owner only.
     token

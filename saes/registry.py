@@ -1,4 +1,4 @@
-"""The index of a repository or folder of coders: `index.json`, one entry a coder, read without trusting it."""
+"""The index of a repository or folder of coders: `index.json`, one entry per coder, read without trusting it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def check_name(name: str) -> str:
     parts = name.split("/") if isinstance(name, str) else []
     if not parts or len(name) > NAME_LENGTH or not all(_PART.fullmatch(part) for part in parts):
         raise CoderFileError(
-            f"{name!r} is no name of a coder; expected folder names of letters, digits, '.', '_' and '-', joined by '/'"
+            f"{name!r} is not a valid coder name; expected letters, digits, '.', '_' and '-', and '/' between folders"
         )
     return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a registry says of one coder."""
+    """A registry's entry for one coder."""
 
     name: str
     """Its folder in the repository."""

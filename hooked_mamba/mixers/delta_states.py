@@ -46,16 +46,20 @@ class DeltaInputs(NamedTuple):
 
 
 def delta_scan_through_hooks(
-    x: DeltaInputs, h0: Float[Tensor, "b H V K"] | None, hook_h: StateHookPoint, writes: LazyHookPoint
+    x: DeltaInputs,
+    h0: Float[Tensor, "b H V K"] | None,
+    hook_h: StateHookPoint,
+    writes: LazyHookPoint | None = None,
 ) -> tuple[Float[Tensor, "b l H V"], Float[Tensor, "b H V K"], Float[Tensor, "b l H V"]]:
-    """The closed loop, with hooks on states and writes; returns y, the last state and what was recalled."""
+    """The closed loop, with hooks on states and, if they are v k^T, on writes; returns y, the last state and what was
+    recalled."""
     length = x.v.shape[1]
     recalled: list[Tensor] = []
     added: Tensor | None = None
-    if writes.edited:
+    if writes is not None and writes.edited:
         usual = x.write_at(slice(None))
         added = writes(usual) - usual
-    else:
+    elif writes is not None:
         writes.read(length, x.write_at)
 
     def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ScanOut:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from hooked_mamba.hybrid_config import HybridConfig, branch_of
 from hooked_mamba.mixers.attention import Attention
 from hooked_mamba.mixers.base import Branch, branch_class
+from hooked_mamba.mixers.gated_deltanet import GatedDeltaNet
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.mixers.mlp import MLP
@@ -14,7 +15,7 @@ from hooked_mamba.mixers.moe import MoE
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import Block, Stages
 
-BRANCHES = (Mamba1Mixer, Mamba2Mixer, Attention, MLP, MoE)
+BRANCHES = (Mamba1Mixer, Mamba2Mixer, GatedDeltaNet, Attention, MLP, MoE)
 """What may stand in the blocks of a hybrid here; further kinds join by being defined."""
 
 

@@ -1,4 +1,4 @@
-"""From a model, dictionaries and text to what is known of every feature, in one pass over the text."""
+"""Statistics and contexts of every feature, from one pass of a text through the model."""
 
 from __future__ import annotations
 

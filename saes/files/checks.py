@@ -1,4 +1,4 @@
-"""Reading a coder's files without trusting them: where they lie, what they hold, and what they should hold."""
+"""Reading a coder's files without trusting them: their location, their contents and what is expected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CoderFileError(CheckpointError):
 
 @dataclass(frozen=True)
 class Hints:
-    """What a caller says about a coder whose files do not, or must, say it."""
+    """What a caller says about a coder beyond, or against, what its files say."""
 
     k: int | None = None
     in_site: str | None = None

@@ -1,4 +1,4 @@
-"""Reading a coder of any format known here: which format it is, its config, and its weights, all checked."""
+"""Reading a coder in any supported format: its format, config and weights, all checked."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def _with(
 
 def _open_file(path: Path, hints: Hints) -> Opened:
     if path.suffix in PICKLES:
-        raise CoderFileError(f"{path} may hold code, and is not read; expected safetensors (a folder, or one file)")
+        raise CoderFileError(f"{path} may contain code and is not read; expected safetensors (a folder, or one file)")
     if path.name in (CONFIG, WEIGHTS):
         raise CoderFileError(f"{path} is one file of a coder; give its folder, {path.parent}")
     about = file_metadata(path)
     if "variant" not in about:
         raise CoderFileError(
-            f"{path} says nothing of what it is: recurrentlens writes `variant` into the header, other coders are"
+            f"{path} does not say what it is: recurrentlens writes `variant` into the header, other coders are"
             f" folders with {CONFIG} and {WEIGHTS}"
         )
     return Opened(*_with("recurrentlens", *read_recurrentlens(about, open_tensors(path), hints, path)))
@@ -103,7 +103,8 @@ def _nothing_in(folder: Path) -> str:
     found = sorted(folder.glob("*/cfg.json")) or sorted(folder.glob("coders/*/cfg.json"))
     inner = [entry.parent.relative_to(folder).as_posix() for entry in found]
     if inner:
-        return f"{folder} is no coder itself; it has the coders {', '.join(inner[:8])}{' ...' if inner[8:] else ''}"
+        more = " ..." if inner[8:] else ""
+        return f"{folder} is not itself a coder; it contains the coders {', '.join(inner[:8])}{more}"
     more = " ..." if names[8:] else ""
     return f"{folder} has no coder: expected {CONFIG} and {WEIGHTS}; found {', '.join(names[:8]) or 'nothing'}{more}"
 

@@ -1,4 +1,4 @@
-"""What our directories say beside what SAELens reads: the whole config, a digest of the weights, metrics."""
+"""What our directories add to SAELens' fields: the full config, a digest of the weights, metrics, the training."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _check_types(values: Mapping[str, Any], where: Path) -> None:
 
 
 def _check_agreement(config: Mapping[str, Any], expected: Mapping[str, Any], where: Path, prefix: str = "") -> None:
-    """What SAELens would read is what our own config says."""
+    """Raise if SAELens' fields contradict our own config."""
     for name, right in expected.items():
         if name in ("device", "sae_lens_version", "sae_lens_training_version"):
             continue

@@ -1,4 +1,4 @@
-"""SAELens directories: which config and tensors there are which here (SAELens 6, its `load_from_disk`).
+"""SAELens directories: how configs and tensors correspond (SAELens 6, its `load_from_disk`).
 
 SAELens reads `cfg.json` and `sae_weights.safetensors`. It wants the exact tensors of the architecture, and leaves
 keys of the config that it does not know alone. At inference BatchTopK and Matryoshka are JumpReLU with one threshold,
@@ -247,7 +247,7 @@ def _foreign_weights(
     weights_at: Path,
     factor: float | int | None,
 ) -> dict[str, Tensor]:
-    trained = "topk_threshold" in tensors  # as saved in the midst of training: the threshold is one number
+    trained = "topk_threshold" in tensors  # saved during training: the threshold is one number
     kind = "standard" if trained else WRITTEN_AS[cfg.architecture]
     shapes = shapes_of(kind, cfg.d_in, cfg.d_out, cfg.d_sae, cfg.skip)
     if trained and cfg.architecture == "batchtopk":

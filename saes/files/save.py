@@ -1,4 +1,4 @@
-"""Writing a coder so that a crash leaves no half of one."""
+"""Writing a coder so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save(
     Parameters
     ----------
     folder
-        Where to; made if need be.
+        Where to write; created if needed.
     dtype
         Of the matrices on disk: "float16", "bfloat16", "float32" or "float64"; None: as they are. In half precision
         biases and thresholds stay float32.
@@ -90,7 +90,7 @@ def _as(tensor: Tensor, dtype: str, name: str) -> Tensor:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write every file aside and bring it to the disk, then move all in, in the order given."""
+    """Write all files to a temporary folder, sync them, then move them in, in the order given."""
     if folder.exists() and not folder.is_dir():
         raise CoderFileError(f"{folder} is a file; expected a folder to write into")
     if (folder / "sae.safetensors").exists():

@@ -1,4 +1,4 @@
-"""From what other libraries call a place in a model to our sites, and from there to a config."""
+"""Other libraries' names of a place in a model, translated to our sites and to a config."""
 
 from __future__ import annotations
 

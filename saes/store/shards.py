@@ -52,9 +52,9 @@ class ShardWriter:
     Parameters
     ----------
     folder
-        Made if need be. Where it holds a manifest, writing goes on behind its last shard.
+        Created if needed. If it has a manifest, writing continues after its last shard.
     about
-        What the manifest says beside its shards: "streams" (name -> width), "dtype", the model and the text.
+        What the manifest records besides its shards: "streams" (name -> width), "dtype", the model and the text.
 
     Raises
     ------
@@ -90,7 +90,7 @@ class ShardWriter:
         Raises
         ------
         DiskFullError
-            If there is no room for it; the store stays as it was.
+            If there is no room for it; the store is unchanged.
         """
         data = save({name: value.contiguous().cpu() for name, value in values.items()})
         free = shutil.disk_usage(self.folder).free
@@ -186,7 +186,7 @@ class ShardReader:
                 found = "is missing" if size is None else f"has {size:,} bytes"
                 raise StoreError(
                     f"{path} {found}, the manifest says {shard['bytes']:,}: the copy is not whole. Fetch it again, or"
-                    " capture the store anew"
+                    " capture the store again"
                 )
 
     def read(self, i: int) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ class ShardReader:
         path = self.folder / shard["file"]
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-            raise StoreError(f"{path} is damaged: its checksum is not the manifest's. Capture the store anew")
+            raise StoreError(f"{path} is damaged: its checksum is not the manifest's. Capture the store again")
         try:
             values = load(data)
         except SafetensorError as error:

@@ -1,7 +1,7 @@
-"""Checkpoints that a kill at any moment leaves whole: a folder written aside, brought to the disk, renamed.
+"""Checkpoints that survive a kill at any moment: a temporary folder is written, synced and renamed.
 
 folder/step-00001000/state.safetensors   weights, optimiser, counters of dead latents
-                     state.json          step, options, configs, sums of the log; says which data it goes with
+                     state.json          step, options, configs, sums of the log, digest of the data
                      process-0.json      data cursor and random state, one file a process
 """
 
@@ -116,7 +116,7 @@ def _write_parts(
 def load_checkpoint(
     folder: Path, world: World, step: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(tensors, about, this process's part) of a step, by default the last; random states are put back.
+    """(tensors, about, this process's part) of a step, by default the last; random states are restored.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def load_checkpoint(
         if about["processes"] != world.size:
             raise ResumeError(
                 f"{path} is of {about['processes']} processes, this run has {world.size}: each has its own place in"
-                " the data, so that it goes on only with as many"
+                " the data, so it can only continue with the same number"
             )
         process = json.loads((path / f"process-{world.rank}.json").read_text())
         _set_random_state(process.pop("random"))

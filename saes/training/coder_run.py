@@ -1,7 +1,7 @@
-"""One coder in training: its optimiser, its memory of silent latents, and one step.
+"""One coder in training: its optimiser, its count of inactive latents, and one step.
 
 A step: loss -> gradient of (loss / d_out), averaged over processes -> without what would change the decoder's norms
--> clipped -> fused Adam -> unit decoder rows -> silence counted.
+-> clipped -> fused Adam -> unit decoder rows -> inactivity counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALIBRATED = 1 << 25
 
 @torch.no_grad()
 def calibrate(coder: SparseCoder, x: Float[Tensor, "n d_in"]) -> bool:
-    """Set the threshold of a batchtopk or matryoshka coder such that k latents are active on average; whether it did.
+    """Set the threshold of a batchtopk or matryoshka coder so that k latents are active on average; True if it did.
 
     In training the threshold only follows the batches' smallest active values.
     """
@@ -124,7 +124,7 @@ class CoderRun:
 
     @property
     def finite(self) -> bool:
-        """Whether the loss has been a number since the last line of the log."""
+        """Whether the loss has been finite since the last line of the log."""
         return bool(torch.isfinite(self.sums).all())
 
     def measured(self) -> dict[str, float]:

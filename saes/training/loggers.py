@@ -1,4 +1,4 @@
-"""Where a training's numbers go: always into a file of JSON lines, and on wish into tensorboard or wandb."""
+"""Logging: always a file of JSON lines, optionally tensorboard or wandb."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """One line of JSON a step. A resumed run first drops the lines behind its checkpoint.
+    """One line of JSON per step. A resumed run first drops the lines after its checkpoint.
 
     Parameters
     ----------
     path
         The file.
     step
-        The step from which the run goes on.
+        The step from which the run continues.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:

@@ -21,6 +21,7 @@ from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
 from saes.renamed import warn_renamed
 from saes.run_options import RUN
+from saes.saelens_names import OPTIONS, advice
 from saes.store.data import DataConfig, Text, make_store
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
@@ -209,6 +210,9 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
         [key for key in DataConfig.__dataclass_fields__ if key != "seed"],
         ["out", "resume", "loggers"],
     ]
+    for name in options:
+        if name in OPTIONS:
+            raise OptionError(f"train_sae has no option {name!r}: {advice(name, OPTIONS)}")
     check_keys("train_sae", options, sorted({key for group in groups for key in group}))
     spec, train, data, call = ({key: options[key] for key in group if key in options} for group in groups)
     return spec, train, data, call

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, so that a training ends between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop, so that a training ends between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C and SIGTERM only note that someone wants to stop, and say so; a second Ctrl-C interrupts."""
+    """While active, Ctrl-C and SIGTERM only request a stop, and print that they did; a second Ctrl-C interrupts."""
     wanted = False
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda: wanted

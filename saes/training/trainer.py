@@ -1,6 +1,6 @@
 """Training many coders at once over one store.
 
-out/checkpoints/step-.../   where a stopped or killed training goes on, bit for bit
+out/checkpoints/step-.../   from which a stopped or killed training continues, bit for bit
 out/metrics.jsonl           loss, ev, l0, dead share of every coder
 out/coders/<name>/          the finished coders
 """
@@ -48,7 +48,7 @@ class TrainResult(NamedTuple):
     coders: dict[str, SparseCoder]
     step: int
     complete: bool
-    """False: stopped by Ctrl-C or by the end of the data; `train(resume=True)` goes on."""
+    """False: stopped by Ctrl-C or by the end of the data; `train(resume=True)` continues."""
     measured: dict[str, dict[str, float]]
     """Coder -> loss, ev, l0, aux and dead share of the last line of the log."""
 
@@ -63,13 +63,13 @@ class Trainer:
     store
         Batches of the streams that they read and predict.
     config
-        How, the same for all.
+        Options, the same for all.
     out
         Folder of checkpoints, log and finished coders; None: nothing is written.
     loggers
         Beside the log file: "tensorboard", "wandb".
     about
-        What finished coders say of their training besides its length, such as {"text": "stories.txt"}.
+        What finished coders record of their training besides its length, such as {"text": "stories.txt"}.
 
     Raises
     ------
@@ -114,16 +114,16 @@ class Trainer:
         Parameters
         ----------
         resume
-            Go on from the last checkpoint in `out`, if there is one.
+            Continue from the last checkpoint in `out`, if there is one.
 
         Raises
         ------
         FileExistsError
-            If there is a checkpoint and `resume` is False: nothing is overwritten by accident.
+            If there is a checkpoint and `resume` is False, so that nothing is overwritten by accident.
         ResumeError
             If the checkpoint is of another training.
         FloatingPointError
-            If a loss is no number any more.
+            If a loss is no longer finite.
         """
         check_folder(self.out, resume)
         try:
@@ -185,10 +185,10 @@ class Trainer:
         self.step += 1
 
     def _calibrate(self) -> None:
-        """Thresholds for inference, from positions that come next in the data."""
+        """Thresholds for inference, from the next positions in the data."""
         try:
             sample = self.store.sample(self.config.init_tokens)
-        except ValueError:  # the data ends with the training, and the thresholds stay what they are
+        except ValueError:  # the data ended with the training: thresholds stay as they are
             sample = None
         if self.world.any(sample is None, next(iter(self.coders.values())).W_dec.device):
             return
@@ -204,7 +204,7 @@ class Trainer:
 
     @contextmanager
     def _watching(self, stop: Callable[[], bool], bar: tqdm) -> Iterator[None]:
-        """Within, the model's passes over the text are shown, and a wish to stop ends them."""
+        """While active, passes over the text are shown in the bar and end when a stop is requested."""
         blocks = self.store.blocks
         if not isinstance(blocks, ModelBlocks):
             yield
@@ -225,8 +225,8 @@ class Trainer:
         for name, run in self.runs.items():
             if self.world.any(not run.finite, run.sums.device):
                 raise FloatingPointError(
-                    f"the loss of {name} is no number any more before step {self.step}: try a lower lr than"
-                    f" {self.config.highest_lr(run.coder.cfg.d_sae):.3g}; the last checkpoint is sound"
+                    f"the loss of {name} is no longer finite before step {self.step}: try a lower lr than"
+                    f" {self.config.highest_lr(run.coder.cfg.d_sae):.3g}; the last checkpoint is intact"
                 )
 
     def _log(self) -> None:
@@ -261,7 +261,7 @@ class Trainer:
         )
 
     def resume(self, step: int | None = None) -> None:
-        """Go back to a checkpoint, by default the last.
+        """Restore a checkpoint, by default the last.
 
         Raises
         ------
@@ -306,13 +306,13 @@ class Trainer:
             coder.fold().save(self.out / "coders" / name, metrics=metrics, training=self._training())
 
     def _training(self) -> Training:
-        """What a finished coder tells of its training."""
+        """What a finished coder records of its training."""
         tokens = self.step * self.store.batch_size * self.world.size
         return {**self.about, "tokens": tokens, "steps": self.step, "metrics_from": "the last training batches"}
 
 
 def check_folder(out: Path | None, resume: bool) -> None:
-    """Raise FileExistsError where a training would begin anew in the folder of another."""
+    """Raise FileExistsError if a new training would overwrite another in the same folder."""
     if out is not None and not resume and steps_saved(out / "checkpoints"):
         raise FileExistsError(f"{out} holds a checkpoint: pass resume=True to continue, or choose another folder")
 

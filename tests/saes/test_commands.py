@@ -181,7 +181,7 @@ def test_the_folder_of_a_training_stands_for_its_coders(place, tmp_path):
     assert result.stderr.startswith(f"loading {place / 'model'} ...\n")
     assert "l1-mambacoder" in done("eval", out, *text, "--n-tokens", 50, "--metric", "l0")
     assert SparseCoder.from_pretrained(out, "l0-mambacoder").cfg.layer == 0
-    with pytest.raises(ValueError, match="it has the coders coders/l0-mambacoder, coders/l1-mambacoder"):
+    with pytest.raises(ValueError, match="it contains the coders coders/l0-mambacoder, coders/l1-mambacoder"):
         SparseCoder.load(out)
     done("push", out, "--to", tmp_path / "shelf")
     card = (tmp_path / "shelf" / "README.md").read_text()
@@ -271,7 +271,7 @@ def test_a_coder_of_another_model_is_noticed(place, tmp_path):
     assert call("eval", *arguments).stderr == ""
     SparseCoder(sae_config("hook_embed", 8, 16, k=2), seed=0).save(tmp_path / "nameless")
     nameless = (tmp_path / "nameless", *arguments[1:])
-    assert "say which model to read: --model" in complaint("eval", *nameless)
+    assert "which model to run: --model" in complaint("eval", *nameless)
 
 
 def test_push_list_and_pull_a_folder(place, tmp_path):

@@ -352,7 +352,7 @@ def test_of_saelens_a_transcoder_that_centres_or_reads_elsewhere(tmp_path):
 
 
 RECURRENTLENS = {
-    "no variant": ({"variant": None}, "says nothing of what it is"),
+    "no variant": ({"variant": None}, "does not say what it is"),
     "an unknown variant": ({"variant": "gated"}, "variant='gated', expected one of vanilla, topk, jumprelu"),
     "no d_in": ({"d_in": None}, "d_in=None, expected a whole number from 1"),
     "a negative d_in": ({"d_in": "-6"}, "d_in='-6', expected a whole number"),
@@ -410,12 +410,12 @@ def test_what_is_no_coder_at_all(tmp_path):
     ):
         SparseCoder.load(tmp_path / "empty")
     inner = coder("topk").save(tmp_path / "many" / "one")
-    with pytest.raises(CoderFileError, match="is no coder itself; it has the coders one"):
+    with pytest.raises(CoderFileError, match="is not itself a coder; it contains the coders one"):
         SparseCoder.load(tmp_path / "many")
     with pytest.raises(CoderFileError, match="is one file of a coder; give its folder"):
         SparseCoder.load(inner / "cfg.json")
     torch.save({}, tmp_path / "sae.pt")
-    with pytest.raises(CoderFileError, match="may hold code, and is not read"):
+    with pytest.raises(CoderFileError, match="may contain code and is not read"):
         SparseCoder.load(tmp_path / "sae.pt")
 
 
