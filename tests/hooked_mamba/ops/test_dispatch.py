@@ -40,6 +40,19 @@ def test_the_fastest_that_can():
     assert _name(ops.choose("linear_scan", X)) == "torch"
 
 
+def test_every_op_has_the_backends_that_it_should():
+    assert {op: " ".join(table) for op, table in ops.BACKENDS.items()} == {
+        "selective_scan": "triton numba torch naive mamba_ssm",
+        "gated_scan": "triton numba torch naive mamba_ssm",
+        "ssd": "triton numba torch naive mamba_ssm",
+        "delta_scan": "triton numba torch naive",
+        "linear_scan": "triton torch naive",
+        "causal_conv1d": "triton numba torch",
+        "silu": "numba torch",
+        "softplus": "numba torch",
+    }
+
+
 def test_a_named_backend():
     assert _name(ops.choose("selective_scan", X, backend="torch")) == "torch"
     assert _name(ops.choose("ssd", X, backend="naive")) == "naive"
