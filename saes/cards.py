@@ -1,4 +1,4 @@
-"""Model cards: what a repository of coders holds, as Markdown that shows every name as the text it is."""
+"""Model cards: the contents of a repository of coders as Markdown, with every name escaped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def escape(value: Any) -> str:
 
 
 def quoted(value: Any) -> _Verbatim:
-    """A value for YAML or Python: in double quotes, everything odd escaped."""
+    """A value for YAML or Python: in double quotes, special characters escaped."""
     return _Verbatim(json.dumps(str(value)))
 
 

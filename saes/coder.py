@@ -30,7 +30,7 @@ class SparseCoder(CoderParameters):
     Parameters
     ----------
     cfg
-        What it is.
+        Architecture, sites and sizes.
     seed
         Of the initial weights; None draws from torch's global generator. The weights start as those of an untrained
         coder; :func:`saes.init.initialise` fits biases and scales to activations.
@@ -77,7 +77,7 @@ class SparseCoder(CoderParameters):
         return rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows
 
     def _finish(self, rows: Float[Tensor, "n d_out"], x: Tensor | None) -> Float[Tensor, "n d_out"]:
-        """b_dec and the skip added, the scale taken out; `x` is the input as given."""
+        """Add b_dec and the skip, undo the scale; `x` is the input as given."""
         rows = rows + self.b_dec
         if self.W_skip is not None:
             if x is None:
@@ -91,12 +91,12 @@ class SparseCoder(CoderParameters):
         return affine(self._rows(x), self.W_enc, self.encoder_bias).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def encode(self, x: Float[Tensor, "*leading d_in"]) -> Float[Tensor, "*leading F"]:
-        """All latents, active or not, as after training: BatchTopK and Matryoshka use the stored threshold."""
+        """All latents, active or not, as at inference: BatchTopK and Matryoshka use the stored threshold."""
         pre = affine(self._rows(x), self.W_enc, self.encoder_bias)
         return self.activation.infer(self, pre).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def encode_topk(self, x: Float[Tensor, "*leading d_in"]) -> Codes:
-        """The active latents of each example, the largest first, filled up with zeros to the largest number of them.
+        """The active latents of each example, the largest first, padded with zeros to the largest number of them.
 
         Equals :meth:`encode`, without ever holding all latents of all examples at once.
         """

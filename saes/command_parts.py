@@ -19,7 +19,7 @@ from saes.store.data import DataConfig, rows_of
 
 
 def coder_folders(names: Sequence[str]) -> dict[str, Path]:
-    """Coders' places on this machine by name: folders, folders of coders, bundled names and hub ids.
+    """Paths of coders on this machine by name: folders, folders of coders, bundled names and hub ids.
 
     A folder of coders, or a bundled model's name, means all coders in it. A coder is named after its folder; if two
     would have the same name, the second keeps its full one.
@@ -72,7 +72,7 @@ def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -
 
 
 def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedSSM, name: str) -> None:
-    """Say which coders were trained on other weights than the model's."""
+    """Print a note for coders that were trained on other weights than the model's."""
     there = model_hash(model) if any(coder.cfg.model_hash for coder in coders.values()) else None
     for short, coder in coders.items():
         if coder.cfg.model_hash not in (None, there):

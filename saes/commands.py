@@ -175,7 +175,7 @@ def explore(
 
 
 def _labels(read: dict) -> dict:
-    """Feature numbers, which JSON has as text, as numbers."""
+    """Feature numbers, which are strings in JSON, as integers."""
     if all(isinstance(value, dict) for value in read.values()):
         return {name: _labels(inner) if inner else {} for name, inner in read.items()}
     for key, value in read.items():
@@ -220,7 +220,7 @@ def pull(
     name: Annotated[str | None, typer.Option(help="The coder, where the source has several.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Copy a coder into a folder of its own, checked, and in our format whatever it was in."""
+    """Copy a coder into a folder of its own, checked, and converted to our format."""
     from saes import hub
 
     typer.echo(hub.pull(source, out, name, revision))

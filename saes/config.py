@@ -1,4 +1,4 @@
-"""What a sparse coder is: a frozen, validated configuration that travels with its weights."""
+"""The configuration of a sparse coder: frozen, validated and saved with its weights."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class CoderConfig:
 
     @property
     def kind(self) -> Literal["sae", "mambacoder"]:
-        """In a word."""
+        """ "sae" or "mambacoder"."""
         return "sae" if self.is_sae else "mambacoder"
 
     @property
@@ -209,7 +209,7 @@ class CoderConfig:
 def sae_config(
     site: str, d: int, d_sae: int, *, architecture: Architecture = "topk", k: int | None = 32, **fields: Any
 ) -> CoderConfig:
-    """The config of an SAE on a site of width d. `k` counts only where the architecture needs one."""
+    """The config of an SAE on a site of width d. `k` is used only by architectures that have one."""
     name = unalias(site)
     k = k if architecture in NEEDS_K else None
     return CoderConfig(

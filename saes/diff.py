@@ -1,4 +1,4 @@
-"""What two dictionaries share, and what one dictionary sees in two models."""
+"""The differences between two dictionaries, and between two models seen through one dictionary."""
 
 from __future__ import annotations
 
@@ -119,14 +119,14 @@ def compare_dictionaries(
 
 
 def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the column with the largest cosine, and that cosine."""
+    """For each row, the column with the largest cosine, and that cosine."""
     best = [(part @ columns.to(rows).t()).max(1) for part in rows.split(ROWS)]
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 
 
 @dataclass(frozen=True)
 class ModelDiff:
-    """What one dictionary sees in two models on the same tokens."""
+    """The latents of one dictionary in two models on the same tokens."""
 
     frequency: Float[Tensor, "2 F"]
     """Share of tokens on which each latent is active, in a and in b."""

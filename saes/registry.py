@@ -150,7 +150,7 @@ def index_bytes(entries: Iterable[Entry]) -> bytes:
 
 
 def scan(folder: Path) -> dict[str, Entry]:
-    """Entries of all coders in a folder, read from their own configs; folders that are none are left out."""
+    """Entries of all coders in a folder, read from their own configs; other folders are skipped."""
     found: dict[str, Entry] = {}
     for path in sorted(folder.rglob("cfg.json")):
         name = path.parent.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""Coders in the model's place: an SAE instead of its site, a MambaCoder instead of its block's mixer output.
+"""Running the model on coders: an SAE replaces its site, a MambaCoder its block's mixer output.
 
 With z the latents, z' the edited ones (z' = z without edits), decode(z) the reconstruction and y the model's value:
 
@@ -64,7 +64,7 @@ def splice(
     positions: Columns = None,
     record: bool = False,
 ) -> Iterator[Spliced]:
-    """Put coders in the model's place in every forward pass inside the `with`.
+    """Replace parts of the model by coders in every forward pass inside the `with`.
 
     Works in `forward`, `run_with_hooks`, `run_with_cache` and `generate`. Layers run in order, so a coder reads
     the model as changed by the coders before it. Padded positions stay as they are.

@@ -1,4 +1,4 @@
-"""Blocks: as many positions as are shuffled together, from a model at work, from shards or from memory.
+"""Blocks: as many positions as are shuffled together, from a running model, from shards or from memory.
 
 A source of blocks is resumed by its cursor alone: the block after a cursor is the same, bit for bit, whoever asks.
 """
@@ -46,7 +46,7 @@ def joined(parts: list[Block]) -> Block:
 
 
 class ModelBlocks:
-    """Captured while they are asked for.
+    """Captured on demand.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class ModelBlocks:
 
 
 class DiskBlocks:
-    """Some shards of a store at a time, in another order every pass.
+    """A few shards of a store at a time, in a new order in every pass.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ class DiskBlocks:
 
 
 class MemoryBlocks:
-    """Everything at hand, as one block a pass.
+    """Everything in memory, as one block per pass.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ class Documents(Protocol):
 
 
 class ListedDocuments:
-    """Documents at hand, in an order of their own in every pass.
+    """Documents in memory, in a new order in every pass.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class StreamedDocuments:
             yield as_ids(self._document(item), self.encode)
 
     def digest(self) -> str:
-        """Of the first document: more would have to be read for it."""
+        """Of the first document only: reading more could be slow."""
         if iter(self.source) is self.source:  # a generator: the document would be lost
             return "read once"
         first = next(iter(self.source), None)

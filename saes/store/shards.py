@@ -1,4 +1,4 @@
-"""Activations on disk: safetensors shards and a manifest that always describes whole ones.
+"""Activations on disk: safetensors shards and a manifest that only lists complete ones.
 
     folder/manifest.json          what was captured, from which model, and every shard's size and checksum
     folder/shard-00000.safetensors  stream -> [n, width]; row i is the same position in every stream
@@ -29,11 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class StoreError(ValueError):
-    """A store on disk that is not whole, or not what it was taken for."""
+    """A store on disk that is incomplete, or of something else."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the manifest has it.
+    """A dtype's name in the manifest.
 
     Raises
     ------

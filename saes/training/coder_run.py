@@ -139,7 +139,7 @@ class CoderRun:
     # Keeping -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, or the next line of the log."""
+        """Everything that the next step or the next line of the log depends on."""
         out = {f"coder.{name}": value for name, value in self.coder.state_dict().items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
@@ -150,7 +150,7 @@ class CoderRun:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave.
+        """Restore what :meth:`tensors` returned.
 
         Raises
         ------

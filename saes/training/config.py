@@ -1,4 +1,4 @@
-"""How coders are trained, validated."""
+"""Options of a training, validated."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class TrainConfig:
         return self.lr if self.lr is not None else 6e-4 / math.sqrt(d_sae / 16384)
 
     def lr_factor(self, step: int, n_steps: int) -> float:
-        """What the learning rate is multiplied by at a step: a rise, a plateau, a fall, each a straight line."""
+        """The learning rate's factor at a step: linear warm-up, plateau, linear decay."""
         rise, fall = self.warmup * n_steps, self.decay * n_steps
         up = (step + 1) / rise if rise > 0 else 1.0
         down = (n_steps - step) / fall if fall > 0 else 1.0

@@ -51,7 +51,7 @@ class JsonLines:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that a kill has not cut."""
+    """Complete lines; a kill may have cut the last."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

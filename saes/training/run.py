@@ -35,7 +35,7 @@ SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target"
 def coder_config(
     model: HookedSSM, spec: Mapping[str, Any], channels: Mapping[str, Sequence[int]] | None = None
 ) -> CoderConfig:
-    """A coder's config from a short form; widths are the model's, its name and hash are noted.
+    """A coder's config from a short form; widths, name and hash come from the model.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def train_sae(
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
-    """Options by what they belong to: a coder's short form, TrainConfig, DataConfig, `train_coders` itself.
+    """Options grouped by where they belong: a coder's short form, TrainConfig, DataConfig, `train_coders` itself.
 
     Raises
     ------

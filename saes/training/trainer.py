@@ -237,7 +237,7 @@ class Trainer:
             logger.log(self.step, {**numbers, "tokens": self.step * self.store.batch_size * self.world.size})
 
     def _show(self, bar: tqdm) -> None:
-        """Means over the coders, and beside them the worst."""
+        """Means over the coders, and the worst of them."""
         if not self.measured or bar.disable:
             return
         rows = list(self.measured.values())
