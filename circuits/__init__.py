@@ -33,15 +33,18 @@ from circuits.interventions import SetState as SetState
 from circuits.interventions import edit_of as edit_of
 from circuits.interventions import frozen_effects as frozen_effects
 from circuits.interventions import intervened as intervened
+from circuits.patch_effects import PatchEffects as PatchEffects
+from circuits.patch_effects import patch_effects as patch_effects
 from circuits.paths import greedy_path as greedy_path
 from circuits.paths import top_paths as top_paths
 from circuits.published import PathOptions as PathOptions
-from circuits.selection import PatchEffects as PatchEffects
-from circuits.selection import patch_effects as patch_effects
+from circuits.targets import Channel as Channel
 from circuits.targets import Direction as Direction
 from circuits.targets import Feature as Feature
-from circuits.targets import Head as Head
 from circuits.targets import Logit as Logit
 from circuits.targets import top_logits as top_logits
 from circuits.trace import Trace as Trace
 from circuits.trace import trace_paths as trace_paths
+from hooked_mamba.renamed import renamed_in
+
+__getattr__ = renamed_in(__name__, {"Head": "circuits.targets.Channel"})

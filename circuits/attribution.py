@@ -16,9 +16,11 @@ from torch import Tensor
 
 from circuits.coded_layer import LayerMode
 from circuits.descent import Descent
-from circuits.frozen_model import FrozenModel
-from circuits.targets import Covector, Target
-from hooked_mamba import HookedMamba, HookedMamba2
+from circuits.frozen_model import FrozenModel, frozen_of
+from circuits.parts import Parts
+from circuits.targets import Target, chosen_targets
+from hooked_mamba.frozen.run import Part
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders
 from saes.sparse import Codes
@@ -26,8 +28,8 @@ from saes.sparse import Codes
 Source = Literal["scan", "token"]
 
 
-@dataclass(frozen=True)
-class Attribution:
+@dataclass(kw_only=True)
+class Attribution(Parts):
     """What each target is made of. n = targets x rows, all rows of a target together.
 
     Embeddings, features, biases, errors, initial state and offsets sum to the targets; `residual` is what rounding
@@ -42,28 +44,8 @@ class Attribution:
     """The numbers as the run had them."""
     offset: Float[Tensor, " n"]
     """Biases between the target and the stream it reads, such as a coder's b_enc."""
-    embeddings: Float[Tensor, "n l"]
-    """What each token's embedding adds."""
-    heads: dict[int, Float[Tensor, "n l E"]]
-    """Layer -> what the scan's term of source s and channel e adds: ub_s u_s."""
-    token_heads: dict[int, Float[Tensor, "n l E"]]
-    """Layer -> what token s adds through all taps of channel e; with the convolution's bias they sum as heads do.
-    In hybrid layers the local part, which the features stand for, is left out."""
-    node_heads: dict[int, Float[Tensor, "n m"]]
-    """Layer -> what the heads add that are nodes of their own, in the order of their (source, channel). In hybrid
-    layers the source is the token."""
-    features: dict[int, Float[Tensor, "n l k"]]
-    """Layer -> what the active latents add."""
     codes: dict[int, Codes]
-    """Layer -> which latents these are, b l k."""
-    coder_biases: dict[int, Float[Tensor, " n"]]
-    """Layer -> b_dec."""
-    errors: dict[int, Float[Tensor, "n l"]]
-    """Layer -> what the coder misses, at each position."""
-    biases: dict[int, Float[Tensor, " n"]]
-    """Layer -> biases of projections and convolution."""
-    initial: dict[int, Float[Tensor, " n"]]
-    """Layer -> memory before the first position."""
+    """Layer -> which latents `features` speaks of, b l k."""
 
     @property
     def total(self) -> Float[Tensor, " n"]:
@@ -85,8 +67,8 @@ class Attribution:
         worst = float(self.residual.abs().max()) if len(self.labels) else 0.0
         return f"Attribution({len(self.labels)} targets, layers {len(self.biases)}, largest residual {worst:.1e})"
 
-    def top_heads(self, n: int = 10, of: int = 0, source: Source = "scan") -> list[tuple[int, int, int, float]]:
-        """The largest heads of one target as (layer, channel, source position, effect), by absolute effect."""
+    def top_heads(self, n: int = 10, of: int = 0, source: Source = "scan") -> list[tuple[Part, int, int, float]]:
+        """The largest channels of one target as (layer, channel, source position, effect), by absolute effect."""
         found = []
         for layer, heads in (self.heads if source == "scan" else self.token_heads).items():
             flat = heads[of].flatten()
@@ -97,7 +79,7 @@ class Attribution:
 
 
 def attribute(
-    model: HookedMamba | HookedMamba2 | FrozenModel,
+    model: HookedModel | FrozenModel,
     coders: Coders | Iterable[SparseCoder] = (),
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Target | Sequence[Any] = (),
@@ -121,7 +103,7 @@ def attribute(
     keep_heads
         Whether heads are kept: n l E numbers a layer.
     nodes
-        Layer -> 1 at the heads (source, channel) that are nodes of their own: paths end there, so that `heads` holds
+        Layer -> 1 at the channels (source, channel) that are nodes of their own: paths end there, so that `heads` holds
         direct effects and `node_heads` counts them into the total.
     batch
         Covectors that go down together.
@@ -131,13 +113,7 @@ def attribute(
     ValueError
         No target or no prompt, or a FrozenModel together with what it brings.
     """
-    frozen = _frozen(model, coders, prompt, mode, run)
-    chosen = [targets] if isinstance(targets, Target) else list(targets)
-    if not chosen:
-        raise ValueError("no target: give a Logit, a Feature, a Direction, or several")
-    for target in chosen:
-        if not isinstance(target, Target):
-            raise TypeError(f"expected a target (Logit, Feature, Direction), got {type(target).__name__}")
+    frozen, chosen = frozen_of(model, prompt, coders, mode, **run), chosen_targets(targets)
     with torch.no_grad():
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
         rows = frozen.rows_of(len(chosen))
@@ -147,50 +123,23 @@ def attribute(
             for i in range(0, len(covectors), batch)
         ]
     labels = [target.label for target in chosen for _ in range(frozen.batch)]
-    return _joined(labels, covectors, rows, pieces, frozen)
-
-
-def _frozen(
-    model: HookedMamba | HookedMamba2 | FrozenModel,
-    coders: Coders | Iterable[SparseCoder],
-    prompt: Any,
-    mode: LayerMode | dict[int, LayerMode] | None,
-    run: dict[str, Any],
-) -> FrozenModel:
-    if not isinstance(model, FrozenModel):
-        if prompt is None:
-            raise ValueError("no prompt: give text or token ids, or a FrozenModel in place of the model")
-        return FrozenModel(model, prompt, coders, mode, **run)
-    if prompt is not None or coders or mode is not None or run:
-        raise ValueError("a FrozenModel brings its prompt, coders, mode and run with it: give targets alone")
-    return model
+    return Attribution(
+        labels=labels,
+        rows=rows,
+        target=torch.stack([c.value for c in covectors]),
+        offset=torch.stack([c.offset for c in covectors]),
+        codes={i: coded.codes for i, coded in frozen.coded.items()},
+        **vars(Parts.joined(pieces)),
+    )
 
 
 def attribute_heads(
-    model: HookedMamba | HookedMamba2 | FrozenModel,
+    model: HookedModel | FrozenModel,
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Target | Sequence[Any] = (),
     *,
     batch: int = 64,
     **run: Any,
 ) -> Attribution:
-    """Per-channel head attribution, with no dictionary: every layer is a mixer. See :func:`attribute`."""
+    """Attribution to channels, with no dictionary: every layer is a mixer. See :func:`attribute`."""
     return attribute(model, (), prompt, targets, mode=None, batch=batch, **run)
-
-
-def _joined(
-    labels: list[str], covectors: list[Covector], rows: Tensor, pieces: list[dict[str, Any]], frozen: FrozenModel
-) -> Attribution:
-    by_layer: dict[str, dict[int, Tensor]] = {}
-    for name in pieces[0]:
-        if name != "embeddings":
-            by_layer[name] = {i: torch.cat([piece[name][i] for piece in pieces]) for i in pieces[0][name]}
-    return Attribution(
-        labels=labels,
-        rows=rows,
-        target=torch.stack([c.value for c in covectors]),
-        offset=torch.stack([c.offset for c in covectors]),
-        embeddings=torch.cat([piece["embeddings"] for piece in pieces]),
-        codes={i: coded.codes for i, coded in frozen.coded.items()},
-        **by_layer,  # type: ignore[arg-type]
-    )

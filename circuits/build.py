@@ -26,17 +26,17 @@ from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
 from circuits.influence import influence
 from circuits.keep import Keep
-from circuits.targets import Feature, Head, Logit, Target
+from circuits.targets import Channel, Feature, Logit, Target, chosen_targets
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowNodes:
     """What a row of effects is made of, in order: embeddings, errors, features, heads, bias, initial state."""
 
     nodes: tuple[Node, ...]
 
     @classmethod
-    def of(cls, frozen: FrozenModel, heads: dict[int, Tensor]) -> Columns:
+    def of(cls, frozen: FrozenModel, heads: dict[int, Tensor]) -> RowNodes:
         nodes = [Node("embed", -1, t, value=1.0) for t in range(frozen.length)]
         for layer in sorted(frozen.coded):
             nodes += [Node("error", layer, t, value=1.0) for t in range(frozen.length)]
@@ -84,7 +84,7 @@ def build_graph(
     targets
         What the graph explains.
     max_features, max_heads
-        How many features are traced, and how many heads of mixer and hybrid layers are nodes.
+        How many features are traced, and how many heads of mixer and split layers are nodes.
     keep
         Exactly which are nodes instead, such as `node_effects(...).largest(200)`.
     batch
@@ -106,9 +106,7 @@ def build_graph(
     """
     if frozen.batch != 1:
         raise ValueError(f"a graph is of one prompt, this run has {frozen.batch}: build one for each row")
-    chosen = [targets] if isinstance(targets, Target) else list(targets)
-    if not chosen:
-        raise ValueError("no target: give a Logit, a Feature, a Head, a Direction, or several")
+    chosen = chosen_targets(targets)
     weight = _importance(frozen, chosen, importance)
     if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
         raise ValueError("keep must say of each head and feature whether it is a node: masks of True and False")
@@ -118,19 +116,19 @@ def build_graph(
         heads = {i: mask.to(frozen.dtype) for i, mask in keep.heads.items() if bool(mask.any())}
         max_features = sum(int(mask.sum()) for mask in keep.features.values())
         max_heads = len(keep) - max_features
-    columns = Columns.of(frozen, heads)
+    columns = RowNodes.of(frozen, heads)
     rows = EffectRows(len(columns.nodes), max_features + max_heads, frozen.dtype, offload)
 
     def trace(wanted: Sequence[Any]) -> tuple[Tensor, Tensor]:
         found = attribute(frozen, targets=wanted, keep_heads=False, nodes=heads, batch=batch)
-        return Columns.rows(found).cpu(), found.target.cpu()  # a graph is no work for an accelerator
+        return RowNodes.rows(found).cpu(), found.target.cpu()  # a graph is no work for an accelerator
 
     effects, values = trace(chosen)
     head_places = [i for i, node in enumerate(columns.nodes) if node.kind == "head"]
     for start in range(0, len(head_places), batch):
         places = head_places[start : start + batch]
         here = [columns.nodes[i] for i in places]
-        rows.add(places, *trace([Head(node.layer, node.index, node.position) for node in here]))
+        rows.add(places, *trace([Channel(node.layer, node.index, node.position) for node in here]))
     candidates = {i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0}
     if keep is not None:
         candidates = {i for i in candidates if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]}
@@ -174,17 +172,19 @@ def _choose_heads(
     frozen: FrozenModel, targets: list[Any], weight: Tensor, count: int, batch: int
 ) -> dict[int, Float[Tensor, "l E"]]:
     """Layer -> 1 at the heads that become nodes."""
-    layers = [i for i in range(frozen.model.cfg.n_layers) if i not in frozen.coded or frozen.coded[i].mode == "hybrid"]
+    layers = frozen.mixed_layers()
     if not layers or count < 1:
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
     of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
     weight = weight.to(found.target.device)
-    size = torch.stack([torch.einsum("n,nle->le", weight, of_layer[i].abs()) for i in layers])
-    best = size.flatten().topk(min(count, int((size > 0).sum()))).indices
-    mask = torch.zeros_like(size).flatten()
+    size = [torch.einsum("n,nle->le", weight, of_layer[i].abs()) for i in layers]
+    sizes = torch.cat([part.flatten() for part in size])
+    best = sizes.topk(min(count, int((sizes > 0).sum()))).indices
+    mask = torch.zeros_like(sizes)
     mask[best] = 1
-    masks = dict(zip(layers, mask.reshape(size.shape), strict=True))
+    pieces = mask.split([part.numel() for part in size])
+    masks = {i: piece.reshape(part.shape) for i, piece, part in zip(layers, pieces, size, strict=True)}
     return {i: mask for i, mask in masks.items() if bool(mask.any())}
 
 
@@ -192,7 +192,7 @@ def _assemble(
     frozen: FrozenModel,
     targets: list[Any],
     weight: Tensor,
-    columns: Columns,
+    columns: RowNodes,
     effects: Tensor,
     values: Tensor,
     rows: EffectRows,
@@ -200,7 +200,7 @@ def _assemble(
     ends = [i for i, node in enumerate(columns.nodes) if node.kind not in ("feature", "head")]
     traced = rows.by_place()
     kept = sorted([*traced, *ends])
-    top = frozen.model.cfg.n_layers
+    top = frozen.n_layers
     first = [
         Node("target", top, frozen.column(t.position), i, float(value), name=t.label)
         for i, (t, value) in enumerate(zip(targets, values, strict=True))

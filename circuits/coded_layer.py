@@ -1,28 +1,28 @@
 """A layer whose output is read as features and an error, by a coder.
 
-block    o = sum_j z_j d_j + b_dec + skip + error
-hybrid   o = sum_j z_j d_j + b_dec + skip + error + (what the frozen mixer moves between positions) + its biases,
-         the coder trained on the local part, so that nothing is counted twice
+block   o = sum_j z_j d_j + b_dec + skip + error
+split   o = sum_j z_j d_j + b_dec + skip + error + (what the frozen mixer moves between positions) + its biases,
+        the coder trained on the local part, so that nothing is counted twice
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.run import Run, out_site
+from hooked_mamba.hooks.names import unalias
+from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.renamed import warn_renamed
 from saes.coder import SparseCoder
 from saes.sparse import Codes
 
-if TYPE_CHECKING:
-    from circuits.frozen_model import FrozenModel
-
-LayerMode = Literal["mixer", "block", "hybrid"]
+LayerMode = Literal["mixer", "block", "split"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CodedLayer:
 
     @classmethod
     def of_all(
-        cls, frozen: FrozenModel, coders: Iterable[SparseCoder], mode: LayerMode | dict[int, LayerMode] | None
+        cls, run: Run, coders: Iterable[SparseCoder], mode: LayerMode | dict[int, LayerMode] | None
     ) -> dict[int, CodedLayer]:
         """Layer -> its coder; layers in mode "mixer" are left out.
 
@@ -51,44 +51,42 @@ class CodedLayer:
         """
         by_layer: dict[int, SparseCoder] = {}
         for coder in coders:
-            layer = _layer_of(coder)
+            layer = _layer_of(coder, run)
             if layer in by_layer:
                 raise ValueError(f"two coders for layer {layer}: a layer's output can be read by one only")
-            if not 0 <= layer < frozen.model.cfg.n_layers:
-                raise ValueError(f"a coder for layer {layer}, but the model has {frozen.model.cfg.n_layers} layers")
             by_layer[layer] = coder
         found: dict[int, CodedLayer] = {}
-        for layer in range(frozen.model.cfg.n_layers):
-            asked = mode.get(layer) if isinstance(mode, dict) else mode
+        for layer in range(run.n_layers):
+            asked = _mode(mode.get(layer) if isinstance(mode, dict) else mode)
             coder_here = by_layer.get(layer)
             if coder_here is None:
-                if asked in ("block", "hybrid"):
+                if asked in ("block", "split"):
                     raise ValueError(f"mode {asked!r} needs a coder for layer {layer}")
                 continue
-            natural: LayerMode = "hybrid" if coder_here.cfg.target == "local" else "block"
+            natural: LayerMode = "split" if coder_here.cfg.target == "local" else "block"
             if asked == "mixer":
                 continue
             if asked not in (None, natural):
                 raise ValueError(
                     f"layer {layer}: mode {asked!r} needs a coder trained on target"
-                    f" {'local' if asked == 'hybrid' else 'block'!r}, this one's mode is {natural!r}"
+                    f" {'local' if asked == 'split' else 'block'!r}, this one's mode is {natural!r}"
                 )
-            found[layer] = cls._at(frozen, coder_here, layer, natural)
+            found[layer] = cls._at(run, coder_here, layer, natural)
         return found
 
     @classmethod
     @torch.no_grad()
-    def _at(cls, frozen: FrozenModel, coder: SparseCoder, layer: int, mode: LayerMode) -> CodedLayer:
-        x = frozen.value_at(coder.cfg.in_site)
+    def _at(cls, run: Run, coder: SparseCoder, layer: int, mode: LayerMode) -> CodedLayer:
+        x = run.value_at(coder.cfg.in_site)
         codes = coder.encode_topk(x)
-        said = coder.decode_sparse(codes, x).to(frozen.dtype)
-        if mode == "hybrid":
-            mixer = frozen.mixer(layer)
-            n = at_least_fp32(frozen.resid(layer)) * mixer.norm
-            true = (n @ mixer.W_x.t() * mixer.local_gain()) @ mixer.W_o.t()
+        said = coder.decode_sparse(codes, x).to(run.dtype)
+        if mode == "split":
+            chain, rows = run.chain(layer), run.rows_of(1)
+            p, _ = chain.push(run.resid(layer), rows, until="p")
+            true = chain.push_own(p, rows)
         else:
-            true = frozen.out(layer)
-        codes = Codes(codes.values.to(frozen.dtype), codes.indices)
+            true = run.out(layer)
+        codes = Codes(codes.values.to(run.dtype), codes.indices)
         return cls(coder, layer, mode, codes, true - said)
 
     @property
@@ -120,17 +118,30 @@ class CodedLayer:
         read = delta if self.coder.cfg.reads == "resid" else delta * norm
         return read @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, frozen: FrozenModel, V: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | None:
+    def pull_skip(self, run: Run, V: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | None:
         """What a skip adds to V below; None without one."""
         if self.coder.W_skip is None:
             return None
         below = V @ self.coder.W_skip.detach().to(V.dtype).t()
-        return below if self.coder.cfg.reads == "resid" else frozen.behind_norm(self.layer, below, rows)
+        return below if self.coder.cfg.reads == "resid" else run.behind_norm(self.layer, below, rows)
 
 
-def _layer_of(coder: SparseCoder) -> int:
-    site = coder.cfg.out_site
-    parts = site.split(".")
-    if len(parts) != 4 or parts[0] != "blocks" or parts[2:] != ["mixer", "hook_out_proj"]:
-        raise ValueError(f"a coder that predicts {site} replaces no layer: expected blocks.{{i}}.mixer.hook_out_proj")
-    return int(parts[1])
+def _mode(asked: str | None) -> str | None:
+    if asked == "hybrid":
+        warn_renamed("mode 'hybrid'", "mode 'split'", stacklevel=5)
+        return "split"
+    return asked
+
+
+def _layer_of(coder: SparseCoder, run: Run) -> int:
+    """The layer whose mixer's output a coder predicts."""
+    name = SiteName.parse(unalias(coder.cfg.out_site))
+    if name.layer is None or name.place != "mixer":
+        raise ValueError(
+            f"a coder that predicts {coder.cfg.out_site} replaces no layer: expected blocks.{{i}}.mixer.hook_out_proj"
+        )
+    if not 0 <= name.layer < run.n_layers:
+        raise ValueError(f"a coder for layer {name.layer}, but the model has {run.n_layers} layers")
+    if str(name) != (site := out_site(run.model, name.layer)):
+        raise ValueError(f"a coder that predicts {name} replaces no layer: expected {site}")
+    return name.layer

@@ -1,27 +1,27 @@
 """Covectors on their way down the frozen model.
 
-1. From the last layer down, the targets that start at a layer join; V is the covector on the stream above it.
-2. The layer's share is read off: heads, or features and error.
-3. V' = V + what passes through the frozen mixer is the covector on the stream below.
+1. From the last layer down, and in each from its last stage down, the targets that start there join; V is the covector
+   on the stream above.
+2. Each branch's share is read off: channels, or features and error.
+3. V' = V + what passes through the frozen branches is the covector on the stream below.
 4. At the bottom V meets the embeddings.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.frozen_mixer import Pulled
+from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
+from circuits.parts import Parts
 from circuits.targets import Covector, Stream
+from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.run import Part
 
-PARTS = (
-    "heads", "token_heads", "node_heads", "features", "coder_biases", "errors", "biases", "initial",
-)  # fmt: skip
-"""The parts that come by layer."""
+INSIDE: tuple[Stream, ...] = ("y", "u", "p")
+"""Nodes of a branch at which targets may start."""
 
 
 class Descent:
@@ -36,9 +36,9 @@ class Descent:
     read_out
         Layers whose output some target reads, here or in another batch of the same call.
     keep_heads
-        Whether to keep what each head adds.
+        Whether to keep what each channel adds.
     nodes
-        Layer -> 1 at heads where paths end.
+        Layer -> 1 at channels where paths end.
     """
 
     def __init__(
@@ -52,105 +52,116 @@ class Descent:
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, rows
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
-        self.parts: dict[str, Any] = {name: {} for name in PARTS}
+        self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
-    def run(self) -> dict[str, Any]:
-        """The parts by name: "embeddings" n l, all others by layer."""
-        frozen, cfg = self.frozen, self.frozen.model.cfg
-        V = frozen.resid(0).new_zeros(len(self.covectors), frozen.length, cfg.d_model)
-        self.join(V, "resid", cfg.n_layers)
-        for layer in reversed(range(cfg.n_layers)):
-            out = self.join(V.clone(), "out", layer)
-            V = V + self.through(layer, out)
-            V = V + self.from_inside(layer, "u") + self.from_inside(layer, "p")
+    def run(self) -> Parts:
+        """What the targets are made of."""
+        frozen = self.frozen
+        bottom = frozen.resid(0)
+        V = bottom.new_zeros(len(self.covectors), frozen.length, bottom.shape[-1])
+        self.join(V, "resid", frozen.n_layers)
+        for layer in reversed(range(frozen.n_layers)):
+            for stage in reversed(frozen.stages(layer)):
+                above = V
+                for part in stage:
+                    V = V + self.through(part, self.join(above.clone(), "out", part))
+                    for node in INSIDE:
+                        V = V + self.from_inside(part, node)
             self.join(V, "resid", layer)
-        self.parts["embeddings"] = (V * frozen.embeddings[self.rows]).sum(-1)
+        self.parts.embeddings = (V * frozen.embeddings[self.rows]).sum(-1)
         return self.parts
 
-    def join(self, V: Tensor, stream: Stream, layer: int) -> Tensor:
+    def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
-        for i in self.reading(stream, layer):
+        for i in self.reading(stream, part):
             V[i, self.covectors[i].position] += self.covectors[i].vector
         return V
 
-    def reading(self, stream: Stream, layer: int) -> list[int]:
+    def reading(self, stream: Stream, part: Part) -> list[int]:
         """Which covectors start at this stream."""
-        return [i for i, c in enumerate(self.covectors) if (c.stream, c.layer) == (stream, layer)]
+        return [i for i, c in enumerate(self.covectors) if (c.stream, c.layer) == (stream, part)]
 
-    def through(self, layer: int, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
-        """What a layer's output adds goes into the parts; what passes to the stream below is returned.
+    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        """What a branch's output adds goes into the parts; what passes to the stream below is returned.
 
         A coder does not stand between its own layer's output and a target that reads this very output: such targets
         go through the mixer itself.
         """
-        coded, rows, nodes = self.frozen.coded.get(layer), self.rows, self.nodes.get(layer)
+        coded, rows, parts = self._coded(part), self.rows, self.parts
+        nodes = self._nodes(part)
         passing = None if nodes is None else 1 - nodes
         if coded is None:
-            pulled = self.frozen.pull(layer, out, rows, passing)
-            self.keep(layer, pulled, pulled.pb)
+            pulled = self.frozen.pull(part, out, rows, passing)
+            self.keep(part, pulled)
             return pulled.below
         mine: Bool[Tensor, " n"] = torch.zeros(len(rows), dtype=torch.bool, device=out.device)
-        mine[self.reading("out", layer)] = True
+        mine[self.reading("out", part)] = True
         by_coder, by_mixer = out * ~mine[:, None, None], out * mine[:, None, None]
         below = torch.zeros_like(out)
-        if coded.mode == "hybrid":
-            below = self.across(layer, out, by_coder, nodes)
-        elif layer in self.read_out:
-            pulled = self.frozen.pull(layer, by_mixer, rows, passing)
+        if self.frozen.is_split(part):
+            below = self.across(part, out, by_coder, nodes)
+        elif part in self.read_out:
+            pulled = self.frozen.pull(part, by_mixer, rows, passing)
             below = pulled.below
-            self.keep(layer, pulled, pulled.pb)
+            self.keep(part, pulled)
         else:
-            self.parts["biases"][layer] = self.parts["initial"][layer] = out.new_zeros(len(rows))
-        self.parts["features"][layer] = coded.feature_effects(by_coder, rows)
-        self.parts["coder_biases"][layer] = coded.bias_effect(by_coder)
-        self.parts["errors"][layer] = coded.error_effects(by_coder, rows)
+            parts.biases[part] = parts.initial[part] = out.new_zeros(len(rows))
+        parts.features[part] = coded.feature_effects(by_coder, rows)
+        parts.coder_biases[part] = coded.bias_effect(by_coder)
+        parts.errors[part] = coded.error_effects(by_coder, rows)
         skip = coded.pull_skip(self.frozen, by_coder, rows)
         return below if skip is None else below + skip
 
     def across(
-        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, part: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
-        """A hybrid layer's cross-token part, whose heads are those of tokens: paths end at p where they are nodes."""
-        mixer, rows = self.frozen.mixer(layer), self.rows
-        pulled = mixer.pull(out, rows)
-        pb = pulled.pb - mixer.pull_local(by_coder, rows)
+        """A split layer's cross-token part, whose sources are tokens: paths end at p where channels are nodes."""
+        chain, rows = self.frozen.chain(part), self.rows
+        pulled = chain.pull(out, rows)
+        pb = pulled.at["p"] - chain.pull_own(by_coder, rows)
         if self.keep_heads:
-            self.parts["heads"][layer] = pulled.ub * mixer.u[rows]
-            self.parts["token_heads"][layer] = pb * mixer.p[rows]
+            self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
+            self.parts.token_heads[part] = pb * chain.p[rows]
         bias = pulled.bias
         if nodes is not None:
             ending = pb * nodes
             source, channel = nodes.nonzero(as_tuple=True)
-            self.parts["node_heads"][layer] = (ending * mixer.p[rows])[:, source, channel]
-            pb, bias = pb - ending, bias - mixer.pull_p(ending, rows)[1]
-        self.parts["biases"][layer], self.parts["initial"][layer] = bias, pulled.initial
-        return mixer.pull_p(pb, rows)[0]
+            self.parts.node_heads[part] = (ending * chain.p[rows])[:, source, channel]
+            pb, bias = pb - ending, bias - chain.pull(ending, rows, start="p").bias
+        self.parts.biases[part], self.parts.initial[part] = bias, pulled.initial
+        return chain.pull(pb, rows, start="p").below
 
-    def keep(self, layer: int, pulled: Pulled, pb: Float[Tensor, "n l E"]) -> None:
-        """Read a mixer's share off."""
-        mixer, rows, nodes = self.frozen.mixer(layer), self.rows, self.nodes.get(layer)
+    def keep(self, part: Part, pulled: Pulled) -> None:
+        """Read a branch's share off."""
+        chain, rows, nodes = self.frozen.chain(part), self.rows, self._nodes(part)
         if self.keep_heads:
-            self.parts["heads"][layer] = pulled.ub * mixer.u[rows]
-            self.parts["token_heads"][layer] = pb * mixer.p[rows]
+            self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
+            self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
-            self.parts["node_heads"][layer] = (pulled.ub * mixer.u[rows])[:, source, channel]
-        self.parts["biases"][layer], self.parts["initial"][layer] = pulled.bias, pulled.initial
+            self.parts.node_heads[part] = (pulled.at["u"] * chain.u[rows])[:, source, channel]
+        self.parts.biases[part], self.parts.initial[part] = pulled.bias, pulled.initial
 
-    def from_inside(self, layer: int, stream: Stream) -> Float[Tensor, "n l d"] | float:
-        """What targets on this layer's u or p pull from the stream below."""
-        mine = self.reading(stream, layer)
+    def from_inside(self, part: Part, node: Stream) -> Float[Tensor, "n l d"] | float:
+        """What targets on a node of this branch pull from the stream below."""
+        mine = self.reading(node, part)
         if not mine:
             return 0.0
-        mixer = self.frozen.mixer(layer)
-        covector = mixer.u.new_zeros(len(self.covectors), *mixer.u.shape[1:])
+        chain = self.frozen.chain(part)
+        like = chain.values.get(node, chain.u)
+        covector = like.new_zeros(len(self.covectors), *like.shape[1:])
         for i in mine:
             covector[i, self.covectors[i].position] = self.covectors[i].vector
-        if stream == "p":
-            below, bias = mixer.pull_p(covector, self.rows)
+        if node == "u":
+            pulled = self.frozen.pull_u(part, covector, self.rows)
         else:
-            pulled = self.frozen.pull_u(layer, covector, self.rows)
-            below, bias = pulled.below, pulled.bias
-            self.parts["initial"][layer] = self.parts["initial"][layer] + pulled.initial
-        self.parts["biases"][layer] = self.parts["biases"][layer] + bias
-        return below
+            pulled = chain.pull(covector, self.rows, start=node)
+        self.parts.initial[part] = self.parts.initial[part] + pulled.initial
+        self.parts.biases[part] = self.parts.biases[part] + pulled.bias
+        return pulled.below
+
+    def _coded(self, part: Part) -> CodedLayer | None:
+        return self.frozen.coded.get(part) if isinstance(part, int) else None
+
+    def _nodes(self, part: Part) -> Tensor | None:
+        return self.nodes.get(part) if isinstance(part, int) else None

@@ -18,8 +18,8 @@ from circuits.influence import Scores, prune, scores, thin
 from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
 from circuits.rules import Selection
-from circuits.targets import Logit, Metric, Target, top_logits
-from hooked_mamba import HookedMamba, HookedMamba2
+from circuits.targets import Logit, Metric, Target, chosen_targets, top_logits
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders
 
@@ -49,7 +49,7 @@ class Circuit:
 
 
 def extract_circuit(
-    model: HookedMamba | HookedMamba2,
+    model: HookedModel,
     coders: Coders | Iterable[SparseCoder],
     prompt: str | Sequence[Any] | Tensor,
     target: Target | str | int | Sequence[Any] | None = None,
@@ -136,9 +136,7 @@ def _targets(frozen: FrozenModel, target: Any) -> list[Target]:
     if target is None:
         return list(top_logits(frozen))
     several = list(target) if isinstance(target, list | tuple) else [target]
-    if not several:
-        raise ValueError("no target: give one or several, or None for the most likely next tokens")
-    return [one if isinstance(one, Target) else Logit(one) for one in several]
+    return chosen_targets([one if isinstance(one, Target) else Logit(one) for one in several])
 
 
 def _metric(frozen: FrozenModel, target: Target) -> Metric:

@@ -24,6 +24,7 @@ from circuits.influence import total_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
 from circuits.targets import Metric, Target
+from hooked_mamba.frozen.run import out_site
 
 
 @dataclass(frozen=True)
@@ -173,30 +174,32 @@ def _largest(frozen: FrozenModel, scores: Float[Tensor, " m"], count: int) -> Ke
 
 
 def _sizes(frozen: FrozenModel) -> Float[Tensor, " m"]:
-    """|u| (|p| in hybrid layers) of heads and latents of features."""
+    """|u| (|p| in split layers) of channels and latents of features."""
     found = []
     for kind, layer in _parts(frozen):
         if kind == "feature":
             found.append(frozen.latents(layer)[0])
         else:
-            mixer = frozen.mixer(layer)
-            found.append((mixer.p if layer in frozen.coded else mixer.u)[0])
+            found.append(frozen.channel_values(layer)[0])
     return torch.cat([part.abs().flatten() for part in found])
 
 
 def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
     """Gradient of the full model's metric times activation, selection and gates included."""
     model = frozen.model
-    kept: dict[tuple[str, int], Tensor] = {}
+    kept: dict[str, Tensor] = {}
 
     def watch(value: Tensor, hook: Any) -> Tensor:
         value = value if value.requires_grad else value.requires_grad_()
-        kept[hook.name.split(".")[-1], hook.layer()] = value
+        kept[hook.name] = value
         return value
 
-    names = [
-        f"blocks.{i}.mixer.{s}" for i in range(model.cfg.n_layers) for s in ("hook_x_pre", "hook_x", "hook_out_proj")
-    ]
+    def site_of(kind: str, layer: int) -> str:
+        if kind == "feature":
+            return out_site(model, layer)
+        return f"blocks.{layer}.mixer.{model.mixer(layer).site_at(frozen.channels_at(layer))}"
+
+    names = dict.fromkeys(site_of(kind, layer) for kind, layer in _parts(frozen))
     with torch.enable_grad(), model.hooks([(name, watch) for name in names]):
         value = metric(model(frozen.tokens))[0]
         gradients = dict(
@@ -205,13 +208,11 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
     found = []
     for kind, layer in _parts(frozen):
         if kind == "feature":
-            effect = (
-                gradients["hook_out_proj", layer][0].to(frozen.dtype) @ frozen.coded[layer].W_dec.to(frozen.dtype).t()
-            )
-            found.append(effect * frozen.latents(layer)[0])
+            gradient = gradients[site_of(kind, layer)][0].to(frozen.dtype)
+            found.append((gradient @ frozen.coded[layer].W_dec.to(frozen.dtype).t()) * frozen.latents(layer)[0])
         else:
-            at = "hook_x_pre" if layer in frozen.coded else "hook_x", layer
-            found.append((gradients[at] * kept[at].detach())[0].flatten(1)[:, : model.cfg.E])
+            at = site_of(kind, layer)
+            found.append((gradients[at] * kept[at].detach())[0].flatten(1)[:, : frozen.chain(layer).width])
     return torch.cat([part.flatten() for part in found])
 
 
@@ -247,8 +248,8 @@ def _with_change(frozen: FrozenModel, layer: int, position: int, change: Tensor,
         out[:, position] += change.to(out.dtype)
         return out
 
-    name = f"blocks.{layer}.mixer.hook_out_proj"
-    return float(metric(frozen.model.run_with_hooks(frozen.tokens, fwd_hooks=[(name, add)]))[0])
+    hooks = [(out_site(frozen.model, layer), add)]
+    return float(metric(frozen.model.run_with_hooks(frozen.tokens, fwd_hooks=hooks))[0])
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.frozen_model import FrozenModel
+from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.keep import Keep, only
-from circuits.targets import Logit, Metric, Target
-from hooked_mamba import HookedMamba, HookedMamba2
+from circuits.targets import Logit, Metric, chosen_targets
+from hooked_mamba.models import HookedModel
 
 
 def gauss_legendre(steps: int) -> list[tuple[float, float]]:
@@ -48,7 +48,7 @@ class IntegratedGradients:
 
 
 def integrated_gradients(
-    model: HookedMamba | HookedMamba2 | FrozenModel,
+    model: HookedModel | FrozenModel,
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Logit | Sequence[Logit] = (),
     *,
@@ -75,12 +75,9 @@ def integrated_gradients(
     ValueError
         Targets that are no logits, or none; no prompt; a baseline of another size; fewer than one step.
     """
-    if isinstance(model, FrozenModel) != (prompt is None):
-        raise ValueError("give a model and a prompt, or a FrozenModel alone")
-    frozen = model if isinstance(model, FrozenModel) else FrozenModel(model, prompt)  # type: ignore[arg-type]
-    several = [targets] if isinstance(targets, Target) else list(targets)
+    frozen, several = frozen_of(model, prompt), chosen_targets(targets)
     chosen = [target for target in several if isinstance(target, Logit)]
-    if not chosen or len(chosen) < len(several):
+    if len(chosen) < len(several):
         raise ValueError(f"targets must be a Logit or several, got {several}")
     d = frozen.model.cfg.d_model
     if baseline is not None and baseline.shape != (d,):

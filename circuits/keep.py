@@ -1,8 +1,8 @@
 """Which nodes of a run are kept, and the real model with all others ablated.
 
-Mixers keep the scan's terms of chosen heads (layer, source, channel); coded layers keep chosen latents and errors. What
-is ablated is replaced by what it was in a reference run, or by zero. Selection and gates are the model's own, made anew
-from what the ablated model computes: nothing is frozen here.
+Mixers keep the scan's terms of chosen channels (layer, source, channel); coded layers keep chosen latents and errors.
+What is ablated is replaced by what it was in a reference run, or by zero. Selection and gates are the model's own, made
+anew from what the ablated model computes: nothing is frozen here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from circuits.frozen_mixer import SITES, FrozenMixer
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
-from hooked_mamba.config import Mamba2Config
+from hooked_mamba.frozen.run import frozen_branch, frozen_sites, out_site
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.points import HookPoint
-from hooked_mamba.scan_view import run_scan
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,9 @@ class Keep:
     @classmethod
     def nothing(cls, frozen: FrozenModel) -> Keep:
         """All masks, all False."""
-        l, cfg, device = frozen.length, frozen.model.cfg, frozen.tokens.device
-        mixed = [i for i in range(cfg.n_layers) if i not in frozen.coded or frozen.coded[i].mode == "hybrid"]
+        l, device = frozen.length, frozen.tokens.device
         return cls(
-            {i: torch.zeros(l, cfg.E, dtype=torch.bool, device=device) for i in mixed},
+            {i: torch.zeros_like(frozen.channel_values(i)[0], dtype=torch.bool) for i in frozen.mixed_layers()},
             {
                 i: torch.zeros(l, coded.coder.cfg.d_sae, dtype=torch.bool, device=device)
                 for i, coded in frozen.coded.items()
@@ -110,20 +107,16 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         raise ValueError(f"the reference has {reference.length} positions, this run {frozen.length}")
     if reference is not None and (lacking := sorted(frozen.coded.keys() - reference.coded.keys())):
         raise ValueError(f"the reference is not read through the coders of layers {lacking}: give it the run's coders")
-    n = model.cfg.n_layers
-    per_block = ("hook_resid_pre", "norm.hook_scale", "norm.hook_out", *(f"mixer.{site}" for site in SITES))
-    names = [f"blocks.{i}.{site}" for i in range(n) for site in per_block]
-    if isinstance(model.cfg, Mamba2Config):
-        names += [f"blocks.{i}.mixer.norm.hook_scale" for i in range(n)]
+    names = [name for i in range(frozen.n_layers) for name in frozen_sites(model, i)]
     before = model.initial_state(1)
 
     def cut_scan(y: Tensor, hook: HookPoint) -> Tensor:
         layer = hook.layer()
         view = cache.scan_view(layer)
         mask = keep.heads[layer].to(view.u.dtype).reshape(view.u.shape[1:])
-        usual = 0.0 if reference is None else reference.mixer(layer).u.mean(0).reshape(view.u.shape[1:])
+        usual = 0.0 if reference is None else reference.chain(layer).u.mean(0).reshape(view.u.shape[1:])
         u = view.u * mask + usual * (1 - mask)
-        return run_scan(view.with_input(u.to(view.u.dtype))).reshape(y.shape).to(y.dtype)
+        return view.over(u.to(view.u.dtype)).out().y.reshape(y.shape).to(y.dtype)
 
     def cut_output(out: Tensor, hook: HookPoint) -> Tensor:
         layer = hook.layer()
@@ -139,23 +132,20 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
             usual_error = reference.coded[layer].error.mean(0)
         said = coded.coder.decode(z * mask + usual_z * (1 - mask), x)
         true, moved = out, torch.zeros_like(out)
-        if coded.mode == "hybrid":
-            mixer = FrozenMixer.of(cache, layer, before[layer], None)
+        if frozen.is_split(layer):
+            chain = frozen_branch(cache, layer, "mixer", before[layer]["mixer"], None)
             rows = torch.arange(out.shape[0], device=out.device)
-            heads = keep.heads[layer].to(mixer.p.dtype)
-            usual_p = 0.0 if reference is None else reference.mixer(layer).p.mean(0)
-            true = mixer.local(mixer.p - mixer.b_x, rows)
-            constant = out - mixer.moved(mixer.p, rows) - true
-            moved = mixer.moved(mixer.p * heads + usual_p * (1 - heads), rows) + constant
+            heads = keep.heads[layer].to(chain.p.dtype)
+            usual_p = 0.0 if reference is None else reference.chain(layer).p.mean(0)
+            true = chain.push_own(chain.p - chain.input_bias, rows)
+            constant = out - chain.push_across(chain.p, rows) - true
+            moved = chain.push_across(chain.p * heads + usual_p * (1 - heads), rows) + constant
         error = true - coded.coder(x)
         return (said + error * stays + usual_error * (1 - stays) + moved).to(out.dtype)
 
-    hooks: list[tuple[str, Any]] = []
-    for i in range(n):
-        hooks.append(
-            (f"blocks.{i}.mixer.hook_out_proj", cut_output)
-            if i in frozen.coded
-            else (f"blocks.{i}.mixer.hook_y", cut_scan)
-        )
+    hooks: list[tuple[str, Any]] = [(out_site(model, i), cut_output) for i in frozen.coded]
+    for i in frozen.mixed_layers():
+        if i not in frozen.coded:
+            hooks.append((f"blocks.{i}.mixer.{model.mixer(i).site_at('y')}", cut_scan))
     with captured(model, names) as cache, model.hooks(hooks):
         yield model

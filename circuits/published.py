@@ -36,11 +36,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.coded_layer import CodedLayer
-from circuits.frozen_mixer import FrozenMixer, Pulled
 from circuits.frozen_model import FrozenModel
-from circuits.targets import Stream
-from hooked_mamba.components import at_least_fp32
-from hooked_mamba.hooks.names import unalias
+from circuits.rules import Rule
+from hooked_mamba.frozen.chain import Chain, Pulled
+from hooked_mamba.frozen.linear import Back, Gain, Mix
+from hooked_mamba.frozen.run import Part, Run
 from saes.files.checks import nearest
 from saes.sparse import Codes
 
@@ -121,111 +121,99 @@ class AllLatents(CodedLayer):
         return (V @ self.W_dec.to(V.dtype).t()) * self.codes.values[rows]
 
 
-class OptionedModel(FrozenModel):
-    """A run that another method reads: the frozen model's own activations, taken back by the options.
+class Published(Rule):
+    """The value path, taken back by the options.
 
     Parameters
     ----------
-    frozen
-        The run; it is shared, and stays as it is.
     options
         The choices.
+    """
+
+    def __init__(self, options: PathOptions) -> None:
+        self.options = options
+        self.reads_through_norms = options.input_norm == "model"
+        self._chains: dict[Part, Chain] = {}
+
+    def chain(self, run: Run, part: Part, exact: Chain) -> Chain:
+        """The exact chain, the convolution and the scan's own terms by the options."""
+        if part not in self._chains:
+            chain = exact
+            if self.options.conv == "ratio":
+                ratio = torch.where(chain.p == 0, 0, chain.u / torch.where(chain.p == 0, 1, chain.p))
+                chain = chain.replaced("p", "u", (Gain(ratio),))
+            if chain.mix is not None:
+                mix = PartialMix(chain.mix.scan, chain.mix.h0, None, self.options)
+                chain = chain.replaced("u", "y", (mix,))
+            self._chains[part] = chain
+        return self._chains[part]
+
+    def pull(
+        self,
+        run: Run,
+        part: Part,
+        V: Float[Tensor, "n l d"],
+        rows: Int[Tensor, " n"],
+        through: Float[Tensor, "l E"] | None = None,
+    ) -> PublishedPulled:
+        chain = run.chain(part)
+        share: Tensor | int = 1 if through is None else through
+        above = chain.pull(V, rows, until="u")
+        ub, vy, u = above.at["u"], above.at["y"], chain.u[rows]
+        heads = ub * u
+        if self.options.ssm_input == "dest":
+            heads = chain.pull(vy * u, rows, start="y", until="u").below
+        pulled = chain.pull(ub * share, rows, start="u")
+        if self.options.norm_at == "dest":  # of what passes a norm: biases and memory do not
+            r = run.norm_factor(part)[rows]
+            ub = chain.pull(vy * r, rows, start="y", until="u").below / r
+            scaled = chain.pull(ub * share, rows, start="u")
+            pulled = dataclasses.replace(scaled, bias=pulled.bias, initial=pulled.initial)
+        bias, initial = pulled.bias + above.bias, pulled.initial + above.initial
+        return PublishedPulled(pulled.below, {**pulled.at, "u": ub}, bias, initial, heads)
+
+
+def optioned(frozen: FrozenModel, options: PathOptions) -> FrozenModel:
+    """A run that another method reads: the run's own activations, taken back by the options.
 
     Raises
     ------
     ValueError
         The run follows a `selection`, which has no such choices.
     """
-
-    def __init__(self, frozen: FrozenModel, options: PathOptions) -> None:
-        if frozen.rule.name != "none":
-            raise ValueError(f"a run with selection {frozen.rule.name!r} has no preset: give one with selection 'none'")
-        self.__dict__.update(vars(frozen))
-        self.options = options
-        self._exact, self._mixers = frozen, {}
-        if options.acts == "preact":
-            self.coded = {layer: AllLatents.of(self, coded) for layer, coded in frozen.coded.items()}
-
-    def mixer(self, layer: int) -> FrozenMixer:
-        """The constants of one layer, with the options."""
-        if layer not in self._mixers:
-            mixer = self._exact.mixer(layer)
-            parts: dict[str, Any] = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(mixer)}
-            r = 1 / at_least_fp32(self.cache[f"blocks.{layer}.norm.hook_scale"])
-            self._mixers[layer] = OptionedMixer(**parts, options=self.options, r=r)
-        return self._mixers[layer]
-
-    def reading(
-        self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
-    ) -> tuple[Stream, int, Float[Tensor, " d"]]:
-        """As in the exact model, but for a norm that is left out."""
-        if self.options.input_norm == "model":
-            return super().reading(site, row, position, covector)
-        return *self._stream_of(unalias(site)), covector
-
-    @property
-    def embeddings(self) -> Float[Tensor, "b l d"]:
-        """What a covector at the bottom meets."""
-        embed = self.resid(0)
-        return embed if self.options.input_norm == "model" else embed * self.mixer(0).norm
+    if frozen.rule.name != "none":
+        raise ValueError(f"a run with selection {frozen.rule.name!r} has no preset: give one with selection 'none'")
+    coded = frozen.coded
+    if options.acts == "preact":
+        coded = {layer: AllLatents.of(frozen, coded) for layer, coded in frozen.coded.items()}
+    return frozen.read_by(Published(options), coded)
 
 
 @dataclass(frozen=True)
-class OptionedPulled(Pulled):
-    """`ub` is what goes on from each head."""
+class PublishedPulled(Pulled):
+    """`at["u"]` is what goes on from each channel."""
 
     heads: Float[Tensor, "n l E"]
-    """What each head (source, channel) adds."""
+    """What each channel at a source adds."""
 
 
 @dataclass(frozen=True)
-class OptionedMixer(FrozenMixer):
-    """One mixer, taken back by the options."""
+class PartialMix(Mix):
+    """A scan whose adjoint lacks the terms that are left out."""
 
-    options: PathOptions
-    r: Float[Tensor, "b l 1"]
-    """The norm's factor r_t."""
+    options: PathOptions = EXACT
 
-    def pull(
-        self, V: Float[Tensor, "n l d"], rows: Int[Tensor, " n"], through: Float[Tensor, "l E"] | None = None
-    ) -> OptionedPulled:
-        """As :meth:`FrozenMixer.pull`."""
-        vy = (V @ self.W_o) * self.gain[rows]
-        ub, h0b = self._back(vy, rows)
-        heads = ub * self.u[rows] if self.options.ssm_input == "source" else self._back(vy * self.u[rows], rows)[0]
-        share = 1 if through is None else through
-        pulled = self.pull_u(ub * share, rows)
-        if self.options.norm_at == "dest":  # of what passes a norm: biases and memory do not
-            ub = self._back(vy * self.r[rows], rows)[0] / self.r[rows]
-            scaled = self.pull_u(ub * share, rows)
-            pulled = dataclasses.replace(scaled, bias=pulled.bias, initial=pulled.initial)
-        initial = pulled.initial + (h0b * self.before.ssm[rows]).flatten(1).sum(1).to(pulled.initial.dtype)
-        bias = pulled.bias + (V @ self.b_o).sum(1)
-        return OptionedPulled(pulled.below, ub, pulled.pb, bias, initial, heads)
+    def of(self, rows: Any) -> PartialMix:
+        return dataclasses.replace(self, rows=rows)
 
-    def pull_u(self, ub: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Pulled:
-        """As :meth:`FrozenMixer.pull_u`."""
-        if self.options.conv == "taps":
-            return super().pull_u(ub, rows)
-        pb = ub * self.ratio[rows]
-        below, bias = self.pull_p(pb, rows)
-        return Pulled(below, ub, pb, bias, torch.zeros_like(bias))
-
-    def local_gain(self) -> Float[Tensor, "b l E"]:
-        """What channel e passes on of its own position's p."""
-        taps = self.path.sigma * self.path.taps[:, -1] if self.options.conv == "taps" else self.ratio
-        return self.gain * (self.own() * self.options.include_self + self.skip() * self.options.include_D) * taps
-
-    @property
-    def ratio(self) -> Float[Tensor, "b l E"]:
-        """u / p, 0 where p is 0."""
-        return torch.where(self.p == 0, 0, self.u / torch.where(self.p == 0, 1, self.p))
-
-    def _back(self, vy: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        """The scan's adjoint without the terms that are left out."""
-        ub, h0b = self._adjoint(vy, rows)
+    def pull(self, v: Float[Tensor, "n l E"]) -> Back:
+        back = super().pull(v)
+        covector = back.covector
         if not self.options.include_self:
-            ub = ub - self.own()[rows] * vy
+            covector = covector - (self.own() if self.rows is None else self.own()[self.rows]) * v
         if not self.options.include_D:
-            ub = ub - self.skip() * vy
-        return ub, h0b
+            covector = covector - self.skip() * v
+        return back._replace(covector=covector)
+
+    def diagonal(self) -> Tensor:
+        return self.own() * self.options.include_self + self.skip() * self.options.include_D

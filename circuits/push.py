@@ -16,7 +16,9 @@ from torch import Tensor
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
-from circuits.targets import Covector, Feature, Target
+from circuits.targets import Covector, Feature, Target, chosen_targets
+from hooked_mamba.frozen.chain import Shares
+from hooked_mamba.frozen.run import Part
 
 Inside = Callable[[int, Tensor, bool], Tensor | float]
 """(layer, change of the stream entering its block, whole) -> what edits inside its mixer add to its output; `whole`: as
@@ -31,7 +33,7 @@ class Changes:
     streams: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
     """Layer -> added to the stream entering it; 0: to the embeddings."""
     heads: dict[int, Float[Tensor, "n l E"]] = field(default_factory=dict)
-    """Layer -> added to u, in hybrid layers to p."""
+    """Layer -> added to u, in split layers to p."""
     outs: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
     """Layer -> added to its output."""
     held: dict[int, Float[Tensor, "l E"]] = field(default_factory=dict)
@@ -52,29 +54,47 @@ class Pushed:
 
     def __init__(self, frozen: FrozenModel, changes: Changes) -> None:
         self.frozen, self.changes = frozen, changes
-        n, cfg, rows = len(changes.rows), frozen.model.cfg, changes.rows
-        delta = frozen.resid(0).new_zeros(n, frozen.length, cfg.d_model)
+        bottom = frozen.resid(0)
+        delta = bottom.new_zeros(len(changes.rows), *bottom.shape[1:])
         self.streams: dict[int, Tensor] = {}
         """Layer -> of the stream entering it; n_layers: after the last block."""
         self.inner: dict[int, Tensor] = {}
-        """Layer -> of u, in hybrid layers of p, as the stream below makes it."""
-        for layer in range(cfg.n_layers):
+        """Layer -> of u, in split layers of p, as the stream below makes it."""
+        for layer in range(frozen.n_layers):
             delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
-            mixer, coded = frozen.mixer(layer), frozen.coded.get(layer)
-            here = changes.held.get(layer), changes.heads.get(layer)
-            out: Tensor | float = changes.outs.get(layer, 0.0)
-            if coded is None:
-                passed, self.inner[layer] = mixer.push(delta, rows, *here)
-                out = out + passed
-            elif coded.mode == "hybrid":
-                passed, self.inner[layer] = mixer.push_cross(delta, rows, *here)
-                out = out + passed
-            if coded is not None:
-                out = out + coded.push_skip(delta, mixer.norm[rows])
-            if changes.inside is not None:
-                out = out + changes.inside(layer, delta, False)
-            delta = delta + out
-        self.streams[cfg.n_layers] = delta + changes.streams.get(cfg.n_layers, 0.0)
+            for stage in frozen.stages(layer):
+                entering = delta
+                for part in stage:
+                    delta = delta + self.through(part, entering)
+        self.streams[frozen.n_layers] = delta + changes.streams.get(frozen.n_layers, 0.0)
+
+    def through(self, part: Part, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        """What a branch makes of a change of the stream that its stage reads."""
+        frozen, changes, rows = self.frozen, self.changes, self.changes.rows
+        chain = frozen.chain(part)
+        if not isinstance(part, int):
+            return chain.push(delta, rows)[0]
+        coded = frozen.coded.get(part)
+        out: Tensor | float = changes.outs.get(part, 0.0)
+        if coded is None:
+            passed, met = chain.push(delta, rows, *self._here(part))
+            out, self.inner[part] = out + passed, met["u"]
+        elif frozen.is_split(part):
+            p, met = chain.push(delta, rows, until="p")
+            self.inner[part] = p
+            held, added = changes.held.get(part), changes.heads.get(part)
+            p = p if held is None else p * held
+            out = out + chain.push_across(p if added is None else p + added, rows)
+        if coded is not None:
+            out = out + coded.push_skip(delta, chain.norm.factor[rows])
+        if changes.inside is not None:
+            out = out + changes.inside(part, delta, False)
+        return out  # type: ignore[return-value]  # a coder's skip or a mixer gave a tensor
+
+    def _here(self, layer: int) -> tuple[Shares | None, Shares | None]:
+        """Shares and additions at u."""
+        held, added = self.changes.held.get(layer), self.changes.heads.get(layer)
+        return None if held is None else {"u": held}, None if added is None else {"u": added}
 
     def read(self, covector: Covector) -> Float[Tensor, " n"]:
         """The change of a target.
@@ -84,13 +104,12 @@ class Pushed:
         layer, changes = covector.layer, self.changes
         stream = self.streams[layer]
         if covector.stream == "out":
-            here = changes.held.get(layer), changes.heads.get(layer)
-            out = self.frozen.mixer(layer).push(stream, changes.rows, *here)[0]
+            out = self.frozen.chain(layer).push(stream, changes.rows, *self._here(layer))[0]
             stream = out if changes.inside is None else out + changes.inside(layer, stream, True)
-        elif covector.stream in ("u", "p"):
-            hybrid = layer in self.frozen.coded and self.frozen.coded[layer].mode == "hybrid"
-            known = layer in self.inner and hybrid == (covector.stream == "p")
-            stream = self.inner[layer] if known else self.frozen.mixer(layer).push(stream, changes.rows)[1]
+        elif covector.stream != "resid":
+            known = layer in self.inner and covector.stream == self.frozen.channels_at(layer)
+            node = covector.stream
+            stream = self.inner[layer] if known else self.frozen.chain(layer).push(stream, changes.rows, until=node)[0]
         return stream[:, covector.position] @ covector.vector
 
 
@@ -127,7 +146,7 @@ def frozen_changes(
         if node.kind in ("target", "bias", "initial"):
             raise ValueError(f"{node.label} cannot be taken away: choose embeddings, errors, features or heads")
     pushed = Pushed(frozen, _without_each(frozen, removed, held_heads(frozen, graph)))
-    chosen = [targets] if isinstance(targets, Target) else list(targets)
+    chosen = chosen_targets(targets)
     changes = frozen.resid(0).new_zeros(len(removed), len(graph))
     for i, node in enumerate(graph.nodes):
         if node.kind == "head":
@@ -143,24 +162,22 @@ def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l 
     masks: dict[int, Tensor] = {}
     for node in graph.nodes:
         if node.kind == "head":
-            ones = frozen.resid(0).new_ones(frozen.length, frozen.model.cfg.E)
-            masks.setdefault(node.layer, ones)[node.position, node.index] = 0
+            masks.setdefault(node.layer, torch.ones_like(frozen.chain(node.layer).u[0]))[node.position, node.index] = 0
     return masks
 
 
 def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[int, Tensor]) -> Changes:
     """One intervention for each node: it alone is taken away."""
-    k, l, cfg = len(removed), frozen.length, frozen.model.cfg
+    k, bottom = len(removed), frozen.resid(0)
     changes = Changes(torch.zeros(k, dtype=torch.long, device=frozen.tokens.device), held=held)
-    empty = frozen.resid(0).new_zeros(k, l, cfg.d_model)
+    empty = bottom.new_zeros(k, *bottom.shape[1:])
     for i, node in enumerate(removed):
         if node.kind == "embed":
             at = changes.streams.setdefault(0, empty.clone())
             at[i, node.position] = -frozen.resid(0)[0, node.position]
         elif node.kind == "head":
-            mixer = frozen.mixer(node.layer)
-            values = mixer.p if node.layer in frozen.coded else mixer.u
-            at = changes.heads.setdefault(node.layer, values.new_zeros(k, l, cfg.E))
+            values = frozen.channel_values(node.layer)
+            at = changes.heads.setdefault(node.layer, values.new_zeros(k, *values.shape[1:]))
             at[i, node.position, node.index] = -values[0, node.position, node.index]
         else:
             coded, at = frozen.coded[node.layer], changes.outs.setdefault(node.layer, empty.clone())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.frozen.run import Run
+from hooked_mamba.frozen.run import Stream as Stream
+from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
-
-if TYPE_CHECKING:
-    from circuits.frozen_model import FrozenModel
-
-Stream = Literal["resid", "out", "u", "p"]
-"""The residual stream entering a layer (n_layers: the final norm's input), one mixer's output alone, the input u of
-its scan, or the input p of its convolution."""
 
 Metric = Callable[[Tensor], Tensor]
 """What a circuit should produce: from logits b l V to one number a row."""
@@ -43,7 +39,7 @@ class Target(Protocol):
     @property
     def label(self) -> str: ...
 
-    def covector(self, frozen: FrozenModel, row: int) -> Covector: ...
+    def covector(self, run: Run, row: int) -> Covector: ...
 
 
 @dataclass(frozen=True)
@@ -68,25 +64,44 @@ class Logit:
         less = "" if self.minus is None else f" - {self.minus!r}"
         return f"logit {self.token!r}{less}@{self.position}"
 
-    def covector(self, frozen: FrozenModel, row: int) -> Covector:
-        position, n = frozen.column(self.position), frozen.model.cfg.n_layers
-        direction = self.of(frozen.model.unembed.weight.detach().t().to(frozen.dtype), frozen, row)
-        vector = frozen.behind_norm(n, direction, (row, position))
-        value = self.of(frozen.logits[row, position].to(frozen.dtype), frozen, row)
+    def covector(self, run: Run, row: int) -> Covector:
+        position, n = run.column(self.position), run.n_layers
+        direction = self.of(run.model.unembed.weight.detach().t().to(run.dtype), run, row)
+        vector = run.behind_norm(n, direction, (row, position))
+        value = self.of(run.logits[row, position].to(run.dtype), run, row)
         return Covector("resid", n, position, vector, vector.new_zeros(()), value)
 
-    def of(self, logits: Float[Tensor, "... V"], frozen: FrozenModel, row: int = 0) -> Float[Tensor, "..."]:
+    def of(self, logits: Float[Tensor, "... V"], run: Run, row: int = 0) -> Float[Tensor, "..."]:
         """This logit, or lead, of any logits of a row."""
-        value = logits[..., frozen.token_id(self.token, row)]
+        value = logits[..., run.token_id(self.token, row)]
         if self.minus is None:
             return value
         several = self.minus if isinstance(self.minus, list) else [self.minus]
-        return value - logits[..., [frozen.token_id(other, row) for other in several]].mean(-1)
+        return value - logits[..., [run.token_id(other, row) for other in several]].mean(-1)
 
 
-def top_logits(
-    frozen: FrozenModel, p: float | int = 0.95, most: int = 10, position: int = -1, row: int = 0
-) -> list[Logit]:
+def chosen_targets(targets: Target | Sequence[Any]) -> list[Target]:
+    """One target or several, as a list.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    TypeError
+        Something else than a target is among them.
+    """
+    found = [targets] if isinstance(targets, Target) else list(targets)
+    if not found:
+        raise ValueError("no target: give a Logit, a Feature, a Channel, a Direction, or several")
+    for target in found:
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"expected a target (Logit, Feature, Channel, Direction), got {type(target).__name__}: {target!r}"
+            )
+    return found
+
+
+def top_logits(run: Run, p: float | int = 0.95, most: int = 10, position: int = -1, row: int = 0) -> list[Logit]:
     """The logits of the most likely next tokens: as many as have a share p of the probability, but no more than `most`.
 
     Raises
@@ -96,19 +111,19 @@ def top_logits(
     """
     if not 0 < p <= 1 or most < 1:
         raise ValueError(f"p must be above 0 and at most 1, and most at least 1; got p={p}, most={most}")
-    probabilities = frozen.logits[row, frozen.column(position)].softmax(-1)
+    probabilities = run.logits[row, run.column(position)].softmax(-1)
     best = probabilities.topk(min(most, len(probabilities)))
     count = int((best.values.cumsum(0) < p).sum()) + 1
-    return [Logit(_named(frozen, int(token)), position) for token in best.indices[:count]]
+    return [Logit(_named(run, int(token)), position) for token in best.indices[:count]]
 
 
-def _named(frozen: FrozenModel, token: int) -> int | str:
+def _named(run: Run, token: int) -> int | str:
     """A token's text, where it stands for this token alone."""
-    if frozen.model.tokenizer is None:
+    if run.model.tokenizer is None:
         return token
-    text = frozen.model.to_single_str_token(token)
+    text = run.model.to_single_str_token(token)
     try:
-        return text if frozen.token_id(text) == token else token
+        return text if run.token_id(text) == token else token
     except ValueError:  # text that the tokenizer reads as other tokens, such as half a character
         return token
 
@@ -127,24 +142,24 @@ class Feature:
         kind = "sae" if cfg.is_sae else "block"
         return f"{kind}{'' if cfg.layer is None else cfg.layer}[{self.index}]@{self.position}"
 
-    def covector(self, frozen: FrozenModel, row: int) -> Covector:
-        coder, position = self.coder, frozen.column(self.position)
+    def covector(self, run: Run, row: int) -> Covector:
+        coder, position = self.coder, run.column(self.position)
         if not 0 <= self.index < coder.cfg.d_sae:
             raise IndexError(f"feature {self.index} is out of range: this coder has {coder.cfg.d_sae}")
-        f = coder.W_enc[:, self.index].detach().to(frozen.dtype)
+        f = coder.W_enc[:, self.index].detach().to(run.dtype)
         offset = coder.encoder_bias[self.index].detach().to(f.dtype)
         if coder.cfg.apply_b_dec_to_input:
             offset = offset - f @ coder.b_dec.detach().to(f.dtype)
-        stream, layer, vector = frozen.reading(coder.cfg.in_site, row, position, f)
-        x = frozen.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
+        stream, layer, vector = run.reading(coder.cfg.in_site, row, position, f)
+        x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
         value = coder.preact(x)[self.index].detach().to(f.dtype)
         return Covector(stream, layer, position, vector, offset, value)
 
 
 @dataclass(frozen=True)
-class Head:
-    """What a head (layer, channel, source position) passes on: the scan's input u; in a hybrid layer, whose heads are
-    those of tokens, the convolution's input p."""
+class Channel:
+    """What a channel of a layer's mixer passes on from a source position: the scan's input u; in a split layer, whose
+    sources are tokens, the convolution's input p."""
 
     layer: int
     channel: int
@@ -154,14 +169,14 @@ class Head:
     def label(self) -> str:
         return f"mixer{self.layer}[{self.channel}]@{self.position}"
 
-    def covector(self, frozen: FrozenModel, row: int) -> Covector:
-        cfg, position = frozen.model.cfg, frozen.column(self.position)
-        for what, index, size in (("layer", self.layer, cfg.n_layers), ("channel", self.channel, cfg.E)):
-            if not 0 <= index < size:
-                raise IndexError(f"{what} {index} is out of range: there are {size}")
-        mixer = frozen.mixer(self.layer)
-        stream: Stream = "p" if self.layer in frozen.coded and frozen.coded[self.layer].mode == "hybrid" else "u"
-        values = (mixer.p if stream == "p" else mixer.u)[row, position]
+    def covector(self, run: Run, row: int) -> Covector:
+        position = run.column(self.position)
+        if not 0 <= self.layer < run.n_layers:
+            raise IndexError(f"layer {self.layer} is out of range: there are {run.n_layers}")
+        stream, chain = run.channels_at(self.layer), run.chain(self.layer)
+        if not 0 <= self.channel < chain.width:
+            raise IndexError(f"channel {self.channel} is out of range: there are {chain.width}")
+        values = chain.values[stream][row, position]
         vector = torch.zeros_like(values)
         vector[self.channel] = 1
         return Covector(stream, self.layer, position, vector, values.new_zeros(()), values[self.channel])
@@ -181,13 +196,16 @@ class Direction:
     def label(self) -> str:
         return f"{self.name}{self.layer}@{self.position}"
 
-    def covector(self, frozen: FrozenModel, row: int) -> Covector:
-        n, position = frozen.model.cfg.n_layers, frozen.column(self.position)
+    def covector(self, run: Run, row: int) -> Covector:
+        n, position = run.n_layers, run.column(self.position)
         layer = self.layer + (n + (self.stream == "resid")) * (self.layer < 0)
         if not 0 <= layer < n + (self.stream == "resid"):
             raise IndexError(f"layer {self.layer} is out of range for a model of {n} layers")
-        vector = torch.as_tensor(self.vector).detach().to(frozen.dtype)
-        if vector.shape != (frozen.model.cfg.d_model,):
-            raise ValueError(f"a direction must be [{frozen.model.cfg.d_model}], got {list(vector.shape)}")
-        x = frozen.resid(layer) if self.stream == "resid" else frozen.out(layer)
+        vector = torch.as_tensor(self.vector).detach().to(run.dtype)
+        if vector.shape != (run.model.cfg.d_model,):
+            raise ValueError(f"a direction must be [{run.model.cfg.d_model}], got {list(vector.shape)}")
+        x = run.resid(layer) if self.stream == "resid" else run.out(layer)
         return Covector(self.stream, layer, position, vector, vector.new_zeros(()), vector @ x[row, position])
+
+
+__getattr__ = renamed_in(__name__, {"Head": "circuits.targets.Channel"})

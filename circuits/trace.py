@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.descent import Descent
-from circuits.frozen_mixer import Pulled
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Kind, Node
 from circuits.paths import Path, Paths
-from circuits.published import EXACT, OptionedModel, OptionedPulled, PathOptions
+from circuits.published import EXACT, PathOptions, PublishedPulled, optioned
 from circuits.targets import Covector, Feature, Target
+from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.run import Part
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Trace:
     value: float
     """The number in the prompt's run."""
     heads: dict[int, Float[Tensor, "l E"]]
-    """Layer -> what the head (source, channel) adds directly, by the residual stream and by no other head. In hybrid
+    """Layer -> what the head (source, channel) adds directly, by the residual stream and by no other head. In split
     layers the source is the token."""
     paths: tuple[Paths, ...]
     """The k largest paths of one edge, of two, ...; a node's value is what the target gets by way of it."""
@@ -85,14 +86,15 @@ def trace_paths(
     if not 0 <= row < frozen.batch:
         raise IndexError(f"row {row} is out of range: this run has {frozen.batch}")
     options = PathOptions.of(preset)
-    frozen = frozen if options == EXACT else OptionedModel(frozen, options)
+    frozen = frozen if options == EXACT else optioned(frozen, options)
     start = target.covector(frozen, row)
-    root = Node("target", frozen.model.cfg.n_layers, -1, value=float(start.value), name=target.label)
+    root = Node("target", frozen.n_layers, -1, value=float(start.value), name=target.label)
     going: list[tuple[tuple[Node, ...], Covector]] = [((root,), start)]
     heads: dict[int, Tensor] = {}
     listed: list[Paths] = []
     while going and len(listed) < length:
         step = _Step(frozen, [covector for _, covector in going], row, options)
+        step.run()
         heads = heads or {layer: effects[0] for layer, effects in sorted(step.effects.items())}
         kept = step.largest(k)
         paths = [(*going[i][0], node) for i, node, _ in kept]
@@ -119,62 +121,60 @@ class _Step(Descent):
     """All that adds directly to some covectors of one row."""
 
     def __init__(self, frozen: FrozenModel, covectors: list[Covector], row: int, options: PathOptions) -> None:
-        E, n = frozen.model.cfg.E, len(covectors)
-        ones = torch.ones(frozen.length, E, dtype=frozen.dtype, device=frozen.tokens.device)
-        super().__init__(
-            frozen,
-            covectors,
-            torch.full((n,), row, device=frozen.tokens.device),
-            {c.layer for c in covectors if c.stream == "out"},
-            keep_heads=True,
-            nodes=dict.fromkeys(range(frozen.model.cfg.n_layers), ones),
-        )
+        nodes = {
+            layer: torch.ones_like(frozen.chain(layer).u[0])
+            for layer in range(frozen.n_layers)
+            if "mixer" in frozen.model.block(layer).branches
+        }
+        rows = torch.full((len(covectors),), row, device=frozen.tokens.device)
+        super().__init__(frozen, covectors, rows, {c.layer for c in covectors if c.stream == "out"}, True, nodes)
         self.row, self.options = row, options
         self.effects: dict[int, Float[Tensor, "n l E"]] = {}
         """Layer -> what each head adds."""
         self.onward: dict[int, Float[Tensor, "n l E"]] = {}
         """Layer -> the covector with which each head goes on."""
-        self.run()
 
-    def through(self, layer: int, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def through(self, layer: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
         """As in `Descent`; with nodes="beside" a coded layer's mixer and its features, each as if alone."""
-        coded = self.frozen.coded.get(layer)
+        coded = self._coded(layer)
         if coded is None or self.options.nodes == "once":
             return super().through(layer, out)
-        pulled = self.frozen.mixer(layer).pull(out, self.rows, 1 - self.nodes[layer])
-        self.keep(layer, pulled, pulled.pb)
+        pulled = self.frozen.pull(layer, out, self.rows, 1 - self.nodes[layer])
+        self.keep(layer, pulled)
         mine = self.reading("out", layer)
-        self.parts["features"][layer] = coded.feature_effects(out, self.rows)
-        self.parts["features"][layer][mine] = 0
+        self.parts.features[layer] = coded.feature_effects(out, self.rows)
+        self.parts.features[layer][mine] = 0
         return pulled.below
 
     def across(
-        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, layer: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
         below = super().across(layer, out, by_coder, nodes)
-        p = self.frozen.mixer(layer).p[self.rows]
-        self.effects[layer] = self.parts["token_heads"][layer]
+        p = self.frozen.chain(layer).p[self.rows]
+        self.effects[layer] = self.parts.token_heads[layer]
         self.onward[layer] = torch.where(p == 0, 0, self.effects[layer] / torch.where(p == 0, 1, p))
         return below
 
-    def keep(self, layer: int, pulled: Pulled, pb: Float[Tensor, "n l E"]) -> None:
-        super().keep(layer, pulled, pb)
-        u = self.frozen.mixer(layer).u[self.rows]
-        self.effects[layer] = pulled.heads if isinstance(pulled, OptionedPulled) else pulled.ub * u
-        self.onward[layer] = pulled.ub
+    def keep(self, layer: Part, pulled: Pulled) -> None:
+        super().keep(layer, pulled)
+        if layer not in self.nodes:
+            return
+        u = self.frozen.chain(layer).u[self.rows]
+        self.effects[layer] = pulled.heads if isinstance(pulled, PublishedPulled) else pulled.at["u"] * u
+        self.onward[layer] = pulled.at["u"]
 
     def groups(self) -> list[_Group]:
         """All nodes that paths may go to."""
         parts, total = self.parts, self.options.head == "argmax_sum"
         found = [_Group("head", i, effects.sum(-1) if total else effects) for i, effects in self.effects.items()]
-        found += [_Group("feature", i, effects) for i, effects in parts["features"].items()]
-        found += [_Group("embed", -1, parts["embeddings"])]
+        found += [_Group("feature", i, effects) for i, effects in parts.features.items()]
+        found += [_Group("embed", -1, parts.embeddings)]
         if self.options.nodes == "once":
-            found += [_Group("error", i, effects) for i, effects in parts["errors"].items()]
+            found += [_Group("error", i, effects) for i, effects in parts.errors.items()]
             offset = torch.stack([covector.offset for covector in self.covectors])
-            constants = [offset, *parts["coder_biases"].values(), *parts["biases"].values()]
+            constants = [offset, *parts.coder_biases.values(), *parts.biases.values()]
             found.append(_Group("bias", -1, torch.stack(constants).sum(0)))
-            found.append(_Group("initial", -1, torch.stack([0 * offset, *parts["initial"].values()]).sum(0)))
+            found.append(_Group("initial", -1, torch.stack([0 * offset, *parts.initial.values()]).sum(0)))
         return found
 
     def largest(self, k: int) -> list[tuple[int, Node, Covector | None]]:
@@ -222,6 +222,6 @@ class _Step(Descent):
             alone = torch.zeros_like(vector)
             alone[channel] = vector[channel]
             vector = alone
-        by_token = coded is not None and coded.mode == "hybrid" and self.options.nodes == "once"
+        by_token = coded is not None and coded.mode == "split" and self.options.nodes == "once"
         covector = Covector("p" if by_token else "u", layer, position, vector, 0 * effect, effect)
         return Node("head", layer, position, channel, float(effect)), covector

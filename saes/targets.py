@@ -15,17 +15,16 @@ G = SiLU(z), in Mamba-2 with the gated norm's weight and divisor (a frozen numbe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hooks.names import split_state_point, unalias
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.models import HookedModel
 
 LOCAL = "@local"
 """What the name of a local stream ends in."""
@@ -70,7 +69,7 @@ def all_streams(cfgs: Iterable[Coded]) -> list[str]:
     return list(dict.fromkeys(name for cfg in cfgs for name in streams_of(cfg)))
 
 
-def sites_of(stream: str, model: HookedSSM) -> list[str]:
+def sites_of(stream: str, model: HookedModel) -> list[str]:
     """The hook sites that a stream is formed from.
 
     Raises
@@ -87,13 +86,24 @@ def sites_of(stream: str, model: HookedSSM) -> list[str]:
         return [stream]
     site = stream.removesuffix(LOCAL)
     model.hook_point(site)
-    if not site.endswith(".mixer.hook_out_proj"):
+    _, prefix, branch = _branch(site, model)
+    return [prefix + name for name in branch.frozen_sites]
+
+
+def _branch(site: str, model: HookedModel) -> tuple[int, str, Branch]:
+    """(layer, prefix of its sites, the branch) whose output a site is.
+
+    Raises
+    ------
+    ValueError
+        It is no such site, or the branch has no linear form.
+    """
+    name = SiteName.parse(site)
+    branch = None if name.layer is None else model.block(name.layer).branches.get(name.place)
+    if branch is None or branch.out_site != name.hook or not branch.frozen_sites:
         raise ValueError(f"only a block's output (blocks.{{i}}.mixer.hook_out_proj) has a local part, got {site!r}")
-    block = f"blocks.{_layer(site)}."
-    names = ["norm.hook_out", "mixer.hook_conv", "mixer.hook_dt", "mixer.hook_B", "mixer.hook_C", "mixer.hook_gate"]
-    if isinstance(model.cfg, Mamba2Config):
-        names.append("mixer.norm.hook_scale")
-    return [block + name for name in names]
+    assert name.layer is not None  # it has a branch
+    return name.layer, site.removesuffix(name.hook), branch
 
 
 def last_layer(sites: Iterable[str]) -> int | None:
@@ -105,7 +115,7 @@ def last_layer(sites: Iterable[str]) -> int | None:
 
 
 def stream_values(
-    stream: str, cache: Sites, model: HookedSSM, channels: list[int] | None = None
+    stream: str, cache: Sites, model: HookedModel, channels: list[int] | None = None
 ) -> Float[Tensor, "b l f"]:
     """A stream's values from cached sites.
 
@@ -121,14 +131,14 @@ def stream_values(
         Entries of the first axis after the positions (channels, heads, groups) to keep, for a large site such as
         hook_h; None: all.
     """
-    value = local_part(model, _layer(stream), cache) if stream.endswith(LOCAL) else cache[stream]
+    value = _own_part(stream.removesuffix(LOCAL), cache, model) if stream.endswith(LOCAL) else cache[stream]
     if channels is not None:
         value = value[:, :, channels]
     return value.flatten(2)
 
 
-def local_part(model: HookedSSM, layer: int, cache: Sites) -> Float[Tensor, "b l d"]:
-    """What every position's own input adds to a block's output through the frozen mixer, without biases.
+def local_part(model: HookedModel, layer: int, cache: Sites) -> Float[Tensor, "b l d"]:
+    """What every position's own input adds to a mixer's output through the frozen mixer, without biases.
 
     Parameters
     ----------
@@ -137,34 +147,22 @@ def local_part(model: HookedSSM, layer: int, cache: Sites) -> Float[Tensor, "b l
     layer
         Block.
     cache
-        Holds the block's sites, see :func:`sites_of`.
+        Holds the mixer's sites, see :func:`sites_of`.
 
     Returns
     -------
     Tensor
         W_o [G (C . B_bar + D) sigma kappa[K-1] W_x n], b l d.
     """
-    block = f"blocks.{layer}."
-    mixer: Any = model.mixer(layer)
-    E = model.cfg.E
-    n, conv = cache[f"{block}norm.hook_out"], cache[f"{block}mixer.hook_conv"]
-    dt, B, C = (cache[f"{block}mixer.hook_{name}"] for name in ("dt", "B", "C"))
-    gate = cache[f"{block}mixer.hook_gate"]
-
-    first = E if isinstance(model.cfg, Mamba2Config) else 0  # in_proj's rows: z, x, ... there, x, z here
-    p = n @ mixer.in_proj.weight[first : first + E].t()
-    u = torch.sigmoid(conv[..., :E]) * mixer.conv1d.weight[:E, 0, -1] * p
-    if isinstance(model.cfg, Mamba2Config):
-        per_group = model.cfg.H // model.cfg.G
-        own = dt * (B * C).sum(-1).repeat_interleave(per_group, 2) + mixer.D
-        y = rearrange(own.unsqueeze(-1) * rearrange(u, "b l (h p) -> b l h p", h=model.cfg.H), "b l h p -> b l (h p)")
-        scale = cache[f"{block}mixer.norm.hook_scale"]
-        gate = rearrange(rearrange(gate, "b l (g w) -> b l g w", g=scale.shape[2]) / scale, "b l g w -> b l (g w)")
-        gate = gate * mixer.norm.weight
-    else:
-        y = (dt * (B * C).sum(-1, keepdim=True) + mixer.D) * u
-    return (y * gate).to(n.dtype) @ mixer.out_proj.weight.t()
+    return _own_part(f"blocks.{layer}.mixer.{model.mixer(layer).out_site}", cache, model)
 
 
-def _layer(stream: str) -> int:
-    return int(stream.split(".")[1])
+def _own_part(site: str, cache: Sites, model: HookedModel) -> Float[Tensor, "b l d"]:
+    _, prefix, branch = _branch(site, model)
+    return branch.own_part(lambda name: cache[prefix + name])
+
+
+def _layer(site: str) -> int:
+    layer = SiteName.parse(site).layer
+    assert layer is not None  # only sites in blocks come here
+    return layer

@@ -12,9 +12,10 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba import HookedMamba, HookedMamba2
 from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, kept
+from hooked_mamba.models import HookedModel
+from hooked_mamba.renamed import renamed_in
 from hooked_mamba.ssm_decomposition import Source
 from saes.coder import SparseCoder
 from saes.naming import check_fits, default_name
@@ -103,12 +104,12 @@ class SetState:
     channels: int | Sequence[int] | None = None
 
 
-Edit = ScaleFeature | SetFeature | ScaleError | ScaleEmbedding | CutHead | CutTokens | ScaleState | SetState
+Intervention = ScaleFeature | SetFeature | ScaleError | ScaleEmbedding | CutHead | CutTokens | ScaleState | SetState
 OfCoder = ScaleFeature | SetFeature | ScaleError
 OfState = ScaleState | SetState
 
 
-def checked(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) -> list[Edit]:
+def checked(model: HookedModel, edits: Intervention | Iterable[Intervention]) -> list[Intervention]:
     """Edits that fit the model.
 
     Raises
@@ -120,16 +121,16 @@ def checked(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) -> 
     ValueError
         A coder that does not fit, an unknown source, or a state's positions that cannot be counted.
     """
-    return [_checked(model, edit) for edit in ([edits] if isinstance(edits, Edit) else list(edits))]
+    return [_checked(model, edit) for edit in ([edits] if isinstance(edits, Intervention) else list(edits))]
 
 
-def _checked(model: HookedMamba | HookedMamba2, edit: Edit) -> Edit:
-    if not isinstance(edit, Edit):
-        names = ", ".join(kind.__name__ for kind in get_args(Edit))
+def _checked(model: HookedModel, edit: Intervention) -> Intervention:
+    if not isinstance(edit, Intervention):
+        names = ", ".join(kind.__name__ for kind in get_args(Intervention))
         raise TypeError(f"expected an edit ({names}), got {type(edit).__name__}: {edit!r}")
     if isinstance(edit, CutHead | ScaleState | SetState):
-        layer_list(model, edit.layer)
-        channel_list(model, edit.channels)
+        (layer,) = layer_list(model, edit.layer)
+        channel_list(model, edit.channels, layer)
     if isinstance(edit, ScaleFeature | SetFeature | ScaleError):
         check_fits(edit.coder, model, default_name(edit.coder.cfg))
         if not isinstance(edit, ScaleError):
@@ -159,3 +160,6 @@ def counted(positions: int | Iterable[int] | slice | None) -> list[int]:
     raise ValueError(
         f"a state's positions must be an int, several, or a slice from 0 or more to an end, got {positions!r}"
     )
+
+
+__getattr__ = renamed_in(__name__, {"Edit": "circuits.interventions.edits.Intervention"})

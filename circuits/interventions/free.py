@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from circuits.interventions.edits import Edit, OfCoder, OfState, ScaleEmbedding, checked
+from circuits.interventions.edits import Intervention, OfCoder, OfState, ScaleEmbedding, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
-from hooked_mamba import HookedMamba, HookedMamba2
 from hooked_mamba.analysis.columns import columns_before
 from hooked_mamba.analysis.cuts import StateChange, held
 from hooked_mamba.analysis.knockout import cutting
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.hooks.points import HookPoint
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.rewriting import Rewrite, rewritten
 
 
 @contextmanager
-def intervened(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) -> Iterator[HookedMamba | HookedMamba2]:
+def intervened(model: HookedModel, edits: Intervention | Iterable[Intervention]) -> Iterator[HookedModel]:
     """Edits in every forward pass inside the `with`: `forward`, `run_with_cache`, `generate`.
 
     Layers run in order, so that each edit meets what those below it have left. In one layer: embeddings and states in
@@ -50,7 +50,9 @@ def intervened(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) 
     hooks: list[tuple[str, Any]] = [
         ("hook_embed", _scaling(model, edit)) for edit in listed if isinstance(edit, ScaleEmbedding)
     ]
-    hooks += [(f"blocks.{one.layer}.mixer.hook_h.{one.position}", _changing(one)) for one in changes]
+    for one in changes:
+        site = model.mixer(one.layer).site_at("state")
+        hooks.append((f"blocks.{one.layer}.mixer.{site}.{one.position}", _changing(one)))
     with ExitStack() as stack:
         stack.enter_context(held(model, *changes))
         for cut in cuts_of(model, listed):
@@ -61,7 +63,7 @@ def intervened(model: HookedMamba | HookedMamba2, edits: Edit | Iterable[Edit]) 
         yield model
 
 
-def _scaling(model: HookedMamba | HookedMamba2, edit: ScaleEmbedding) -> Any:
+def _scaling(model: HookedModel, edit: ScaleEmbedding) -> Any:
     def scale(embed: Tensor, hook: HookPoint) -> Tensor:
         share = factors(edit.positions, edit.factor, embed[..., 0], columns_before(model))
         return embed * share.unsqueeze(-1)
@@ -77,7 +79,7 @@ def _changing(change: StateChange) -> Any:
     return apply
 
 
-def _rewriting(model: HookedMamba | HookedMamba2, coder: SparseCoder, edits: list[OfCoder]) -> Any:
+def _rewriting(model: HookedModel, coder: SparseCoder, edits: list[OfCoder]) -> Any:
     def rewrite(x: Tensor, y: Tensor) -> Tensor:
         return at_least_fp32(y) + coders_change(coder, edits, x, y, columns_before(model))
 

@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.frozen_mixer import FrozenMixer
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
-from circuits.interventions.edits import Edit, OfState, ScaleEmbedding, checked
+from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
 from circuits.push import Changes, Pushed, held_heads
-from circuits.targets import Target
+from circuits.targets import Target, chosen_targets
 from hooked_mamba.analysis.cuts import Cut, Pass, StateChange, lost_reads, state_edits
+from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.ops.interface import StateEdits
-from hooked_mamba.scan_view import ScanView, scan_out
 from saes.coder import SparseCoder
 from saes.targets import LOCAL, stream_values, streams_of
 
@@ -36,7 +36,7 @@ from saes.targets import LOCAL, stream_values, streams_of
 @torch.no_grad()
 def frozen_effects(
     frozen: FrozenModel,
-    edits: Edit | Iterable[Edit],
+    edits: Intervention | Iterable[Intervention],
     targets: Target | Sequence[Any],
     hold: Graph | None = None,
 ) -> Float[Tensor, "targets b"]:
@@ -61,14 +61,12 @@ def frozen_effects(
     ------
     ValueError
         No target, edits that do not fit the model, a coder that writes to a site that is no stream of the frozen model,
-        a state of a hybrid layer, whose local part the coder has taken out of the scan, or a run with another rule than
+        a state of a split layer, whose local part the coder has taken out of the scan, or a run with another rule than
         "none".
     """
     if frozen.rule.name != "none":
         raise ValueError(f"effects follow the value path: this run has selection={frozen.rule.name!r}, expected 'none'")
-    chosen = [targets] if isinstance(targets, Target) else list(targets)
-    if not chosen:
-        raise ValueError("no target: give a Logit, a Feature, a Head, a Direction, or several")
+    chosen = chosen_targets(targets)
     listed = checked(frozen.model, edits)
     changes = Changes(frozen.rows_of(1), held={} if hold is None else held_heads(frozen, hold))
     changes.inside = _Inside(frozen, listed, changes.held)
@@ -78,7 +76,7 @@ def frozen_effects(
             embed = frozen.resid(0) + changes.streams.get(0, 0.0)
             changes.streams[0] = changes.streams.get(0, 0.0) + (share - 1).unsqueeze(-1) * embed
     for coder, mine in by_coder(listed):
-        where, layer = _written(coder)
+        where, layer = _written(frozen, coder)
         into = changes.outs if where == "out" else changes.streams
         into[layer] = into.get(layer, 0.0) + _change_of(frozen, coder, mine)
     pushed = Pushed(frozen, changes)
@@ -93,17 +91,19 @@ def frozen_effects(
     return torch.stack(effects)
 
 
-def _written(coder: SparseCoder) -> tuple[str, int]:
+def _written(frozen: FrozenModel, coder: SparseCoder) -> tuple[str, int]:
     """("out" or "resid", layer) of the stream that a coder's prediction is part of."""
     site = streams_of(coder.cfg)[1].removesuffix(LOCAL)
-    parts = site.split(".")
-    place = ".".join(parts[2:])
-    if parts[0] == "blocks" and place in ("mixer.hook_out_proj", "hook_resid_pre", "hook_resid_post"):
-        return "out" if place == "mixer.hook_out_proj" else "resid", int(parts[1]) + (place == "hook_resid_post")
-    raise ValueError(
-        f"a coder that writes to {site} has no place in the frozen model: expected hook_resid_pre, hook_resid_post or"
-        " mixer.hook_out_proj of a block"
-    )
+    try:
+        place = frozen.place_of(site)
+    except ValueError:
+        place = None
+    if place is None or place.normed:
+        raise ValueError(
+            f"a coder that writes to {site} has no place in the frozen model: expected hook_resid_pre, hook_resid_post"
+            " or mixer.hook_out_proj of a block"
+        )
+    return place.stream, place.layer
 
 
 def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Float[Tensor, "b l d"]:
@@ -118,46 +118,51 @@ def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Flo
 class _Inside:
     """What cuts and edits of states add to a mixer's output, see `circuits.push.Inside`."""
 
-    def __init__(self, frozen: FrozenModel, edits: list[Edit], held: dict[int, Tensor]) -> None:
+    def __init__(self, frozen: FrozenModel, edits: list[Intervention], held: dict[int, Tensor]) -> None:
         self.frozen, self.held = frozen, held
         self.cuts = cuts_of(frozen.model, edits)
         states = [one for edit in edits if isinstance(edit, OfState) for one in state_changes(frozen.model, edit)]
         self.states = [replace(one, position=frozen.column(one.position)) for one in states]
         for one in states:
-            if one.layer in frozen.coded and frozen.coded[one.layer].mode == "hybrid":
-                raise ValueError(f"the state of layer {one.layer}, a hybrid one, cannot be edited: use mode 'mixer'")
+            if frozen.is_split(one.layer):
+                raise ValueError(f"the state of layer {one.layer}, a split one, cannot be edited: use mode 'mixer'")
 
     def __call__(self, layer: int, delta: Float[Tensor, "b l d"], whole: bool) -> Float[Tensor, "b l d"] | float:
         cuts = [cut for cut in self.cuts if layer in cut.layers]
         states = [one for one in self.states if one.layer == layer]
         if not cuts and not states:
             return 0.0
-        mixer, coded, rows = self.frozen.mixer(layer), self.frozen.coded.get(layer), self.frozen.rows_of(1)
+        chain, coded, rows = self.frozen.chain(layer), self.frozen.coded.get(layer), self.frozen.rows_of(1)
         mode = "mixer" if coded is None or whole else coded.mode
         scales = state_edits(states, self.frozen.length)
-        run = Pass(mixer.view_of(mixer.u, rows), mixer.path, changes=scales)
+        run = Pass(_over(chain, chain.u), chain.path, changes=scales)
         y = -lost_reads(cuts, run)
         u, put_back = torch.zeros_like(y), torch.zeros_like(y)
         if mode != "block":  # there, nothing that comes from below passes
-            p, sigma = mixer.change_of_p(delta, rows), mixer.path.sigma
+            p, sigma = chain.push(delta, rows, until="p")[0], chain.path.sigma
             through = self.held.get(layer, torch.ones_like(p[0]))
-            p, sigma = (p * through, sigma) if mode == "hybrid" else (p, sigma * through)
-            u = sigma * mixer.path.mix(p)
-            below = Pass(mixer.view_of(u, rows), replace(mixer.path, p=p, sigma=sigma), changes=scales)
+            p, sigma = (p * through, sigma) if mode == "split" else (p, sigma * through)
+            u = sigma * chain.path.mix(p)
+            below = Pass(_over(chain, u), replace(chain.path, p=p, sigma=sigma), changes=scales)
             y = y - lost_reads(cuts, below)
-            if mode == "hybrid":  # a change of the local part has not passed, so none of it can be cut
+            if mode == "split":  # a change of the local part has not passed, so none of it can be cut
                 put_back = p * _cut_from_itself(cuts, below)
         if states and scales is not None:
-            y = y + _kicked(mixer, run.view, mixer.view_of(u, rows), states, scales)
-        return mixer.out_of(y, rows) + mixer.local(put_back, rows)
+            y = y + _kicked(chain, run.view, _over(chain, u), states, scales)
+        return chain.push(y, rows, start="y")[0] + chain.push_own(put_back, rows)
+
+
+def _over(chain: Chain, u: Float[Tensor, "b l E"]) -> HeldScan:
+    """A chain's scan over other values, row for row."""
+    return chain.scan.over(u.unflatten(2, (chain.scan.n_lanes, -1)))
 
 
 def _kicked(
-    mixer: FrozenMixer, run: ScanView, below: ScanView, states: list[StateChange], scales: StateEdits
+    chain: Chain, run: HeldScan, below: HeldScan, states: list[StateChange], scales: StateEdits
 ) -> Float[Tensor, "b l E"]:
     """What edits of states add to y: a change dh of the state becomes M dh + (M h + v - h), h the run's."""
     at = list(scales.at)
-    h = scan_out(run, mixer.before.ssm, states_at=at).states
+    h = run.out(chain.h0, states_at=at).states
     assert h is not None  # they were asked for
     new = h
     for i, t in enumerate(at):
@@ -167,7 +172,7 @@ def _kicked(
                 new = torch.cat([new[:, :i], edited.unsqueeze(1), new[:, i + 1 :]], 1)
     # What the edits before m make of h_m is in dh, which the scan below carries.
     edits = StateEdits(at, scales.scale, new - h)
-    return (scan_out(below, edits=edits).y - scan_out(below).y).flatten(2)
+    return (below.out(edits=edits).y - below.out().y).flatten(2)
 
 
 def _cut_from_itself(cuts: list[Cut], call: Pass) -> Bool[Tensor, "b l e"]:

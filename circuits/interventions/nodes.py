@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Node
-from circuits.interventions.edits import CutHead, Edit, ScaleEmbedding, ScaleError, ScaleFeature
+from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature
 
 
-def edit_of(frozen: FrozenModel, node: Node) -> Edit:
+def edit_of(frozen: FrozenModel, node: Node) -> Intervention:
     """The edit that ablates a node: of a feature, an error, an embedding or a head.
 
-    A hybrid layer's heads are those of tokens, and what a token gives to its own position belongs to the features: its
+    A split layer's sources are tokens, and what a token gives to its own position belongs to the features: its
     targets are the positions behind it.
 
     Parameters

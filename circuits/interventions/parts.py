@@ -12,7 +12,7 @@ from torch import Tensor
 from circuits.interventions.edits import (
     CutHead,
     CutTokens,
-    Edit,
+    Intervention,
     OfCoder,
     OfState,
     ScaleError,
@@ -21,19 +21,18 @@ from circuits.interventions.edits import (
     SetFeature,
     counted,
 )
-from hooked_mamba import HookedMamba, HookedMamba2
 from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, column_mask
 from hooked_mamba.analysis.cuts import Channels, Cut, StateChange
 from hooked_mamba.components import at_least_fp32
-from hooked_mamba.config import Mamba2Config
+from hooked_mamba.models import HookedModel
 from hooked_mamba.ssm_decomposition import Source
 from saes.coder import SparseCoder
 from saes.splicing import decoded_change
 from saes.steering import Amount
 
 
-def by_coder(edits: Sequence[Edit]) -> list[tuple[SparseCoder, list[OfCoder]]]:
+def by_coder(edits: Sequence[Intervention]) -> list[tuple[SparseCoder, list[OfCoder]]]:
     """Each coder with its edits, in the order of their first mention."""
     found: dict[int, tuple[SparseCoder, list[OfCoder]]] = {}
     for edit in edits:
@@ -90,7 +89,7 @@ def factors(positions: Columns, factor: Amount, like: Float[Tensor, "b l"], befo
     return torch.where(chosen(positions, like, before), factor * torch.ones_like(like), 1.0)
 
 
-def cuts_of(model: HookedMamba | HookedMamba2, edits: Sequence[Edit]) -> list[Cut]:
+def cuts_of(model: HookedModel, edits: Sequence[Intervention]) -> list[Cut]:
     """All cuts; those that differ only in their sources are one, so that a hundred heads cost one scan a layer."""
     cells: dict[Any, list[tuple[Columns, Channels]]] = {}
     found: dict[Any, tuple[Columns, frozenset[int], Source]] = {}
@@ -102,12 +101,12 @@ def cuts_of(model: HookedMamba | HookedMamba2, edits: Sequence[Edit]) -> list[Cu
         named = (targets.start, targets.stop, targets.step) if isinstance(targets, slice) else targets
         key = (layers, edit.source, id(named) if isinstance(named, Tensor) else repr(named))
         found[key] = targets, layers, edit.source
-        channels = channel_list(model, edit.channels) if isinstance(edit, CutHead) else None
+        channels = channel_list(model, edit.channels, edit.layer) if isinstance(edit, CutHead) else None
         cells.setdefault(key, []).append((edit.sources, channels))
     return [Cut(tuple(cells[key]), targets, layers, source, "read") for key, (targets, layers, source) in found.items()]
 
 
-def state_changes(model: HookedMamba | HookedMamba2, edit: OfState) -> list[StateChange]:
+def state_changes(model: HookedModel, edit: OfState) -> list[StateChange]:
     """One for each position; none for a factor of 1, since cutting a scan in two at the edit may round otherwise.
 
     Raises
@@ -117,11 +116,15 @@ def state_changes(model: HookedMamba | HookedMamba2, edit: OfState) -> list[Stat
     """
     if isinstance(edit, ScaleState) and edit.factor == 1:
         return []
-    cfg, weight = model.cfg, model.embed.weight
-    own = (cfg.H, cfg.P, cfg.d_state) if isinstance(cfg, Mamba2Config) else (cfg.E, cfg.d_state)
-    lanes = own if isinstance(cfg, Mamba2Config) else (cfg.E, 1, cfg.d_state)
-    (layer,), channels = layer_list(model, edit.layer), channel_list(model, edit.channels)
-    here = torch.zeros(cfg.E, dtype=torch.bool, device=weight.device)
+    weight = model.embed.weight
+    (layer,) = layer_list(model, edit.layer)
+    channels, mixer = channel_list(model, edit.channels, layer), model.mixer(layer)
+    memory = mixer.memory(mixer.initial_state(1, "meta"))
+    if memory is None:
+        raise ValueError(f"the mixer of layer {layer} has no state that could be edited")
+    own, E, P = memory.shape[1:], mixer.width, mixer.head_width or 1
+    lanes = (E // P, P, own.numel() // E)  # H P N
+    here = torch.zeros(E, dtype=torch.bool, device=weight.device)
     here[slice(None) if channels is None else list(channels)] = True
     here = here.reshape(*lanes[:2], 1)
     factor = edit.factor if isinstance(edit, ScaleState) else 0.0

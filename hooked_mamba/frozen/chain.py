@@ -128,7 +128,9 @@ class Chain:
         v: Float[Tensor, "n l e"],
         rows: Int[Tensor, " n"],
         through: Shares | None = None,
+        *,
         start: str | None = None,
+        until: str | None = None,
     ) -> Pulled:
         """Take covectors on the output back to the stream entering the block.
 
@@ -143,13 +145,15 @@ class Chain:
             below, what passes.
         start
             A node, if the covectors are on its value and not on the output.
+        until
+            A node to end at: `below` is then the covector there.
         """
         met: dict[str, Tensor] = {}
         biases: list[Tensor] = []
         initial: list[Tensor] = []
         place = len(self.pieces) if start is None else self.nodes[start]
         met |= {} if start is None else {start: v}
-        for i in reversed(range(place)):
+        for i in reversed(range(0 if until is None else self.nodes[until], place)):
             back = self.pieces[i].of(rows).pull(v)
             v = back.covector
             biases += [] if back.bias is None else [back.bias]

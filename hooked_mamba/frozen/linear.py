@@ -80,7 +80,8 @@ class Project(Piece):
 class Gain(Piece):
     """A factor for each number: a gate, a norm's w / scale, 0 at padding."""
 
-    factor: Float[Tensor, "b l #e"]
+    factor: Float[Tensor, "..."]
+    """b l e, or what broadcasts to it."""
 
     def of(self, rows: Any) -> Gain:
         return Gain(self.factor[rows])

@@ -92,6 +92,13 @@ class LinearForm:
         """Channels E of the value path."""
         return self.value_output().W.shape[1]
 
+    def own_part(self, read: Read) -> Float[Tensor, "b l d"]:
+        """What every position's own input adds to the output, without biases and without other positions."""
+        none = torch.ones((), device=read(self.site_at("u")).device)
+        chain = self.frozen(read, None, None, Gain(none))  # p is known, so that no norm is asked for
+        own = (chain.p - chain.input_bias) * chain.own()
+        return chain.output.push(own).to(read(self.site_at("p")).dtype)
+
     # Its parts -------------------------------------------------------------------------------------------------
 
     def held_scan(self, read: Read) -> HeldScan | None:
@@ -187,7 +194,7 @@ class LinearForm:
 def projection(linear: Any, rows: slice = slice(None)) -> Project:
     """A linear layer (or some of its rows) as a piece."""
     weight, bias = at_least_fp32(linear.weight), linear.bias
-    return Project(weight[rows].detach(), None if bias is None else at_least_fp32(bias[rows]).detach())
+    return Project(weight[rows], None if bias is None else at_least_fp32(bias[rows]))
 
 
 def hold(x: Tensor, hook: Any) -> Tensor:

@@ -68,7 +68,9 @@ def test_mambacoders_of_all_blocks_run_in_order(family, reads):
 def test_a_local_coder_replaces_the_local_part_alone(family):
     model = tiny(family)
     coder, tokens = mambacoder_on(model, 0, target="local"), tokens_for(model)
-    _, cache = model.run_with_cache(tokens, names_filter=[*sites_of(f"{OUT}@local", model), OUT])
+    _, cache = model.run_with_cache(
+        tokens, names_filter=[*sites_of(f"{OUT}@local", model), "blocks.0.norm.hook_out", OUT]
+    )
     new = cache[OUT] - local_part(model, 0, cache) + coder(cache["blocks.0.norm.hook_out"])
     expected = model.run_with_hooks(tokens, fwd_hooks=[(OUT, lambda value, hook: new)])
     with splice(model, coder):

@@ -44,7 +44,7 @@ def test_local_part_is_what_the_frozen_mixer_makes_of_the_own_input(kind: str) -
     tokens = torch.randint(17, (1, 9), generator=torch.Generator().manual_seed(0))
     layer, block = 1, "blocks.1."
     sites = sites_of(f"{block}mixer.hook_out_proj@local", model)
-    _, clean = model.run_with_cache(tokens, names_filter=[*sites, f"{block}mixer.hook_z"])
+    _, clean = model.run_with_cache(tokens, names_filter=[*sites, f"{block}norm.hook_out", f"{block}mixer.hook_z"])
     local = local_part(model, layer, clean)
 
     def frozen_output(n: torch.Tensor) -> torch.Tensor:

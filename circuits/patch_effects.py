@@ -24,11 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.frozen_mixer import FrozenMixer
-from circuits.frozen_model import FrozenModel
+from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.targets import Covector, Logit, Target
-from hooked_mamba import HookedMamba, HookedMamba2
-from hooked_mamba.scan_view import run_scan
+from hooked_mamba.models import HookedModel
 
 Order = Literal["forward", "reverse"]
 PARTS = ("value", "selection", "gates")
@@ -90,7 +88,7 @@ class PatchEffects:
 
 @torch.no_grad()
 def patch_effects(
-    model: HookedMamba | HookedMamba2 | FrozenModel,
+    model: HookedModel | FrozenModel,
     prompt: str | Sequence[Any] | Tensor | None = None,
     target: Target | str | int | None = None,
     *,
@@ -121,9 +119,7 @@ def patch_effects(
     ValueError
         Several prompts, no target, no replacement, or a padded position.
     """
-    if isinstance(model, FrozenModel) != (prompt is None):
-        raise ValueError("give a model and a prompt, or the FrozenModel of a prompt alone")
-    frozen = model if isinstance(model, FrozenModel) else FrozenModel(model, prompt)  # type: ignore[arg-type]
+    frozen = frozen_of(model, prompt)
     if frozen.rule.name != "none":
         raise ValueError(f"patching takes a run with selection 'none', this one has {frozen.rule.name!r}")
     if frozen.batch != 1:
@@ -214,7 +210,7 @@ def _swaps(frozen: FrozenModel, target: Target, jobs: list[tuple[int, int, int]]
     old = [target.covector(frozen, 0)] * len(jobs)
     new = [target.covector(replaced, row) for row in range(len(jobs))]
     found: dict[Any, Tensor] = {"effect": torch.stack([a.value - b.value for a, b in zip(old, new, strict=True)])}
-    path = _path(frozen.model.cfg.n_layers, by_layer)
+    path = _path(frozen.n_layers, by_layer)
     values = [_replay(frozen, replaced, old, new, at) for _, at in path]
     # The reverse order goes through the complements, from all swapped to nothing: what went first now goes last.
     middle = [_replay(frozen, replaced, old, new, _complement(at)) for _, at in path[1:-1]]
@@ -251,29 +247,20 @@ def _replay(
     x = run.resid(0)[rows]
     covectors = new if at.gates[-1] else old
     goal = covectors[0]
-    for layer in range(frozen.model.cfg.n_layers):
+    for layer in range(frozen.n_layers):
         if (goal.stream, goal.layer) == ("resid", layer):
             break
         (chooser, c_rows), (gater, g_rows) = pick(at.selection[layer]), pick(at.gates[layer])
-        inside = _mixer(chooser.mixer(layer), c_rows, gater.mixer(layer), g_rows, x)
-        if goal.layer == layer and goal.stream != "resid":
-            x = inside[goal.stream]
-            break
-        x = x + inside["out"]
+        for stage in frozen.stages(layer):
+            entering = x
+            for part in stage:
+                inside = gater.chain(part).of(g_rows, scan_of=(chooser.chain(part), c_rows)).apply(entering)
+                if goal.layer == part and goal.stream != "resid":
+                    return _read(inside[goal.stream], covectors)
+                x = x + inside["out"]
+    return _read(x, covectors)
+
+
+def _read(x: Float[Tensor, "k l e"], covectors: list[Covector]) -> Float[Tensor, " k"]:
+    goal = covectors[0]
     return torch.stack([x[row, goal.position] @ c.vector + c.offset for row, c in enumerate(covectors)])
-
-
-def _mixer(
-    chooser: FrozenMixer, c_rows: Tensor, gater: FrozenMixer, g_rows: Tensor, x: Float[Tensor, "k l d"]
-) -> dict[str, Tensor]:
-    """One mixer's affine map with the selection of one run and the gates of another: p, u and out."""
-    p = (x * gater.norm[g_rows]) @ gater.W_x.t() + gater.b_x
-    if gater.mask is not None:
-        p = p * gater.mask[g_rows].unsqueeze(-1)
-    taps, l = gater.path.taps, p.shape[1]
-    K = taps.shape[1]
-    with_past = torch.cat([gater.before.conv[g_rows].to(p.dtype), p], 1)
-    mixed = torch.stack([taps[:, j] * with_past[:, j : j + l] for j in range(K)]).sum(0)
-    u = gater.path.sigma[g_rows] * (mixed + gater.path.bias)
-    y = run_scan(chooser.view_of(u, c_rows), chooser.before.ssm[c_rows]).flatten(2)
-    return {"p": p, "u": u, "out": (y * gater.gain[g_rows]) @ gater.W_o.t() + gater.b_o}

@@ -1,0 +1,305 @@
+"""One prompt's run (or a batch of them), with what its branches are as affine maps.
+
+The model is wrapped, not changed: the run is made once with `run_with_cache`, hooks that sit on it included, and the
+constants of each branch are read from the cache when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.linear import Gain
+from hooked_mamba.hooks.names import unalias
+from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.model.hooked_model import HookedModel
+from hooked_mamba.state import ModelState, Padding
+
+Stream = Literal["resid", "out", "y", "u", "p"]
+"""The residual stream entering a layer (n_layers: the final norm's input), one branch's output alone, or a node of its
+chain: what its scan gives, the input u of its scan, or the input p of its convolution."""
+
+
+Part = int | str
+"""A branch of a block: the number of its layer if it is a mixer, else as in "3.mlp"."""
+
+
+class Place(NamedTuple):
+    """A stream of a run."""
+
+    stream: Stream
+    layer: int
+    normed: bool = False
+    """Whether it is read through the layer's norm."""
+
+
+class Run:
+    """A batch of prompts as the model ran them.
+
+    Parameters
+    ----------
+    model
+        Any model whose branches have a linear form.
+    input
+        Text, a list of texts, or token ids.
+    attention_mask
+        b l, for padded token ids.
+    initial_state
+        Memory to go on from; not together with padding.
+
+    Raises
+    ------
+    ValueError
+        An initial state together with padding.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        input: str | Sequence[Any] | Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        initial_state: ModelState | None = None,
+    ) -> None:
+        self.model = model
+        self.tokens, found = model.input_to_tokens(input)
+        attention_mask = found if attention_mask is None else attention_mask
+        padding = None
+        if attention_mask is not None:
+            padding = Padding.from_mask(torch.as_tensor(attention_mask, device=model.device), self.tokens.shape)
+        self.mask: Bool[Tensor, "b l"] | None = None if padding is None else padding.mask
+        if padding is not None and initial_state is not None:
+            raise ValueError("an initial state together with padding cannot be traced: give rows of one length")
+        self.before = initial_state if initial_state is not None else model.initial_state(self.tokens.shape[0])
+        names = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        names += [name for layer in range(self.n_layers) for name in frozen_sites(model, layer)]
+        with torch.no_grad():
+            logits, cache = model.run_with_cache(
+                self.tokens, names_filter=names, attention_mask=attention_mask, initial_state=initial_state
+            )
+        assert isinstance(cache, ActivationCache)  # return_cache_object is its default
+        self.cache = cache
+        self.logits: Float[Tensor, "b l V"] = logits.detach()
+        self._chains: dict[Part, Chain] = {}
+
+    # Shapes and names ----------------------------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks."""
+        return self.model.cfg.n_layers
+
+    @property
+    def batch(self) -> int:
+        """Rows b."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions l, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 of a float64 model."""
+        return at_least_fp32(self.cache["hook_embed"]).dtype
+
+    @property
+    def words(self) -> list[str]:
+        """The first row's tokens as text; their ids where the model has no tokenizer."""
+        ids = self.tokens[0]
+        if self.model.tokenizer is None:
+            return [str(int(i)) for i in ids]
+        return [str(word) for word in self.model.to_str_tokens(ids)]
+
+    def column(self, position: int) -> int:
+        """A position as a column of the batch.
+
+        Raises
+        ------
+        IndexError
+            It is outside of the prompt.
+        """
+        if not -self.length <= position < self.length:
+            raise IndexError(f"position {position} is out of range for {self.length} positions")
+        return position % self.length
+
+    def token_id(self, token: int | str | tuple[int | str, ...], row: int = 0) -> int:
+        """A token's id from an id or a text of one token, or from a tuple with one for each row."""
+        if isinstance(token, tuple):
+            if len(token) != self.batch:
+                raise ValueError(f"{len(token)} tokens for {self.batch} rows: give one, or one for each row")
+            token = token[row]
+        id = self.model.to_single_token(token) if isinstance(token, str) else int(token)
+        if not 0 <= id < self.model.cfg.d_vocab:
+            raise IndexError(f"token {id} is out of range: the vocabulary has {self.model.cfg.d_vocab} rows")
+        return id
+
+    def rows_of(self, targets: int) -> Int[Tensor, " n"]:
+        """The row of each of `targets` times b covectors, all rows of a target together."""
+        return torch.arange(self.batch, device=self.tokens.device).repeat(targets)
+
+    # What the run had ----------------------------------------------------------------------------------------
+
+    def resid(self, layer: int) -> Float[Tensor, "b l d"]:
+        """The residual stream entering a layer; n_layers: after the last block."""
+        n = self.n_layers
+        name = f"blocks.{n - 1}.hook_resid_post" if layer == n else f"blocks.{layer}.hook_resid_pre"
+        return at_least_fp32(self.cache[name])
+
+    def out(self, layer: int, branch: str = "mixer") -> Float[Tensor, "b l d"]:
+        """What a branch adds to the stream."""
+        return at_least_fp32(self.cache[out_site(self.model, layer, branch)])
+
+    def value_at(self, site: str) -> Tensor:
+        """A site that a coder reads."""
+        site = unalias(site)
+        if site in self.cache:
+            return self.cache[site]
+        place = self.place_of(site)
+        return self.resid(place.layer) if place.stream == "resid" else self.out(place.layer)
+
+    def norm(self, layer: int) -> Gain:
+        """w / scale of a block's first norm; n_layers: of the final one."""
+        if layer == self.n_layers:
+            return self.final_norm
+        return self.chain(self.stages(layer)[0][0]).norm
+
+    def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
+        """1 / scale of the norm that a part reads the stream through."""
+        layer, name = self.branch_of(part)
+        return 1 / at_least_fp32(self.cache[f"blocks.{layer}.{norm_name(self.model, layer, name)}.hook_scale"])
+
+    @cached_property
+    def final_norm(self) -> Gain:
+        """w / scale of the final norm."""
+        return Gain(at_least_fp32(self.model.ln_final.weight).detach() / self.cache["ln_final.hook_scale"])
+
+    def stages(self, layer: int) -> list[list[Part]]:
+        """The parts of a block, stage by stage in the order of the forward pass."""
+        return [[self.part(layer, name) for name in stage] for stage in self.model.block(layer).stages]
+
+    def part(self, layer: int, branch: str) -> Part:
+        """What a branch is called here: the number of its layer for a mixer, with the branch's name for others."""
+        return layer if branch == "mixer" else f"{layer}.{branch}"
+
+    def branch_of(self, part: Part) -> tuple[int, str]:
+        """(layer, branch) of a part."""
+        layer, _, branch = str(part).partition(".")
+        return int(layer), branch or "mixer"
+
+    def chain(self, part: Part) -> Chain:
+        """One branch as an affine map of the stream that its norm reads."""
+        if part not in self._chains:
+            layer, name = self.branch_of(part)
+            with torch.no_grad():
+                self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
+        return self._chains[part]
+
+    def channels_at(self, layer: int) -> Literal["u", "p"]:
+        """The node at which a mixer's channels are followed: u, the value that enters memory."""
+        return "u"
+
+    def entering(self, part: Part) -> Float[Tensor, "b l d"]:
+        """The residual stream that a part's norm reads."""
+        layer, name = self.branch_of(part)
+        first = name in self.model.block(layer).stages[0]
+        return self.resid(layer) if first else at_least_fp32(self.cache[f"blocks.{layer}.hook_resid_mid"])
+
+    def behind_norm(
+        self, layer: int, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+    ) -> Float[Tensor, "... d"]:
+        """Covectors on what a block's norm (n_layers: the final one) gives, as ones on the stream that it reads.
+
+        Parameters
+        ----------
+        at
+            Where they are: a row and a position, or rows that have covectors at all positions.
+        differentiated
+            False: the norm's divisor is held.
+        """
+        final = layer == self.n_layers
+        behind = self.norm(layer).of(at).pull(covectors).covector
+        if not differentiated:
+            return behind
+        x = self.resid(layer)[at]
+        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
+        return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
+
+    def reading(
+        self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
+    ) -> tuple[Stream, int, Float[Tensor, " d"]]:
+        """The stream behind a site, its layer, and a covector on the site as one on the stream."""
+        place = self.place_of(site)
+        if place.normed:
+            covector = self.behind_norm(place.layer, covector, (row, position))
+        return place.stream, place.layer, covector
+
+    @property
+    def embeddings(self) -> Float[Tensor, "b l d"]:
+        """What a covector at the bottom meets: the tokens' embeddings."""
+        return self.resid(0)
+
+    def place_of(self, site: str) -> Place:
+        """The stream that a site's value is.
+
+        Raises
+        ------
+        ValueError
+            It is no stream that can be traced.
+        """
+        site = unalias(site)
+        name = SiteName.parse(site)
+        if name.layer is not None:
+            if name.local in ("hook_resid_pre", "norm.hook_out"):
+                return Place("resid", name.layer, name.local == "norm.hook_out")
+            if name.local == "hook_resid_post":
+                return Place("resid", name.layer + 1)
+            if site == out_site(self.model, name.layer):
+                return Place("out", name.layer)
+        raise ValueError(
+            f"a coder that reads {site} cannot be traced: expected hook_resid_pre, hook_resid_post, norm.hook_out or"
+            " mixer.hook_out_proj of a block"
+        )
+
+
+def frozen_sites(model: HookedModel, layer: int) -> list[str]:
+    """The sites of one block that its branches' affine maps are made of."""
+    block, at = model.block(layer), f"blocks.{layer}."
+    names = [f"{at}hook_resid_pre"] + [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
+    names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
+    for name, branch in block.branches.items():
+        names += [f"{at}{name}.{site}" for site in dict.fromkeys((*branch.frozen_sites, branch.out_site))]
+    return names
+
+
+def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
+    """The site of what a branch adds to the stream."""
+    return f"blocks.{layer}.{branch}.{model.block(layer).branches[branch].out_site}"
+
+
+def norm_name(model: HookedModel, layer: int, branch: str) -> str:
+    """The norm of a block that a branch reads the stream through: "norm", "norm2", ..."""
+    block = model.block(layer)
+    return next(norm for norm, stage in zip(block.norm_names, block.stages, strict=True) if branch in stage)
+
+
+def frozen_branch(
+    cache: ActivationCache, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
+) -> Chain:
+    """One branch as an affine map, from a cache of its block's :func:`frozen_sites`."""
+    model: Any = cache.model
+    block = model.block(layer)
+    read_by = norm_name(model, layer, name)
+    weight = at_least_fp32(getattr(block, read_by).weight).detach()
+    norm = Gain(weight / cache[f"blocks.{layer}.{read_by}.hook_scale"])
+    prefix = f"blocks.{layer}.{name}."
+    return block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
