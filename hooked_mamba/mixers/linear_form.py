@@ -9,7 +9,7 @@ nothing else. A branch with `in_proj` and `out_proj` that moves values by a scan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from hooked_mamba.frozen.linear import Conv, Gain, Mix, Piece, Project
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
+from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.state import BranchState
 
 Read = Callable[[str], Tensor]
@@ -31,14 +32,12 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 """Pairs (a site's own name in the branch, hook)."""
 
 
-class LinearForm:
+class LinearForm(SitedModule):
     """The part of a branch about its linear form."""
 
     title: ClassVar[str]
-    site_rows: Callable[[], Sequence[Any]]
-    get_submodule: Callable[[str], Any]
 
-    frozen_sites: ClassVar[tuple[str, ...]] = ()
+    frozen_sites: tuple[str, ...] = ()
     """Sites that a run must cache for :meth:`frozen`, by their own names."""
     places: ClassVar[Mapping[str, str]] = {}
     """The sites at places of the value path: "u", and where they differ from it "p", "y"; "write" and "state" where
@@ -47,15 +46,15 @@ class LinearForm:
     """Which rows of in_proj make p."""
     head_width: int | None = None
     """Channels P of a head; None where each channel stands alone."""
-    vectors_site: ClassVar[str | None] = None
+    vectors_site: str | None = None
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
     """What B, C and dt are computed from, where there are any."""
     norm_readers: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
     """Weights whose columns read the block's norm."""
-    inner_norms: ClassVar[tuple[tuple[str, str], ...]] = ()
+    inner_norms: tuple[tuple[str, str], ...] = ()
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
-    rule_sites: ClassVar[tuple[str, ...]] = ()
+    rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
 
     # The whole -------------------------------------------------------------------------------------------------
@@ -123,7 +122,8 @@ class LinearForm:
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
-        return self.get_submodule("out_proj").weight
+        out_proj: Any = self.get_submodule("out_proj")
+        return out_proj.weight
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""

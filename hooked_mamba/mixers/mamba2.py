@@ -93,7 +93,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     frozen_sites = (*(f"hook_{site}" for site in ("x_pre", "conv", "x", "dt", "B", "C", "gate")), "norm.hook_scale")
     places: ClassVar = {"p": "hook_x_pre", "u": "hook_x", "y": "hook_y", "write": "hook_Bx", "state": "hook_h"}
     vectors_site = "norm.hook_out"
-    inner_norms = (("norm.weight", "out_proj.weight"),)
+    inner_norms: tuple[tuple[str, str], ...] = (("norm.weight", "out_proj.weight"),)
     rule_sites = (*RULE_SITES, "norm.hook_scale")
 
     def __init__(self, cfg: Mamba2Config, layer: int = 0) -> None:
