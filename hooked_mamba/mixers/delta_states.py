@@ -30,7 +30,8 @@ class DeltaInputs(NamedTuple):
     k: Float[Tensor, "b l H K"]
     v: Float[Tensor, "b l H V"]
     a: Float[Tensor, "b l H K"]
-    b: Float[Tensor, "b l H K"]
+    b: Float[Tensor, "b l H B"]
+    """Or one number a head, which stands for that multiple of k."""
 
     def at(self, t: slice) -> DeltaInputs:
         """Some columns."""
@@ -84,15 +85,16 @@ def delta_scan_through_hooks(
 
 def given_recall_through_hooks(
     x: DeltaInputs,
-    recall: Float[Tensor, "b l H V"],
+    recall: Float[Tensor, "b l H V"] | None,
     h0: Float[Tensor, "b H V K"] | None,
     hook_h: StateHookPoint,
     writes: LazyHookPoint,
 ) -> tuple[Float[Tensor, "b l H V"], Float[Tensor, "b H V K"]]:
-    """The open loop over given recalls: a plain linear scan."""
+    """The open loop over given recalls (None: the write has them in it already): a plain linear scan."""
     everything = slice(None)
     write = x.write_at(everything)
     write = writes(write) if writes.wanted else write
-    S, last = linear_scan_through_hooks(hook_h, x.w.unsqueeze(-2), write + recall.unsqueeze(-1) * x.b.unsqueeze(-2), h0)
+    added = write if recall is None else write + recall.unsqueeze(-1) * x.b.unsqueeze(-2)
+    S, last = linear_scan_through_hooks(hook_h, x.w.unsqueeze(-2), added, h0)
     S = hook_h(S) if hook_h.wanted else S
     return x.read_out(S, everything), last

@@ -193,7 +193,8 @@ class GatedDeltaNet(Branch):
         shared = self.cfg.n_value_heads // self.cfg.n_key_heads
         q, k = (x.repeat_interleave(shared, 2) for x in (q, k))
         w, strength = A_bar.unsqueeze(-1), beta.unsqueeze(-1).to(v.dtype)
-        x = DeltaInputs(q, w, k, strength * v, k, (-(w * beta.unsqueeze(-1)) * k).to(k.dtype))
+        removal = -w * beta.unsqueeze(-1)  # times k, which the op takes as it is
+        x = DeltaInputs(q, w, k, strength * v, k, removal if self.cfg.key_dim > 1 else removal * k)
         if not any(site.edited for site in (self.hook_recall, self.hook_delta, self.hook_Bx)):
             y, S, below = delta_scan_through_hooks(x, S, self.hook_h)
             recall = w.to(v.dtype) * below
@@ -204,8 +205,7 @@ class GatedDeltaNet(Branch):
             return y, S
         recall = self.hook_recall(w.to(v.dtype) * ops.delta_scan(*x, h0=S).recall)
         delta = self.hook_delta(strength * (v - recall))
-        nothing = torch.zeros_like(delta)
-        return given_recall_through_hooks(x._replace(v=delta), nothing, S, self.hook_h, self.hook_Bx)
+        return given_recall_through_hooks(x._replace(v=delta), None, S, self.hook_h, self.hook_Bx)
 
     def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k C"]:
         """The convolution's inputs before the first position."""
