@@ -1,6 +1,7 @@
 # Every target is one line over pip, pytest and the packages' own commands: without make, type that line.
 PYTHON ?= python3
 RUN := .venv/bin/python -m
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo studies case-study docs test test-all bench lint format
@@ -23,10 +24,10 @@ docs: .venv/.installed ## build the documentation; open out/site/index.html (off
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 test: .venv/.installed ## the tests, without those that take minutes
-	$(RUN) pytest
+	$(RUN) pytest $(PARALLEL)
 
 test-all: .venv/.installed ## the slow tests as well
-	$(RUN) pytest -m "not gpu and not peer"
+	$(RUN) pytest $(PARALLEL) --hypothesis-profile=many -m "not gpu and not peer"
 
 bench: .venv/.installed .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
 	PYTHONPATH=.venv/peers $(RUN) tests.benchmarks $(ARGS)

@@ -52,6 +52,64 @@ class RMSNorm(SitedModule):
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
 
+class LayerNorm(SitedModule):
+    """(x - mean x) / sqrt(var x + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+    hook_scale is the divisor, hook_normalized the quotient, hook_out what weight and bias make of it.
+    """
+
+    sites = (
+        Site("hook_scale", "b l 1", "the divisor sqrt(var x + eps)", wide=True),
+        Site("hook_normalized", "b l w", "(x - mean x) / scale, before weight and bias", wide=True),
+        Site("hook_out", "b l w", "after weight and bias"),
+    )
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        return {"w": self.weight.shape[0]}
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        x = at_least_fp32(x)
+        x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(x / scale)
+        return self.hook_out((normalized * self.weight + self.bias).to(self.weight.dtype))
+
+
+class HeadNorm(SitedModule):
+    """LayerNorm of each head by itself, with a weight and a bias for every channel (GroupNorm with H groups)."""
+
+    sites = (
+        Site("hook_scale", "b l H 1", "the divisor sqrt(var y + eps) of each head", wide=True),
+        Site("hook_normalized", "b l H V", "(y - mean y) / scale of each head", wide=True),
+        Site("hook_out", "b l H V", "after weight and bias"),
+    )
+
+    def __init__(self, heads: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.weight = nn.Parameter(torch.ones(heads * width))
+        self.bias = nn.Parameter(torch.zeros(heads * width))
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        return {"H": self.heads, "V": self.weight.shape[0] // self.heads}
+
+    def forward(self, y: Float[Tensor, "b l H V"]) -> Float[Tensor, "b l H V"]:
+        y = at_least_fp32(y)
+        y = y - y.mean(-1, keepdim=True)
+        scale = self.hook_scale((y.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(y / scale)
+        weight, bias = (p.unflatten(0, (self.heads, -1)) for p in (self.weight, self.bias))
+        return self.hook_out((normalized * weight + bias).to(self.weight.dtype))
+
+
 class GroupedRMSNorm(RMSNorm):
     """The same over each of `groups` equal parts of the last axis: the gated norm of Mamba-2."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 Config = TypeVar("Config", bound="BranchConfig")
 
@@ -131,6 +131,8 @@ class MambaConfig(SSMConfig):
     """Rank R of the step-size projection. None: ceil(d_model / 16)."""
     mixer_norms: bool = False
     """Falcon-Mamba: RMS norms without weight on low-rank dt, B and C, before dt_proj and the scan."""
+    mixer_norm_weights: bool = False
+    """Jamba (arXiv:2403.19887): the mixer's own norms have weights."""
     mixer_norm_eps: float = 1e-6
     """eps of the mixer's own norms (Falcon-Mamba's `mixer_rms_eps`); without `mixer_norms` it has no use."""
 
@@ -138,6 +140,8 @@ class MambaConfig(SSMConfig):
         super().__post_init__()
         if self.dt_rank is None:
             object.__setattr__(self, "dt_rank", math.ceil(self.d_model / 16))
+        if self.mixer_norm_weights and not self.mixer_norms:
+            raise ValueError("mixer_norm_weights=True needs mixer_norms=True: there are no norms to weigh")
         if not isinstance(self.dt_rank, int) or self.dt_rank < 1:
             raise ValueError(f"dt_rank must be a positive integer or None, got {self.dt_rank!r}")
 
@@ -164,6 +168,10 @@ class Mamba2Config(SSMConfig):
     """Clamp of the step size after softplus (`time_step_limit`)."""
     norm_eps: float | None = None
     """eps of the gated norm in the mixer. None: eps."""
+    gated_norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
+    """norm(y SiLU(z)), norm(y) SiLU(z), or no norm at all (both in Falcon-H1)."""
+    in_scales: tuple[float, float, float, float, float] | None = None
+    """Factors of z, x, B, C and dt right behind in_proj (Falcon-H1); None: all 1."""
     chunk_size: int = 64
     """Positions per chunk that the checkpoint names; kept to write it back. Our scan chooses its own: same results."""
     A_init_range: tuple[float, float] = (1.0, 16.0)
@@ -179,6 +187,12 @@ class Mamba2Config(SSMConfig):
         object.__setattr__(self, "dt_limit", (float(low), float(high)))
         object.__setattr__(self, "A_init_range", tuple(map(float, self.A_init_range)))
         self.check_positive("head_dim", "n_groups", "norm_groups", "chunk_size")
+        if self.gated_norm not in ("gate_first", "norm_first", "none"):
+            raise ValueError(f"gated_norm must be 'gate_first', 'norm_first' or 'none', got {self.gated_norm!r}")
+        if self.in_scales is not None:
+            object.__setattr__(self, "in_scales", tuple(map(float, self.in_scales)))
+            if len(self.in_scales) != 5:
+                raise ValueError(f"in_scales must be five factors, of z, x, B, C and dt, got {self.in_scales}")
         if self.E % self.head_dim:
             raise ValueError(f"d_inner={self.E} is not a multiple of head_dim={self.head_dim}")
         if self.H % self.n_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saes import diff as diff
+from saes import saelens_names
 from saes.coder import SAE as SAE
 from saes.coder import MambaCoder as MambaCoder
 from saes.coder import SparseCoder as SparseCoder
@@ -29,5 +30,13 @@ from saes.steering import ablate as ablate
 from saes.steering import scale_features as scale_features
 from saes.steering import set_features as set_features
 from saes.steering import steer as steer
+from saes.training import train_sae as train_sae
 
-__getattr__ = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})
+_renamed = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})
+
+
+def __getattr__(name: str) -> object:
+    """Old names, and what SAELens' names are here: as an ImportError, whose text `from saes import ...` shows."""
+    if name in saelens_names.TOP:
+        raise ImportError(saelens_names.advice(name, saelens_names.TOP))
+    return _renamed(name)

@@ -1,4 +1,4 @@
-"""Model cards: what a repository of coders holds, as Markdown that shows every name as the text it is."""
+"""Model cards: the contents of a repository of coders as Markdown, with every name escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from saes.registry import Entry
 
 MARK = "<!-- written by hooked-mamba; remove this line to keep your own text -->"
-"""By which a card is known that may be written anew."""
+"""Marks a card that may be overwritten."""
 
 TAGS = ("saelens", "sparse-autoencoder", "interpretability", "mamba")
 
@@ -38,13 +38,15 @@ def escape(value: Any) -> str:
 
 
 def quoted(value: Any) -> _Verbatim:
-    """A value for YAML or Python: in double quotes, everything odd escaped."""
+    """A value for YAML or Python: in double quotes, special characters escaped."""
     return _Verbatim(json.dumps(str(value)))
 
 
 TEMPLATE = """\
 ---
+{%- if loads_there %}
 library_name: saelens
+{%- endif %}
 license: {{ license | quoted }}
 tags:
 {%- for tag in tags %}
@@ -84,6 +86,12 @@ Licence: {{ license }}.
 | {{ e.name }} |{% for m in measures %} {{ e.metrics.get(m) }} |{% endfor %}
 {%- endfor %}
 {% endif %}
+{%- if trained %}
+## Training
+{% for e in trained %}
+- {{ e.name }}: {% for key, value in e.training.items() %}{{ ", " if not loop.first }}{{ key }} {{ value }}{% endfor %}
+{%- endfor %}
+{% endif %}
 {%- if hashes %}
 Weights of the model they were trained on (SHA-256, first digits):{% for h in hashes %} {{ h }}{% endfor %}.
 {% endif %}
@@ -95,8 +103,12 @@ from saes import SparseCoder
 coder = SparseCoder.from_pretrained({{ repo | quoted }}, {{ entries[0].name | quoted }})
 ```
 
+{% if loads_there -%}
 Each folder is a SAELens directory (`cfg.json`, `sae_weights.safetensors`); BatchTopK and Matryoshka are JumpReLU there.
-TopK and gated MambaCoders have no counterpart in SAELens and load here only.
+{% endif -%}
+{% if only_here -%}
+No counterpart in SAELens, loads here only: {{ only_here | join(", ") }}.
+{% endif -%}
 """
 
 _environment = Environment(finalize=escape, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -105,6 +117,11 @@ _environment.filters["join"] = lambda values, by: _Verbatim(by.join(escape(value
 _template = _environment.from_string(TEMPLATE)
 
 _HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _loads_in_saelens(entry: Entry) -> bool:
+    """SAELens has no SAE with a skip, and no TopK or gated transcoder."""
+    return not entry.skip if entry.kind == "sae" else entry.architecture not in ("topk", "gated")
 
 
 def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None, license: str = "mit") -> str:
@@ -123,6 +140,7 @@ def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None,
     """
     if not entries:
         raise ValueError("a card is about at least one coder")
+    only_here = sorted(entry.name for entry in entries if not _loads_in_saelens(entry))
     models = sorted({entry.model for entry in entries if entry.model})
     return _template.render(
         entries=sorted(entries, key=lambda entry: entry.name),
@@ -130,10 +148,13 @@ def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None,
         models=models,
         base_models=[model for model in models if _HUB_MODEL.fullmatch(model)],
         hashes=sorted({entry.model_hash for entry in entries if entry.model_hash}),
+        trained=[entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.training],
         measures=list(dict.fromkeys(name for entry in entries for name in entry.metrics)),
         repo=repo,
         title=title or repo,
         license=license,
-        tags=TAGS,
+        loads_there=len(only_here) < len(entries),
+        only_here=only_here,
+        tags=[tag for tag in TAGS if tag != "saelens" or len(only_here) < len(entries)],
         mark=_Verbatim(MARK),
     )

@@ -1,4 +1,4 @@
-"""The sparse coder: latents of what one site holds, and what they say about the same or another site.
+"""The sparse coder: latents of the value at one site, and the value at the same or another site predicted from them.
 
     z = act((s_in x - b_dec) W_enc + b_enc)          b_dec only with cfg.apply_b_dec_to_input
     y_hat = (z W_dec + b_dec + s_in x W_skip) / s_out      W_skip only with cfg.skip
@@ -30,7 +30,7 @@ class SparseCoder(CoderParameters):
     Parameters
     ----------
     cfg
-        What it is.
+        Architecture, sites and sizes.
     seed
         Of the initial weights; None draws from torch's global generator. The weights start as those of an untrained
         coder; :func:`saes.init.initialise` fits biases and scales to activations.
@@ -77,7 +77,7 @@ class SparseCoder(CoderParameters):
         return rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows
 
     def _finish(self, rows: Float[Tensor, "n d_out"], x: Tensor | None) -> Float[Tensor, "n d_out"]:
-        """b_dec and the skip added, the scale taken out; `x` is the input as given."""
+        """Add b_dec and the skip, undo the scale; `x` is the input as given."""
         rows = rows + self.b_dec
         if self.W_skip is not None:
             if x is None:
@@ -87,16 +87,16 @@ class SparseCoder(CoderParameters):
         return rows / self.s_out if self.cfg.input_norm == "scale" else rows
 
     def preact(self, x: Float[Tensor, "*leading d_in"]) -> Float[Tensor, "*leading F"]:
-        """What the activation function reads; of a gated coder, its gate."""
+        """Pre-activations; for a gated coder, those of its gate."""
         return affine(self._rows(x), self.W_enc, self.encoder_bias).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def encode(self, x: Float[Tensor, "*leading d_in"]) -> Float[Tensor, "*leading F"]:
-        """All latents, active or not, as after training: BatchTopK and Matryoshka use the stored threshold."""
+        """All latents, active or not, as at inference: BatchTopK and Matryoshka use the stored threshold."""
         pre = affine(self._rows(x), self.W_enc, self.encoder_bias)
         return self.activation.infer(self, pre).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def encode_topk(self, x: Float[Tensor, "*leading d_in"]) -> Codes:
-        """The active latents of each example, the largest first, filled up with zeros to the largest number of them.
+        """The active latents of each example, the largest first, padded with zeros to the largest number of them.
 
         Equals :meth:`encode`, without ever holding all latents of all examples at once.
         """
@@ -122,7 +122,7 @@ class SparseCoder(CoderParameters):
     def decode(
         self, z: Float[Tensor, "*leading F"], x: Float[Tensor, "*leading d_in"] | None = None
     ) -> Float[Tensor, "*leading d_out"]:
-        """What dense latents say. A coder with a skip needs its input x too."""
+        """The output of dense latents. A coder with a skip needs its input x too."""
         if z.shape[-1] != self.cfg.d_sae:
             raise ValueError(f"expected {self.cfg.d_sae} latents along the last axis, got shape {tuple(z.shape)}")
         rows = z.reshape(-1, self.cfg.d_sae) @ self.W_dec
@@ -131,7 +131,7 @@ class SparseCoder(CoderParameters):
     def decode_sparse(
         self, codes: Codes | tuple[Tensor, Tensor], x: Float[Tensor, "*leading d_in"] | None = None
     ) -> Float[Tensor, "*leading d_out"]:
-        """What active latents say, at the cost of those alone. A coder with a skip needs its input x too."""
+        """The output of active latents, at their cost alone. A coder with a skip needs its input x too."""
         values, indices = codes
         leading, k = values.shape[:-1], values.shape[-1]
         pattern = Pattern.of_codes(indices.reshape(leading.numel(), k), self.cfg.d_sae)
@@ -156,6 +156,28 @@ class SparseCoder(CoderParameters):
         from saes.files import load
 
         return load(folder, cls, **options)
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """:meth:`save` under SAELens' name; returns the files of weights and config, as there."""
+        folder = self.save(path)
+        return folder / "sae_weights.safetensors", folder / "cfg.json"
+
+    @classmethod
+    def load_from_disk(cls, path: str | Path, device: str = "cpu", dtype: Any = None, **options: Any) -> SparseCoder:
+        """:meth:`load` under SAELens' name; `dtype`: a number format, such as "float32"."""
+        from saes.files.checks import DTYPES, dtype_name
+
+        coder = cls.load(path, device=device, **options)
+        return coder if dtype is None else coder.to(DTYPES[dtype_name(dtype)])
+
+    @classmethod
+    def load_from_pretrained(cls, path: str | Path, device: str = "cpu", dtype: Any = None) -> SparseCoder:
+        """:meth:`load_from_disk` under SAELens' older name."""
+        return cls.load_from_disk(path, device, dtype)
+
+    def get_name(self) -> str:
+        """A name made of model, site and width, as SAELens makes it."""
+        return f"sae_{self.cfg.model_name}_{self.cfg.in_site}_{self.cfg.d_sae}"
 
     @classmethod
     def from_pretrained(

@@ -13,15 +13,16 @@ from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
 from saes.model_hash import model_hash
-from saes.options import OptionError
+from saes.options import OptionError, read_file
+from saes.run_options import RUN
 from saes.store.data import DataConfig, rows_of
 
 
 def coder_folders(names: Sequence[str]) -> dict[str, Path]:
-    """Coders' places on this machine by name: folders, folders of coders, bundled names and hub ids.
+    """Paths of coders on this machine by name: folders, folders of coders, bundled names and hub ids.
 
-    A folder of coders, and a bundled model's name, stand for all there is in them. A coder is called as its folder is;
-    of two that would be called the same, the second keeps its whole name.
+    A folder of coders, or a bundled model's name, means all coders in it. A coder is named after its folder; if two
+    would have the same name, the second keeps its full one.
     """
     found: dict[str, Path] = {}
     for name in names:
@@ -33,10 +34,11 @@ def coder_folders(names: Sequence[str]) -> dict[str, Path]:
 
 
 def _expanded(name: str) -> list[str]:
-    """A name that stands for several coders as theirs; any other as it is."""
+    """The names of the coders that a name stands for."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "cfg.json").exists():
-        return sorted(str(path.parent) for path in folder.glob("*/cfg.json")) or [name]
+        inside = sorted(folder.glob("*/cfg.json")) or sorted(folder.glob("coders/*/cfg.json"))  # as a training ends
+        return [str(path.parent) for path in inside] or [name]
     return [known for known in bundled_names() if known.startswith(f"{name}/")] or [name]
 
 
@@ -45,24 +47,32 @@ def load_coders(names: Sequence[str], device: str = "cpu") -> dict[str, SparseCo
     return {name: SparseCoder.load(path).to(device) for name, path in coder_folders(names).items()}
 
 
+def trained_model(names: Sequence[str]) -> str | None:
+    """The model of the trainings in whose folders these coders are; None if there is no such training, or several."""
+    folders = [Path(name).expanduser() for name in names]
+    kept = [path / RUN for folder in folders for path in (folder, folder.parent, folder.parent.parent)]
+    found = {str(read_file(path).get("model")) for path in kept if path.is_file()}
+    return found.pop() if len(found) == 1 else None
+
+
 def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -> HookedSSM:
-    """The model that coders are for: the one named, or the one they were trained on.
+    """The model to run: the one named, or the one that the coders were trained on.
 
     Raises
     ------
     OptionError
-        They do not say, or name several.
+        They name no model, or several.
     """
     said = sorted({str(coder.cfg.model_name) for coder in coders.values()})
     if name is None and (len(said) != 1 or said[0] in ("None", "custom")):
-        raise OptionError(f"say which model to read: --model; the coders were trained on {', '.join(said)}")
+        raise OptionError(f"which model to run: --model; the coders were trained on {', '.join(said)}")
     model = load_model(name or said[0], device)
     note_other_weights(coders, model, name or said[0])
     return model
 
 
 def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedSSM, name: str) -> None:
-    """Say which coders were trained on other weights than the model's."""
+    """Print a note for coders that were trained on other weights than the model's."""
     there = model_hash(model) if any(coder.cfg.model_hash for coder in coders.values()) else None
     for short, coder in coders.items():
         if coder.cfg.model_hash not in (None, there):

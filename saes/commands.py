@@ -1,6 +1,6 @@
-"""`hooked-mamba sae`: train, judge, look at, share and fetch dictionaries.
+"""`hooked-mamba sae`: train, evaluate, explore, share and fetch dictionaries.
 
-What a command needs is imported when it runs, so that help comes at once.
+Each command imports what it needs when it runs, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from typing import Annotated
 import typer
 
 from hooked_mamba.cli import console, new_app, reports_errors, table
+from saes.flags import speaks_in_flags
 from saes.options import OptionError
 from saes.run_options import run_options
 
 app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
 explore_app = new_app("explore")
-"""`sae explore` once more, beside the other commands that look."""
+"""`sae explore` again, for the top-level group of viewers."""
 
 CodersArgument = Annotated[
-    list[str], typer.Argument(help="Folders of coders, bundled names or hub ids; a folder of folders is all of them.")
+    list[str],
+    typer.Argument(help="Folders of coders or trainings, bundled names or hub ids; a folder of several means all."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id. Default: what the coders say.")
 ]
-TextOption = Annotated[Path, typer.Option("--text", "-t", help="Text file, documents parted by <|endoftext|>.")]
+TextOption = Annotated[Path, typer.Option("--text", "-t", help="Text file, documents separated by <|endoftext|>.")]
 TokensOption = Annotated[int, typer.Option("--n-tokens", min=1, help="Stop after so many tokens.")]
 ContextOption = Annotated[int, typer.Option("--context-length", min=1, help="Tokens a row.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -33,11 +35,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def train(
-    config: Annotated[Path | None, typer.Argument(help="JSON or TOML file of options; flags override it.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="JSON or TOML file of options, or a training's folder; flags override it."),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id.")] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", "-t", help="Text file, documents parted by <|endoftext|>.")
+        Path | None, typer.Option("--text", "-t", help="Text file, documents separated by <|endoftext|>.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of checkpoints, log and coders.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Block; repeatable, one coder for each.")] = None,
@@ -52,25 +58,26 @@ def train(
     reads: Annotated[str | None, typer.Option(help="What MambaCoders read: normalized or resid.")] = None,
     target: Annotated[str | None, typer.Option(help="What MambaCoders predict: block or local.")] = None,
     n_tokens: Annotated[int | None, typer.Option("--n-tokens", help="Tokens to train on.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Or so many steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in steps, instead of tokens.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Tokens a step.")] = None,
     context_length: Annotated[int | None, typer.Option("--context-length", help="Tokens a row.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and orders.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     logger: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb; repeatable.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any other option, such as train.warmup=0.1; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in --out, with its options."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train coders on a model's activations, by flags, a file of options, or both; flags override the file.
 
     hooked-mamba sae train --text stories.txt --layer 2 --d-sae 1536 --n-tokens 1000000 --out runs/mine
     """
-    from saes.training import RunConfig, run
-
     flags = {
         **{"model": model, "text": None if text is None else str(text), "out": None if out is None else str(out)},
         **{"layer": layer, "site": site, "d_sae": d_sae, "k": k, "architecture": architecture},
@@ -79,19 +86,25 @@ def train(
         **{"data.batch_size": batch_size, "data.context_length": context_length, "data.seed": seed},
         "train.progress": False if quiet else None,
     }
-    options = run_options(config, flags, setting or [])
+    options = run_options(config, flags, setting or [], resume)
+    if not quiet:
+        typer.echo(f"loading {options.get('model', 'the model')} ...", err=True)
+    from saes.training import RunConfig, run  # takes seconds, so the line above comes first
+
     result = run(RunConfig.from_dict(options), resume=resume)
     columns = ("coder", "EV", "L0", "dead")
     rows = [(name, f"{m['ev']:.4f}", f"{m['l0']:.2f}", f"{m['dead']:.2%}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
     if not result.complete:
-        typer.echo(f"stopped at step {result.step}; go on with --resume", err=True)
+        again = f"hooked-mamba sae train --resume --out {options['out']}"
+        typer.echo(f"stopped at step {result.step}; to continue: {again}", err=True)
         raise typer.Exit(130)
     typer.echo(f"coders in {Path(options['out']) / 'coders'}")
 
 
 @app.command("eval")
 @reports_errors
+@speaks_in_flags
 def eval_(
     coders: CodersArgument,
     text: TextOption,
@@ -106,12 +119,12 @@ def eval_(
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
-    """Judge coders on a text: reconstruction, sparsity, and what the model loses that runs on them."""
-    from saes.command_parts import load_coders, model_of, text_rows
+    """Evaluate coders on a text: reconstruction, sparsity, and the loss of the model when it runs on them."""
+    from saes.command_parts import load_coders, model_of, text_rows, trained_model
     from saes.evaluation import evaluate
 
     named = load_coders(coders, device)
-    loaded = model_of(named, model, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     rows = text_rows(text, loaded, context_length)
     report = evaluate(loaded, named, rows, metric or None, n_tokens=n_tokens, progress=not quiet)
     console().print(report)
@@ -122,6 +135,7 @@ def eval_(
 @explore_app.command()
 @app.command()
 @reports_errors
+@speaks_in_flags
 def explore(
     coders: CodersArgument,
     text: TextOption,
@@ -138,13 +152,13 @@ def explore(
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
-    """Write a page about the features of coders: where they are active, what they say, which are alike."""
-    from saes.command_parts import load_coders, model_of
+    """Write a page about the features of coders: where they are active, what they promote, which are similar."""
+    from saes.command_parts import load_coders, model_of, trained_model
     from saes.explorer import explore as look
     from saes.options import read_file
 
     named = load_coders(coders, device)
-    loaded = model_of(named, model, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     page = look(
         loaded,
         named,
@@ -161,7 +175,7 @@ def explore(
 
 
 def _labels(read: dict) -> dict:
-    """Feature numbers, which JSON has as text, as numbers."""
+    """Feature numbers, which are strings in JSON, as integers."""
     if all(isinstance(value, dict) for value in read.values()):
         return {name: _labels(inner) if inner else {} for name, inner in read.items()}
     for key, value in read.items():
@@ -172,16 +186,17 @@ def _labels(read: dict) -> dict:
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def push(
     coders: CodersArgument,
     to: Annotated[str, typer.Option("--to", help="Repository of the hub (owner/name), or a folder.")],
     name: Annotated[
         str | None, typer.Option(help="The coder's name there, if it is one. Default: its folder's.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if need be.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if needed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision on disk: float32, float16 or bfloat16.")] = None,
     license: Annotated[str, typer.Option(help="The weights' licence, as the hub names it.")] = "mit",
-    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Add coders to a repository of the hub or to a folder, with an index and a card. One push is one commit."""
     from saes import hub
@@ -198,13 +213,14 @@ def push(
 
 @app.command()
 @reports_errors
+@speaks_in_flags
 def pull(
     source: Annotated[str, typer.Argument(help="Bundled name, hub id (owner/name or owner/name/coder) or folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the coder into.")],
     name: Annotated[str | None, typer.Option(help="The coder, where the source has several.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Copy a coder into a folder of its own, checked, and in our format whatever it was in."""
+    """Copy a coder into a folder of its own, checked, and converted to our format."""
     from saes import hub
 
     typer.echo(hub.pull(source, out, name, revision))
@@ -212,6 +228,7 @@ def pull(
 
 @app.command("list")
 @reports_errors
+@speaks_in_flags
 def list_(
     query: Annotated[str, typer.Argument(help="Words to find in names, sites, models and architectures.")] = "",
     source: Annotated[
@@ -228,7 +245,7 @@ def list_(
 
     found = hub.search(query, source, revision, architecture=architecture, layer=layer, kind=kind)
     if not found:
-        typer.echo("no coder fits", err=True)
+        typer.echo("no coder matches", err=True)
         raise typer.Exit(1)
     columns = ["name", "kind", "architecture", "site", "latents", "k"]
     rows = [[e.name, e.kind, e.architecture, e.site, e.d_sae, e.k or ""] for e in found]

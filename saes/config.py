@@ -1,4 +1,4 @@
-"""What a sparse coder is: a frozen, validated configuration that travels with its weights."""
+"""The configuration of a sparse coder: frozen, validated and saved with its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from hooked_mamba.hooks.names import declared, is_declared, unalias
+from saes.saelens_names import CONFIG, advice
 
 Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka"]
 
@@ -21,19 +22,22 @@ arXiv:2404.16014), Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547)
 NEEDS_K: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 """Architectures whose number of active latents is set, not learned."""
 
-_LAYER = re.compile(r"^blocks\.(\d+)\.")
+_LAYER = re.compile(r"^blocks\.(0|[1-9][0-9]{0,3})\.")
+"""The block of a site. Four digits are more than any model has, and one block has one name."""
 
 
 def _near(wrong: object, right: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(str(wrong), list(right), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(wrong)[:200], list(right), n=1, cutoff=0.4)
     return f"; nearest: {near[0]!r}" if near else ""
 
 
 def _check_site(field: str, name: str) -> None:
-    misplaced = not isinstance(name, str) or (name.startswith("blocks.") and not _LAYER.match(name))
+    too_long = isinstance(name, str) and len(name) > 200
+    misplaced = not isinstance(name, str) or too_long or (name.startswith("blocks.") and not _LAYER.match(name))
     if misplaced or not is_declared(unalias(name)):
-        near = _near(str(name).rpartition(".")[2], [hook for _, hook in declared().rows])
-        raise ValueError(f"{field} must be the full name of a hook site, got {name!r}{near}")
+        shown = f"{name[:200]!r}..." if too_long else repr(name)
+        near = "" if too_long else _near(str(name).rpartition(".")[2], [hook for _, hook in declared().rows])
+        raise ValueError(f"{field} must be the full name of a hook site, got {shown}{near}")
 
 
 def _check_choices(values: Mapping[str, Any]) -> None:
@@ -150,8 +154,24 @@ class CoderConfig:
         return self.in_site == self.out_site
 
     @property
+    def hook_name(self) -> str:
+        """`in_site` under SAELens' name."""
+        return self.in_site
+
+    @property
+    def hook_name_out(self) -> str:
+        """`out_site` under SAELens' name."""
+        return self.out_site
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for names that do not exist; for SAELens' fields the error says what they are here."""
+        if name in CONFIG:
+            raise AttributeError(advice(name, CONFIG))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
     def kind(self) -> Literal["sae", "mambacoder"]:
-        """In a word."""
+        """ "sae" or "mambacoder"."""
         return "sae" if self.is_sae else "mambacoder"
 
     @property
@@ -189,7 +209,7 @@ class CoderConfig:
 def sae_config(
     site: str, d: int, d_sae: int, *, architecture: Architecture = "topk", k: int | None = 32, **fields: Any
 ) -> CoderConfig:
-    """The config of an SAE on a site of width d. `k` counts only where the architecture needs one."""
+    """The config of an SAE on a site of width d. `k` is used only by architectures that have one."""
     name = unalias(site)
     k = k if architecture in NEEDS_K else None
     return CoderConfig(

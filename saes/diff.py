@@ -1,4 +1,4 @@
-"""What two dictionaries share, and what one dictionary sees in two models."""
+"""The differences between two dictionaries, and between two models seen through one dictionary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 1 << 12
 
 @dataclass(frozen=True)
 class DictionaryDiff:
-    """How the latents of coder a are found again in coder b."""
+    """How the latents of coder a match those of coder b."""
 
     pairs: Int[Tensor, "p 2"]
     """Latent of a and of b, one to one, in the order of their cosines."""
@@ -52,11 +52,11 @@ class DictionaryDiff:
         return float((self.cosines >= least).sum()) / len(self.nearest_in_b)
 
     def only_in_a(self, below: float = 0.5) -> list[int]:
-        """Latents of a to which none of b comes near, the most peculiar first."""
+        """Latents of a without a close match in b, the least similar first."""
         return _below(self.cosine_in_b, below)
 
     def only_in_b(self, below: float = 0.5) -> list[int]:
-        """Latents of b to which none of a comes near, the most peculiar first."""
+        """Latents of b without a close match in a, the least similar first."""
         return _below(self.cosine_in_a, below)
 
     def _repr_html_(self) -> str:
@@ -119,14 +119,14 @@ def compare_dictionaries(
 
 
 def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the column with the largest cosine, and that cosine."""
+    """For each row, the column with the largest cosine, and that cosine."""
     best = [(part @ columns.to(rows).t()).max(1) for part in rows.split(ROWS)]
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 
 
 @dataclass(frozen=True)
 class ModelDiff:
-    """What one dictionary sees in two models on the same tokens."""
+    """The latents of one dictionary in two models on the same tokens."""
 
     frequency: Float[Tensor, "2 F"]
     """Share of tokens on which each latent is active, in a and in b."""

@@ -1,18 +1,20 @@
-"""Files that a crash leaves either old or new, never half of each."""
+"""Files that after a crash are either old or new, never partly written."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class DiskFullError(OSError):
-    """No room for a file; what was there before is untouched."""
+    """No room for a file; earlier files are untouched."""
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` as a whole: written aside, brought to the disk, renamed.
+    """Replace `path` as a whole: a temporary file is written, synced and renamed.
 
     Raises
     ------
@@ -21,23 +23,39 @@ def write_file(path: Path, data: bytes) -> None:
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        write_through(aside, data)
-    except OSError as error:
+        with room_for(path, len(data)):
+            write_through(aside, data)
+    except BaseException:
         aside.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                error.errno,
-                f"no room for {len(data):,} bytes of {path.name}: {error.strerror}. What was written before is whole;"
-                " make room and run the same again",
-                str(path),
-            ) from error
         raise
     os.replace(aside, path)
     sync(path.parent)
 
 
+@contextmanager
+def room_for(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn the system's error about a full disk, which may name no file, into one that names `path`.
+
+    Raises
+    ------
+    DiskFullError
+        If the disk (or the quota) is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskFullError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            error.errno,
+            f"no room for {n_bytes:,} bytes of {path.name}: {error.strerror}. What was written before is intact;"
+            " make room and run the same again",
+            str(path),
+        ) from error
+
+
 def write_through(path: Path, data: bytes) -> None:
-    """Write and bring to the disk."""
+    """Write and sync."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -45,7 +63,7 @@ def write_through(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Sync a file, or a folder's entries, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)

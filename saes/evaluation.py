@@ -1,4 +1,4 @@
-"""Judging coders: how well they say what the model says, how sparsely, and what the model loses that runs on it.
+"""Evaluating coders: reconstruction, sparsity, and the loss of the model when it runs on their output.
 
 1. A pass over the text collects reconstruction and sparsity of all coders, and the means of what they predict.
 2. A second pass runs every batch as it is, with each coder in the model's place, with zeros there, with the means
@@ -49,7 +49,7 @@ def evaluate(
     together: bool | None = None,
     progress: bool = True,
 ) -> Report:
-    """Judge coders on text that they were not trained on.
+    """Evaluate coders on text that they were not trained on.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def evaluate_activations(
     *,
     n_tokens: int | None = None,
 ) -> Report:
-    """Reconstruction and sparsity on activations at hand, such as an `ActivationStore` gives.
+    """Reconstruction and sparsity on given activations, such as those of an `ActivationStore`.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ class _Run:
         return new
 
     def report(self, tokens: int, together: bool) -> Report:
-        """What was found on so many counted positions."""
+        """The report on this many counted positions."""
         losses = {name: sums.result() for name, sums in self.losses.items()}
         scores = tuple(sums.scores(name, self.wanted, losses[name]) for name, sums in self.sums.items())
         both = None
@@ -262,7 +262,7 @@ def _mask(rows: Rows) -> Tensor | None:
 
 
 def _batches(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None) -> Iterator[Rows]:
-    """Rows of any data, at most `batch_size` at a time, until there were `n_tokens` real ones."""
+    """Rows of any data, at most `batch_size` at a time, until `n_tokens` real tokens were read."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     n = 0

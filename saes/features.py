@@ -1,4 +1,4 @@
-"""What a latent says: the tokens its decoder row speaks for and against, and the latents that say nearly the same."""
+"""The tokens that a latent promotes and suppresses, and the latents with the most similar weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ BEFORE_OUT_PROJ = re.compile(r"blocks\.(\d+)\.mixer\.(hook_y_gated|norm\.hook_ou
 
 @dataclass(frozen=True)
 class FeatureLogits:
-    """Tokens that latents speak for and against, at strength 1 and with the final norm's scale left out."""
+    """Tokens that latents promote and suppress, at activation 1 and without the final norm's scale."""
 
     features: tuple[int, ...]
     promoted: tuple[tuple[tuple[str | int, float], ...], ...]
-    """For each latent, tokens and what they gain, the most first. Ids where the model has no tokenizer."""
+    """For each latent, tokens and the change of their logits, largest first. Ids where the model has no tokenizer."""
     suppressed: tuple[tuple[tuple[str | int, float], ...], ...]
-    """The same for what they lose."""
+    """The same for the largest decreases."""
     logits: Float[Tensor, "n V"]
-    """All of them, each latent's mean over the vocabulary taken off, which moves no probability."""
+    """All of them, minus each latent's mean over the vocabulary, which changes no probability."""
 
     def _repr_html_(self) -> str:
         def said(pairs: Sequence[tuple[str | int, float]]) -> str:

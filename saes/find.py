@@ -18,7 +18,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 FILES = (CONFIG, WEIGHTS, SINGLE)
-"""All that is ever fetched of a coder; whatever else a repository holds stays there."""
+"""The only files of a coder that are fetched."""
 
 
 class HubError(OSError):
@@ -80,7 +80,7 @@ def resolve(
     parts = str(name).split("/")
     if isinstance(name, Path) or parts[0] in families or not HUB_ID.fullmatch("/".join(parts[:2])):
         known = f"; coders that come with the package: {', '.join(bundled)}" if bundled else ""
-        raise CoderFileError(f"{full!r} is no bundled coder, folder or hub id{nearest(full, bundled)}{known}")
+        raise CoderFileError(f"{full!r} is not a bundled coder, a folder or a hub id{nearest(full, bundled)}{known}")
     if parts[2:]:
         if subfolder is not None:
             raise CoderFileError(
@@ -92,7 +92,7 @@ def resolve(
 
 def _no_revision(name: str, revision: str | None, why: str) -> None:
     if revision is not None:
-        raise CoderFileError(f"{name!r} {why} and has no revisions; expected revision=None, got {revision!r}")
+        raise CoderFileError(f"{name!r} {why} and has no revisions; leave revision= out, got {revision!r}")
 
 
 def _within(folder: Path, subfolder: str | None) -> Path:
@@ -103,6 +103,8 @@ def _within(folder: Path, subfolder: str | None) -> Path:
         entries = read_index(folder)
         return folder / one_of(entries, str(folder / INDEX)) if entries is not None else folder
     inner = folder / subfolder
+    if not inner.exists() and (folder / "coders" / subfolder).exists():  # the folder of a training
+        return folder / "coders" / subfolder
     if not inner.exists():
         names = sorted(scan(folder))
         there = ", ".join(names) or "no coders"
@@ -132,7 +134,7 @@ def fetch(repo_id: str, subfolder: str | None = None, revision: str | None = Non
 
 
 def snapshot(repo_id: str, files: list[str], revision: str | None = None, token: str | None = None) -> Path:
-    """Exactly these files of one commit, as far as it has them, in the hub client's cache.
+    """Those of these files that one commit has, in the hub client's cache.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def snapshot(repo_id: str, files: list[str], revision: str | None = None, token:
 
 
 def what_failed(doing: str, error: BaseException) -> str:
-    """One line about what the hub's client said, and about what made it say so."""
+    """One line with the hub client's error and its cause."""
     said = [_line(error)]
     while error.__cause__ is not None:
         error = error.__cause__

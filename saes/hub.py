@@ -25,7 +25,7 @@ from saes.registry import INDEX, Entry, check_name, index_bytes, read_index, sca
 CARD = "README.md"
 
 TRIES = 5
-"""Pushes to one repository at the same time: how often to begin anew with the other's commit."""
+"""Pushes to one repository at the same time: how often to retry on top of the other's commit."""
 
 Coders = SparseCoder | Iterable[SparseCoder] | Mapping[str, SparseCoder | str | Path]
 """One, several under names made from their configs, or by name; a path stands for a coder on disk."""
@@ -65,7 +65,7 @@ def list_coders(source: str | Path | None = None, revision: str | None = None, t
         if source is not None and not folder.is_dir():
             raise CoderFileError(f"{str(source)!r} is no folder that is there, nor a hub id (owner/name)")
         if revision is not None:
-            raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; expected revision=None")
+            raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; leave revision= out")
         entries = None if source is None else read_index(folder)
         return list((scan(folder) if entries is None else entries).values())
     entries = read_index(snapshot(str(source), [INDEX], revision, token))
@@ -94,7 +94,7 @@ def push(
 ) -> str:
     """Add coders to a repository of the hub or to a folder, and write its index and card.
 
-    What is there under the same names is replaced; all else stays. On the hub it is one commit, begun anew if someone
+    Coders of the same names are replaced; everything else stays. On the hub it is one commit, retried if someone
     else's comes between.
 
     Parameters
@@ -102,8 +102,8 @@ def push(
     coders
         One coder, several, or a mapping from names to coders or to their folders.
     to
-        "owner/name" on the hub, made if need be, or a folder: a Path, a folder that is there, or a text that cannot be
-        a hub id, such as "./coders".
+        "owner/name" on the hub, created if needed, or a folder: a Path, an existing folder, or a text that cannot be a
+        hub id, such as "./coders".
     metrics
         Numbers by name of a single coder; of several, such mappings by the coders' names.
     dtype
@@ -111,7 +111,7 @@ def push(
     license
         The hub's name for the weights' licence.
     revision
-        Branch; made if need be. None: main.
+        Branch; created if needed. None: main.
     private
         Whether a repository that is made can be seen by its owner only.
     token
@@ -131,7 +131,7 @@ def push(
     """
     local = is_local(to)
     if local and revision is not None:
-        raise CoderFileError(f"{str(to)!r} is on this machine and has no revisions; expected revision=None")
+        raise CoderFileError(f"{str(to)!r} is on this machine and has no revisions; leave revision= out")
     with tempfile.TemporaryDirectory() as scratch:
         staged = _stage(coders, Path(scratch), metrics, dtype)
         if local:
@@ -167,9 +167,11 @@ def _stage(
             opened, loaded = open_coder(coder), SparseCoder.load(coder)
             own = opened.format == "hooked_mamba"
             kept = _dtype_of(Path(coder)) if own and dtype is None else dtype
-            save(loaded, scratch / name, dtype=kept, metrics={**opened.metrics, **given.get(name, {})})
+            mine = given.get(name, {})
+            training = {k: v for k, v in opened.training.items() if k != "metrics_from" or not mine}
+            save(loaded, scratch / name, dtype=kept, metrics={**opened.metrics, **mine}, training=training)
         saved = open_coder(scratch / name)
-        staged[name] = Entry.of(name, saved.cfg, saved.metrics)
+        staged[name] = Entry.of(name, saved.cfg, saved.metrics, saved.training)
     return staged
 
 

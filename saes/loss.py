@@ -1,12 +1,12 @@
-"""What a coder is trained on.
+"""The training loss of a coder.
 
     mse      mean over examples of |y - y_hat|^2            (matryoshka: and over its prefixes)
-    aux      mean |e - e_hat|^2, e = y - y_hat held fixed, e_hat = what the k_aux strongest dead latents decode to
+    aux      mean |e - e_hat|^2, e = y - y_hat without gradient, e_hat = what the k_aux strongest dead latents decode to
              without b_dec: a gradient, into the encoder too, for latents that never fire (Gao et al. 2024, AuxK)
-    penalty  what the architecture asks for being active: L1 in units of the reconstruction, or the number of latents
+    penalty  the architecture's sparsity penalty: L1 in units of the reconstruction, or the number of latents
     extra    the gated coder's reconstruction from its gate alone, with a frozen decoder
     wide     topk, batchtopk: the mse with twice as many latents (Multi-TopK of the same paper, which takes four times
-             as many). An example with more than k things in it need not squeeze them into k latents
+             as many). An example with more than k features is not forced into k latents
     total    mse + aux_alpha aux + sparsity penalty + extra + wide_alpha wide
 
 All is computed in the coder's own units, after cfg.input_norm.
@@ -99,7 +99,7 @@ def _aux(coder: SparseCoder, x: Tensor, error: Tensor, state: LossState) -> Tens
     wanted = state.aux_k or coder.cfg.k or max(1, coder.cfg.d_out // 2)
     k = min(len(dead), wanted)
     W_enc, b = coder.W_enc.t()[dead], coder.encoder_bias[dead]
-    x = x.detach()  # b_dec is no business of the dead latents
+    x = x.detach()  # the dead latents' loss does not train b_dec
     if len(dead) < SPARSE_AUX * k:
         pre = affine(x, W_enc.t(), b)
         values, indices = pre.topk(k, sorted=False)

@@ -42,14 +42,14 @@ class LossState:
 
     @property
     def dead(self) -> Bool[Tensor, " F"]:
-        """Latents that have been silent for longer than `dead_after`."""
+        """Latents that have been inactive for longer than `dead_after`."""
         return self.since_fired > self.dead_after
 
     @torch.no_grad()
     def observe(
         self, coder: CoderParameters, fired: Bool[Tensor, " F"], tokens: int, least: Tensor | None = None
     ) -> None:
-        """After a step: count silence, and move the threshold for inference towards the smallest active value."""
+        """After a step: count inactivity, and move the threshold for inference towards the smallest active value."""
         self.since_fired = torch.where(fired, 0, self.since_fired + tokens)
         if least is not None:
             first = coder.threshold == 0

@@ -1,4 +1,4 @@
-"""One coder, several, or several by name: brought into one form, and held against the model they are for."""
+"""One coder, several, or several by name: brought into one form and checked against the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
     Raises
     ------
     TypeError
-        If something else than a coder is among them.
+        If anything but a coder is among them.
     ValueError
         If there are none.
     """
@@ -95,7 +95,7 @@ def pick(named: Mapping[str, Any], name: str | None) -> str:
     if name is None:
         if len(named) == 1:
             return next(iter(named))
-        raise KeyError(f"there are several coders, say which: {', '.join(named)}")
+        raise KeyError(f"there are several coders, name one of {', '.join(named)}")
     if name not in named:
         raise KeyError(f"no coder is called {name!r}{near(name, list(named))}")
     return name

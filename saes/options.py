@@ -17,9 +17,23 @@ class OptionError(ValueError):
     """An option that does not exist, is missing, or has a value that cannot be."""
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object with a key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of `json.loads` that accepts each key once."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"has the key {twice[:200]!r} twice in one object")
+    return values
+
+
 def near(wrong: str, right: Sequence[str]) -> str:
     """Part of a message: the nearest valid choices."""
-    found = difflib.get_close_matches(wrong, right, n=2, cutoff=0.5)
+    found = difflib.get_close_matches(wrong[:200], right, n=2, cutoff=0.5)
     return f"; nearest: {', '.join(found)}" if found else f"; there are {', '.join(right)}"
 
 
@@ -90,7 +104,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise OptionError(f"{path} must end in .json or .toml to be read as options")
     text = path.read_text(encoding="utf-8")
     try:
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text, object_pairs_hook=unique_keys) if path.suffix == ".json" else tomllib.loads(text)
+    except RepeatedKeyError as error:
+        raise OptionError(f"{path} {error}") from None
     except ValueError as error:
         raise OptionError(f"{path} is no {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):

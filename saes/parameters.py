@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from saes.config import CoderConfig
+from saes.saelens_names import CODER, advice
 
 C = TypeVar("C", bound="CoderParameters")
 
@@ -58,6 +59,25 @@ class CoderParameters(nn.Module):
         if self.cfg.k is None:
             raise ValueError(f"{self.cfg.architecture} has no k: how many latents are active is learned")
         return self.cfg.k
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.W_dec.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and buffers; for SAELens' names an error that says what they are here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in CODER:
+                raise AttributeError(advice(name, CODER)) from None
+            raise
 
     @torch.no_grad()
     def fold(self: C) -> C:

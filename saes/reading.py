@@ -1,4 +1,4 @@
-"""What coders say about a text: their latents at every token."""
+"""The latents of coders at every token of a text."""
 
 from __future__ import annotations
 

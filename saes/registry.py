@@ -1,4 +1,4 @@
-"""The index of a repository or folder of coders: `index.json`, one entry a coder, read without trusting it."""
+"""The index of a repository or folder of coders: `index.json`, one entry per coder, read without trusting it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hooked_mamba.hooks.names import unalias
 from saes.config import ARCHITECTURES, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object
-from saes.files.own import Metrics, clean_metrics
+from saes.files.own import Metrics, Training, clean_metrics, clean_training
 from saes.renamed import renamed_in
 
 INDEX = "index.json"
@@ -35,14 +35,14 @@ def check_name(name: str) -> str:
     parts = name.split("/") if isinstance(name, str) else []
     if not parts or len(name) > NAME_LENGTH or not all(_PART.fullmatch(part) for part in parts):
         raise CoderFileError(
-            f"{name!r} is no name of a coder; expected folder names of letters, digits, '.', '_' and '-', joined by '/'"
+            f"{name!r} is not a valid coder name; expected letters, digits, '.', '_' and '-', and '/' between folders"
         )
     return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a registry says of one coder."""
+    """A registry's entry for one coder."""
 
     name: str
     """Its folder in the repository."""
@@ -63,9 +63,17 @@ class Entry:
     model: str | None = None
     model_hash: str | None = None
     metrics: Metrics = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
+    """What it was trained on."""
 
     @classmethod
-    def of(cls, name: str, cfg: CoderConfig, metrics: Mapping[str, Any] | None = None) -> Entry:
+    def of(
+        cls,
+        name: str,
+        cfg: CoderConfig,
+        metrics: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> Entry:
         """The entry of a coder under a name."""
         same = ("kind", "architecture", "out_site", "d_in", "d_out", "d_sae", "k", "skip", "target", "layer")
         return cls(
@@ -74,6 +82,7 @@ class Entry:
             model=cfg.model_name,
             model_hash=cfg.model_hash,
             metrics=clean_metrics(metrics or {}),
+            training=clean_training(training or {}),
             **{key: getattr(cfg, key) for key in same},
         )
 
@@ -83,12 +92,13 @@ class Entry:
         if not isinstance(values, dict):
             raise CoderFileError(f"{where} lists {values!r}; expected an object a coder")
         types = {row.name: str(row.type) for row in fields(cls)}
-        missing = [n for n, t in types.items() if n not in values and "None" not in t and n not in ("skip", "metrics")]
+        optional = {n for n, t in types.items() if "None" in t or n in ("skip", "metrics", "training")}
+        missing = [n for n in types if n not in values and n not in optional]
         if missing:
             raise CoderFileError(f"an entry of {where} lacks {', '.join(missing)}{nearest(missing[0], values)}")
         known = {name: value for name, value in values.items() if name in types}
         kinds: dict[str, tuple[type, ...]] = {
-            "str": (str,), "int": (int,), "bool": (bool,), "Metrics": (dict,),
+            "str": (str,), "int": (int,), "bool": (bool,), "Metrics": (dict,), "Training": (dict,),
             "str | None": (str, type(None)), "int | None": (int, type(None)),
         }  # fmt: skip
         for name, value in known.items():
@@ -96,7 +106,11 @@ class Entry:
             if not isinstance(value, right) or (isinstance(value, bool) and bool not in right):
                 raise CoderFileError(f"an entry of {where} has {name}={value!r}, expected {types[name]}")
         check_name(known["name"])
-        return cls(**{**known, "metrics": clean_metrics(known.get("metrics", {}))})
+        cleaned = {
+            "metrics": clean_metrics(known.get("metrics", {})),
+            "training": clean_training(known.get("training", {})),
+        }
+        return cls(**{**known, **cleaned})
 
     def text(self) -> str:
         """What a search looks in."""
@@ -136,13 +150,13 @@ def index_bytes(entries: Iterable[Entry]) -> bytes:
 
 
 def scan(folder: Path) -> dict[str, Entry]:
-    """Entries of all coders in a folder, read from their own configs; folders that are none are left out."""
+    """Entries of all coders in a folder, read from their own configs; other folders are skipped."""
     found: dict[str, Entry] = {}
     for path in sorted(folder.rglob("cfg.json")):
         name = path.parent.relative_to(folder).as_posix()
         if name != "." and all(_PART.fullmatch(part) for part in name.split("/")):
             opened: Opened = open_coder(path.parent)
-            found[name] = Entry.of(name, opened.cfg, opened.metrics)
+            found[name] = Entry.of(name, opened.cfg, opened.metrics, opened.training)
     return found
 
 

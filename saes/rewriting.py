@@ -1,4 +1,4 @@
-"""What a coder predicts, rewritten in every forward pass: the mechanics under splicing, steering and ablation.
+"""Rewriting what a coder predicts in every forward pass: the mechanism behind splicing, steering and ablation.
 
 A coder reads x and predicts y, a stream of its own (see `saes.targets`). A rewrite is a function (x, y) -> y', and
 
@@ -40,7 +40,7 @@ class Rewrite(NamedTuple):
 
 @contextmanager
 def rewritten(model: HookedSSM, rewrites: Sequence[Rewrite], positions: Columns = None) -> Iterator[None]:
-    """Rewrite streams in every forward pass inside the `with`; later layers see what earlier ones became.
+    """Rewrite streams in every forward pass inside the `with`; later layers see the changes of earlier ones.
 
     Parameters
     ----------

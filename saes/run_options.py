@@ -16,24 +16,34 @@ CODER_FLAGS = ("site", "layer", "d_sae", "k", "architecture", "reads", "target")
 """Flags that describe coders, which a file may do instead."""
 
 
-def run_options(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, Any]:
+RUN = "run.json"
+"""The options of a training, in its own folder."""
+
+
+def run_options(
+    config: Path | None, flags: Mapping[str, Any], settings: Sequence[str] = (), resume: bool = False
+) -> dict[str, Any]:
     """A training's options: those of a file, then `flags` that were given, then `KEY=VALUE` settings.
 
     Parameters
     ----------
     config
-        JSON or TOML file; None: flags alone.
+        JSON or TOML file, or the folder of an earlier training; None: flags alone.
     flags
         Names of `RunConfig`, or "train.lr" and the like; and those of `CODER_FLAGS`. None: not given.
     settings
         Such as "train.warmup=0.1", "data.dtype=float32".
+    resume
+        Whether the options that the training in `out` was started with apply where neither file nor flags say more.
 
     Raises
     ------
     OptionError
         A setting without "=", or coders described by the file and by flags.
     """
-    options = read_file(config) if config is not None else {}
+    kept = _kept_options(config, flags.get("out"), resume)
+    source = kept or config
+    options = {} if source is None else read_file(source)
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     coder = {key: given.pop(key) for key in CODER_FLAGS if key in given}
     for key, value in [*given.items(), *map(_setting, settings)]:
@@ -44,22 +54,39 @@ def run_options(config: Path | None, flags: Mapping[str, Any], settings: Sequenc
         if not isinstance(target, dict):
             raise OptionError(f"{part} must be a mapping of options, got {target!r}")
         target[name] = value
-    if coder and "coders" in options:
+    if coder and "coders" in options and kept is None:
         raise OptionError(f"{config} lists coders, and so do the flags ({_flags(coder)}): use one of the two")
     if coder:
         options["coders"] = coder_specs(coder)
     for length, other in (("n_tokens", "steps"), ("steps", "n_tokens")):
         if f"train.{length}" in given:  # a flag takes the file's place
             options["train"].pop(other, None) if f"train.{other}" not in given else None
-    if "model" not in options and config is None:
+    if "model" not in options and source is None:
         options["model"] = "tinystories-4l"
+    if kept is not None and "out" not in given:
+        options["out"] = str(kept.parent)
     options.setdefault("train", {})
     missing = [f"--{name}" for name in ("text", "out") if name not in options]
     if missing:
         raise OptionError(f"a training needs {' and '.join(missing)}, as flags or in a file")
+    if "n_tokens" not in options["train"] and "steps" not in options["train"]:
+        raise OptionError("a training needs its length: --n-tokens or --steps")
     if "coders" not in options:
         raise OptionError("a training needs coders: --layer (a MambaCoder) or --site, with --d-sae; or a file's list")
     return options
+
+
+def _kept_options(config: Path | None, out: Any, resume: bool) -> Path | None:
+    """The file of options in a training's folder, where that is what was asked for."""
+    folder = config if config is not None and config.is_dir() else None
+    if folder is None and (config is not None or not resume):
+        return None
+    if folder is None and out is None:
+        raise OptionError("--resume needs the folder of the training to continue: --out")
+    kept = (folder or Path(out).expanduser()) / RUN
+    if folder is not None and not kept.exists():
+        raise OptionError(f"{folder} holds no {RUN}, the options of a training; give a file or flags")
+    return kept if kept.exists() else None
 
 
 def coder_specs(flags: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Coders in the model's place: an SAE instead of its site, a MambaCoder instead of its block's mixer output.
+"""Running the model on coders: an SAE replaces its site, a MambaCoder its block's mixer output.
 
-With z the latents, z' the edited ones (z' = z without edits), decode(z) what they say and y what the model says:
+With z the latents, z' the edited ones (z' = z without edits), decode(z) the reconstruction and y the model's value:
 
     error=False       y' = decode(z')
-    error=True        y' = y + decode(z') - decode(z)        what the coder misses, y - decode(z), stays
-    error=errors      y' = decode(z') + error                what it missed in another pass, see :func:`misses`
+    error=True        y' = y + decode(z') - decode(z)        the error y - decode(z) is kept
+    error=errors      y' = decode(z') + error                the error of another pass, see :func:`misses`
 
 With error=True a coder without edits changes nothing at all, not even by rounding.
 """
@@ -64,10 +64,10 @@ def splice(
     positions: Columns = None,
     record: bool = False,
 ) -> Iterator[Spliced]:
-    """Put coders in the model's place in every forward pass inside the `with`.
+    """Replace parts of the model by coders in every forward pass inside the `with`.
 
-    Works in `forward`, `run_with_hooks`, `run_with_cache` and `generate`. Layers run in order, so that a coder reads
-    what the coders before it have made of the model. Padded positions stay as they are.
+    Works in `forward`, `run_with_hooks`, `run_with_cache` and `generate`. Layers run in order, so a coder reads
+    the model as changed by the coders before it. Padded positions stay as they are.
 
     Parameters
     ----------
@@ -77,8 +77,8 @@ def splice(
         One, several, or several by name. A MambaCoder with target "local" replaces only the local part of its block's
         output.
     error
-        True keeps what each coder misses, so that nothing changes but what edits do. Errors by name, b l d_out, are
-        those of another pass.
+        True keeps each coder's error, so that only edits change anything. Errors by name, b l d_out, are those of
+        another pass.
     features
         Edits of latents by coder's name; with one coder the edit alone.
     positions
@@ -121,7 +121,7 @@ def splice(
 
 @torch.no_grad()
 def misses(model: HookedSSM, coders: Coders, input: Any, **forward: Any) -> dict[str, Tensor]:
-    """What each coder misses on an input, y - decode(z), b l d_out: errors to hold fixed in `splice(error=...)`.
+    """Each coder's error on an input, y - decode(z), b l d_out, to be frozen in `splice(error=...)`.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def _with_error(said: Tensor, error: bool | Tensor, y: Tensor) -> Tensor:
     if isinstance(error, bool):
         return said
     if error.shape != y.shape:
-        raise ValueError(f"the errors to hold fixed are {list(error.shape)}, this pass has {list(y.shape)}")
+        raise ValueError(f"the frozen errors are {list(error.shape)}, this pass has {list(y.shape)}")
     return said + error
 
 
@@ -223,7 +223,7 @@ def _check_apart(predicted: Mapping[str, str]) -> None:
         site = stream.removesuffix(LOCAL)
         if site in taken:
             raise ValueError(
-                f"{taken[site]} and {name} both replace {site}: splice one of them, or keep what they miss (error=True)"
+                f"{taken[site]} and {name} both replace {site}: splice one of them, or keep their errors (error=True)"
             )
         taken[site] = name
 

@@ -1,4 +1,4 @@
-"""Latents turned up, down and off while the model runs; what a coder misses stays: decode(z') - decode(z) is added.
+"""Latents changed while the model runs; the coder's error is kept: decode(z') - decode(z) is added.
 
 Each is a context manager that works in `forward`, `run_with_cache` and `generate`, at chosen positions or all.
 """
@@ -87,14 +87,14 @@ def scale_features(
 def ablate(
     model: HookedSSM, coder: SparseCoder, feature_id: Features, strength: float | int = 1.0, positions: Columns = None
 ) -> Iterator[HookedSSM]:
-    """Take latents away: z'_f = (1 - strength) z_f.
+    """Ablate latents: z'_f = (1 - strength) z_f.
 
     Parameters
     ----------
     feature_id
         Latent, or several.
     strength
-        1 takes all of it, 0 nothing, 2 turns it around.
+        1 removes it, 0 leaves it as it is, 2 flips its sign.
     positions
         Columns; None: all.
     """
@@ -126,7 +126,7 @@ def _listed(features: Features) -> tuple[int, ...]:
         return (features,)
     listed = tuple(int(i) for i in features)
     if not listed:
-        raise ValueError("no feature is named")
+        raise ValueError("no feature is given")
     return listed
 
 

@@ -1,4 +1,4 @@
-"""Planted dictionaries: sparse sums of known atoms, so that what a coder finds can be compared with what is there.
+"""Planted dictionaries: sparse sums of known atoms, so that what a coder finds can be compared with the truth.
 
     x = sum_i a_i m_i atom_i          a_i 0 or 1, m_i uniform on [0.5, 1.5], atoms on the unit sphere
 
@@ -68,7 +68,7 @@ class PlantedDictionary:
         return u < self.frequency
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n A"]]:
-        """n examples, and how much of each atom is in them."""
+        """n examples, and the coefficient of each atom in them."""
         active = self.active(n, generator)
         amounts = active * (0.5 + torch.rand(active.shape, generator=generator))
         return amounts @ self.atoms, amounts

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Workers share the cores, and small tensors gain nothing from threads. The variable is for processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # The same cases in every run and on every machine: few in `make test`, many in `make test-all`.
 settings.register_profile("default", max_examples=10, derandomize=True, database=None, deadline=None)

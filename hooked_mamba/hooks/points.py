@@ -89,6 +89,11 @@ class HookPoint(nn.Module):
         """Whether it is declared to hold token ids or indices."""
         return self.site is not None and self.site.row.integer
 
+    @property
+    def position_axis(self) -> int:
+        """Which axis of its value holds the positions."""
+        return 1 if self.site is None else self.site.row.position_axis
+
     def add_hook(
         self,
         hook: HookFunction,
@@ -164,7 +169,7 @@ class HookPoint(nn.Module):
     def show(self, value: Tensor) -> None:
         """Give the readers here a final value."""
         for reader in tuple(self.readers):
-            reader.store(reader.select.apply(value))
+            reader.store(reader.select.apply(value, self.position_axis))
 
     def _watch_gradient(self, value: Tensor) -> Tensor:
         if not value.is_floating_point():
@@ -203,7 +208,7 @@ class LazyHookPoint(HookPoint):
     def read(self, length: int, values_at: Callable[[list[int] | slice], Tensor]) -> None:
         """Give each reader `values_at(its positions)`; nothing is computed where nobody reads."""
         for reader in tuple(self.readers):
-            reader.store(reader.select.finish(values_at(reader.select.index(length))))
+            reader.store(reader.select.finish(values_at(reader.select.index(length)), self.position_axis))
 
 
 class StateHookPoint(LazyHookPoint):

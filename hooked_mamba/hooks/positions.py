@@ -46,12 +46,13 @@ class PositionSelect:
                 raise IndexError(f"{self.argument}: {self.unit} {t} is out of range for {length} {self.unit}s")
         return [t % length for t in chosen]
 
-    def finish(self, values: Tensor) -> Tensor:
+    def finish(self, values: Tensor, axis: int = 1) -> Tensor:
         """Drop the position axis of already selected values where one int was asked for."""
-        return values[:, 0] if isinstance(self.spec, int) else values
+        return values.select(axis, 0) if isinstance(self.spec, int) else values
 
-    def apply(self, values: Tensor) -> Tensor:
-        """Select from the full value of a site, b l ..."""
+    def apply(self, values: Tensor, axis: int = 1) -> Tensor:
+        """Select from the full value of a site, whose positions are its second axis unless `axis` says otherwise."""
         if self.everything:
             return values
-        return self.finish(values[:, self.index(values.shape[1])])
+        before = (slice(None),) * axis
+        return self.finish(values[(*before, self.index(values.shape[axis]))], axis)

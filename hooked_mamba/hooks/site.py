@@ -12,7 +12,7 @@ Kind = Literal["point", "lazy", "state"]
 """point: on the path of every call. lazy: computed only while something sits on it. state: lazy, and the state
 after each single position is a site of its own, `hook_h.{t}`."""
 
-AXES = {"E": "channel", "H": "head", "N": "state", "F": "neuron", "X": "expert"}
+AXES = {"E": "channel", "H": "head", "Q": "head", "J": "key_value_head", "N": "state", "F": "neuron", "X": "expert"}
 """What an axis of a shape is called where a sweep runs over it."""
 
 
@@ -37,6 +37,12 @@ class Site:
     """Whether it holds token ids or indices, which have no gradient."""
     also: tuple[str, ...] = ()
     """Names used elsewhere, accepted in the module and right under its block; its own name: right under the block."""
+
+    @property
+    def position_axis(self) -> int:
+        """The place of l in its shape: 1, but for attention patterns b Q l m."""
+        axes = self.shape.split()
+        return axes.index("l") if "l" in axes else 1
 
     @property
     def is_default(self) -> bool:
@@ -75,8 +81,8 @@ class PlacedSite:
     sizes: Mapping[str, int]
 
     def shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """The shape of its value."""
-        sizes = {**self.sizes, "b": batch, "l": length}
+        """The shape of its value; keys m are those of this call alone."""
+        sizes = {"m": length, **self.sizes, "b": batch, "l": length}
         return tuple(size_of(axis, sizes) for axis in self.row.shape.split())
 
     def nbytes(self, batch: int, length: int, itemsize: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hooked_mamba.config import Mamba2Config, MambaConfig
+from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.files import open_weights, resolve
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder
 from hooked_mamba.loading.tables import LazyState
@@ -20,7 +20,7 @@ __all__ = ["Checkpoint", "load_checkpoint"]
 class Checkpoint:
     """A checkpoint as found: nothing is read into memory until a tensor is asked for."""
 
-    cfg: MambaConfig | Mamba2Config
+    cfg: ModelConfig
     state_dict: LazyState
     """Memory-mapped tensors under our names. The files must stay in place while it is used."""
     format: str

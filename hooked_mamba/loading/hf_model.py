@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hooked_mamba.config import Mamba2Config, MambaConfig
+from hooked_mamba.config import Mamba2Config, ModelConfig
+from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading.registry import check_family, detect, format_for
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.weights import Shape, check_shapes
@@ -18,7 +19,7 @@ from hooked_mamba.loading.weights import Shape, check_shapes
 __all__ = ["from_hf_model", "to_hf_model"]
 
 
-def from_hf_model(hf_model: Any, family: str | None = None) -> tuple[MambaConfig | Mamba2Config, LazyState]:
+def from_hf_model(hf_model: Any, family: str | None = None) -> tuple[ModelConfig, LazyState]:
     """Config and weights of a transformers model, as that object computes.
 
     The tensors are the model's own; :func:`~hooked_mamba.loading.weights.load_into` copies them.
@@ -57,9 +58,7 @@ def _norms_per_group(hf_model: Any) -> bool:
     return all(hasattr(norm, "group_size") for norm in norms)
 
 
-def to_hf_model(
-    cfg: MambaConfig | Mamba2Config, state_dict: Mapping[str, Tensor], shapes: Mapping[str, Shape] | None = None
-) -> Any:
+def to_hf_model(cfg: ModelConfig, state_dict: Mapping[str, Tensor], shapes: Mapping[str, Shape] | None = None) -> Any:
     """A transformers model of this config with a copy of these weights, each in its own dtype.
 
     Returns
@@ -79,11 +78,14 @@ def to_hf_model(
         check_shapes(shapes, state_dict)
     # Which groups the gated norm has is up to the installed release: looked at once the model stands.
     writable = dataclasses.replace(cfg, norm_groups=cfg.n_groups) if isinstance(cfg, Mamba2Config) else cfg
-    config, state = format_for(cfg, "hf").from_ours(writable, state_dict)
+    form = format_for(cfg, "hf")
+    config, state = form.from_ours(writable, state_dict)
     model_class = getattr(transformers, config["architectures"][0])
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    with torch.device("meta"):
+    with parameters_on_meta():
         hf_model = model_class(model_class.config_class(**fields))
+    if isinstance(cfg, HybridConfig):  # a model object may merge what files hold apart
+        state = form.from_ours(cfg, state_dict, set(hf_model.state_dict()))[1]
     if isinstance(cfg, Mamba2Config):
         groups = cfg.n_groups if _norms_per_group(hf_model) else 1
         if cfg.norm_groups != groups:
@@ -92,19 +94,32 @@ def to_hf_model(
                 f"n_groups={cfg.n_groups}; expected norm_groups={groups}, got {cfg.norm_groups}"
             )
     weights = {name: state[name].detach().clone() for name in state}
+    embeddings = weights[next(name for name in state if name.endswith(("embeddings.weight", "embed_tokens.weight")))]
     if cfg.tie_embeddings:
-        weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
+        weights["lm_head.weight"] = embeddings
     hf_model.load_state_dict(weights, strict=True, assign=True)
     hf_model.tie_weights()
-    _fill_dummies(hf_model, weights["backbone.embeddings.weight"])
-    stored = weights["backbone.embeddings.weight"].dtype
+    for module in hf_model.modules():  # frequencies, multipliers and the like, which no file has
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in weights:
+                setattr(module, name, buffer.to(embeddings.device))
+    stored = embeddings.dtype
     setattr(hf_model.config, "dtype" if hasattr(hf_model.config, "dtype") else "torch_dtype", stored)
     return hf_model.eval()
 
 
-def _fill_dummies(hf_model: torch.nn.Module, like: Tensor) -> None:
-    """Falcon-Mamba keeps ones for a kernel that asks for weights of its weightless norms; no file has them."""
-    for module in hf_model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.ones(buffer.shape, dtype=like.dtype, device=like.device))
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have no memory for their parameters, one tensor at a time apart; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

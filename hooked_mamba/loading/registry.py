@@ -10,15 +10,26 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.config import Mamba2Config, MambaConfig, SSMConfig
+from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
+from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, nemotron_h
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
 
 __all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder", "format_for"]
 
-CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2"}
+CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2", "hybrid": "HookedHybrid"}
+
+HYBRIDS: dict[str, Any] = {
+    "bamba": bamba,
+    "falcon_h1": falcon_h1,
+    "granitemoehybrid": granite,
+    "jamba": jamba,
+    "nemotron_h": nemotron_h,
+}
+"""model_type of transformers -> the module that reads it."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,9 @@ class Format:
 
     name: str
     family: str
-    config_class: type[SSMConfig]
+    config_class: type[ModelConfig]
     to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
-    from_ours: Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Any], LazyState]]
+    from_ours: Callable[..., tuple[dict[str, Any], LazyState]]
     kind: str | None = None
     """What `save_pretrained(format=)` calls it: "hf", "raw", or None for what is only read."""
     writes: Callable[[Any], bool] = lambda cfg: True
@@ -38,6 +49,10 @@ class Format:
 
 def _no_mixer_norms(cfg: Any) -> bool:
     return not cfg.mixer_norms
+
+
+def _is(architecture: str) -> Callable[[Any], bool]:
+    return lambda cfg: cfg.architecture == architecture
 
 
 FORMATS = {
@@ -50,11 +65,17 @@ FORMATS = {
         Format("hf_mamba2", "mamba2", Mamba2Config, hf_mamba2.to_ours, hf_mamba2.from_ours, "hf"),
         Format("raw_mamba", "mamba", MambaConfig, raw_mamba.to_ours, raw_mamba.from_ours, "raw"),
         Format("raw_mamba2", "mamba2", Mamba2Config, raw_mamba2.to_ours, raw_mamba2.from_ours, "raw"),
+        *(
+            Format(f"hf_{name}", "hybrid", HybridConfig, module.to_ours, module.from_ours, "hf", _is(name))
+            for name, module in HYBRIDS.items()
+        ),
         Format("codestral", "mamba2", Mamba2Config, codestral.to_ours, codestral.from_ours),
     )
 }
 
-MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"}
+MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"} | {
+    name: f"hf_{name}" for name in HYBRIDS
+}
 LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2"}
 
 
@@ -132,7 +153,7 @@ def check_family(found: str, expected: str | None, name: str) -> None:
         )
 
 
-def format_for(cfg: SSMConfig, kind: str) -> Format:
+def format_for(cfg: ModelConfig, kind: str) -> Format:
     """The format in which a model of `cfg` is written.
 
     Parameters

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.registry import format_for
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.weights import Shape, check_shapes, target_dtype
@@ -30,7 +30,7 @@ WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors
 
 def save_checkpoint(
     folder: str | Path,
-    cfg: SSMConfig,
+    cfg: ModelConfig,
     state_dict: Mapping[str, Tensor],
     format: str = "hf",
     dtype: torch.dtype | None = None,

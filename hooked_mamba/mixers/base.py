@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.config import BranchConfig
 from hooked_mamba.mixers.linear_form import LinearForm
 from hooked_mamba.mixers.precision import KeepsFloat32
 from hooked_mamba.state import BranchState, Call
@@ -26,11 +27,19 @@ class Branch(KeepsFloat32, LinearForm):
 
     kind: ClassVar[str] = ""
     """Its name among kinds of branches ("mamba"); a class without one is a base of others."""
+    config_class: ClassVar[type[BranchConfig]] = BranchConfig
+    """What shapes it: the first argument of its constructor, the layer being the second."""
+
+    growing: ClassVar[tuple[str, ...]] = ()
+    """Parts of its memory whose second axis is as long as the text so far, such as keys."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("kind"):
             KINDS[cls.kind] = cls
+
+    def __init__(self, cfg: Any = None, layer: int = 0) -> None:
+        super().__init__()
 
     @abstractmethod
     def forward(
@@ -57,6 +66,21 @@ class Branch(KeepsFloat32, LinearForm):
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random weights as the paper's code draws them."""
+
+
+def branch_class(cfg: BranchConfig) -> type[Branch]:
+    """The class of branches that a config shapes.
+
+    Raises
+    ------
+    TypeError
+        No class takes it.
+    """
+    for cls in KINDS.values():
+        if cls.config_class is type(cfg):
+            return cls
+    known = ", ".join(cls.config_class.__name__ for cls in KINDS.values())
+    raise TypeError(f"no branch takes a {type(cfg).__name__}; there are branches of {known}")
 
 
 KINDS: dict[str, type[Branch]] = {}

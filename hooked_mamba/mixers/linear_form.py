@@ -37,7 +37,7 @@ class LinearForm(SitedModule):
 
     title: ClassVar[str] = ""
     """Its name in tables ("Mamba-1")."""
-    frozen_sites: ClassVar[tuple[str, ...]] = ()
+    frozen_sites: tuple[str, ...] = ()
     """Sites that a run must cache for :meth:`frozen`, by their own names."""
     places: ClassVar[Mapping[str, str]] = {}
     """The sites at places of the value path: "u", and where they differ from it "p", "y"; "write" and "state" where
@@ -46,15 +46,15 @@ class LinearForm(SitedModule):
     """Which rows of in_proj make p."""
     head_width: int | None = None
     """Channels P of a head; None where each channel stands alone."""
-    vectors_site: ClassVar[str | None] = None
+    vectors_site: str | None = None
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
     """What B, C and dt are computed from, where there are any."""
     norm_readers: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
     """Weights whose columns read the block's norm."""
-    inner_norms: ClassVar[tuple[tuple[str, str], ...]] = ()
+    inner_norms: tuple[tuple[str, str], ...] = ()
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
-    rule_sites: ClassVar[tuple[str, ...]] = ()
+    rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
 
     # The whole -------------------------------------------------------------------------------------------------

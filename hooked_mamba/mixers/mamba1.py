@@ -36,6 +36,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
     kind = "mamba"
     title = "Mamba-1"
     place = "mixer"
+    config_class = MambaConfig
     keep_float32 = ("A_log", "D", "dt_proj.bias")
     sites = (
         Site("hook_in_proj", "b l 2E", "whole projection, before the split"),
@@ -86,7 +87,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
     selection_reads = "u"
     rule_sites = (*RULE_SITES, "hook_x_proj")
 
-    def __init__(self, cfg: MambaConfig) -> None:
+    def __init__(self, cfg: MambaConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         E, N, R, d = cfg.E, cfg.d_state, cfg.R, cfg.d_model
@@ -97,6 +98,10 @@ class Mamba1Mixer(Mamba1Views, Branch):
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
+        if cfg.mixer_norm_weights:
+            self.dt_norm_weight = nn.Parameter(torch.empty(R))
+            self.B_norm_weight = nn.Parameter(torch.empty(N))
+            self.C_norm_weight = nn.Parameter(torch.empty(N))
         self.value_rows = slice(0, E)
 
         self.add_sites()
@@ -129,6 +134,8 @@ class Mamba1Mixer(Mamba1Views, Branch):
         dt_low, B, C = x_proj.split([R, N, N], -1)
         if self.cfg.mixer_norms:
             dt_low, B, C = (rms_normalize(v, self.cfg.mixer_norm_eps) for v in (dt_low, B, C))
+        if self.cfg.mixer_norm_weights:
+            dt_low, B, C = dt_low * self.dt_norm_weight, B * self.B_norm_weight, C * self.C_norm_weight
         dt_low = self.hook_dt_low(dt_low)
         dt_pre = self.hook_dt_pre(linear(dt_low, self.dt_proj.weight, self.dt_proj.bias))
 
@@ -268,3 +275,6 @@ class Mamba1Mixer(Mamba1Views, Branch):
         self.dt_proj.bias.copy_(initial_dt_bias(cfg, self.dt_proj.bias, generator))
         self.A_log.copy_(torch.arange(1, cfg.d_state + 1).to(self.A_log).log().expand_as(self.A_log))
         self.D.fill_(1)
+        if cfg.mixer_norm_weights:
+            for weight in (self.dt_norm_weight, self.B_norm_weight, self.C_norm_weight):
+                weight.fill_(1)

@@ -37,6 +37,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     kind = "mamba2"
     title = "Mamba-2"
     place = "mixer"
+    config_class = Mamba2Config
     keep_float32 = ("A_log", "D", "dt_bias")
     sites = (
         Site("hook_in_proj", "b l E+C+H", "whole projection, before the split"),
@@ -92,10 +93,10 @@ class Mamba2Mixer(Mamba2Views, Branch):
     frozen_sites = (*(f"hook_{site}" for site in ("x_pre", "conv", "x", "dt", "B", "C", "gate")), "norm.hook_scale")
     places: ClassVar = {"p": "hook_x_pre", "u": "hook_x", "y": "hook_y", "write": "hook_Bx", "state": "hook_h"}
     vectors_site = "norm.hook_out"
-    inner_norms = (("norm.weight", "out_proj.weight"),)
+    inner_norms: tuple[tuple[str, str], ...] = (("norm.weight", "out_proj.weight"),)
     rule_sites = (*RULE_SITES, "norm.hook_scale")
 
-    def __init__(self, cfg: Mamba2Config) -> None:
+    def __init__(self, cfg: Mamba2Config, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         E, H, d = cfg.E, cfg.H, cfg.d_model
@@ -104,9 +105,16 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
-        self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
+        if cfg.gated_norm != "none":
+            self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
         self.value_rows, self.head_width = slice(E, 2 * E), cfg.P
+        if cfg.gated_norm != "gate_first":
+            self.vectors_site = "hook_y_gated"
+        if cfg.gated_norm == "none":
+            self.inner_norms = ()
+            self.frozen_sites = tuple(site for site in self.frozen_sites if not site.startswith("norm."))
+            self.rule_sites = tuple(site for site in self.rule_sites if not site.startswith("norm."))
 
         self.add_sites()
 
@@ -129,7 +137,8 @@ class Mamba2Mixer(Mamba2Views, Branch):
         # An empty memory is None: some kernels start from no other.
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
 
-        zxBCdt = self.hook_in_proj(self.in_proj(resid))
+        zxBCdt = self.in_proj(resid)
+        zxBCdt = self.hook_in_proj(zxBCdt if cfg.in_scales is None else zxBCdt * self.in_factors())
         z, xBC, dt_pre = zxBCdt.split([E, cfg.conv_dim, H], -1)
         xBC = self.hook_x_pre(real(xBC))
         z = self.hook_z(z)
@@ -148,8 +157,20 @@ class Mamba2Mixer(Mamba2Views, Branch):
         y = self.hook_y(y_scan + skip)
 
         gate = self.hook_gate(silu(z))
-        y_gated = self.hook_y_gated(rearrange(y, "b l h p -> b l (h p)") * gate)
-        return self.hook_out_proj(self.out_proj(self.norm(y_gated))), LayerState(history, h)
+        y = rearrange(y, "b l h p -> b l (h p)")
+        if cfg.gated_norm == "gate_first":
+            out = self.norm(self.hook_y_gated(y * gate))
+        else:
+            out = self.hook_y_gated((self.norm(y) if cfg.gated_norm == "norm_first" else y) * gate)
+        return self.hook_out_proj(self.out_proj(out)), LayerState(history, h)
+
+    def in_factors(self) -> Float[Tensor, " inner"]:
+        """`in_scales`, one for each row of in_proj."""
+        cfg = self.cfg
+        assert cfg.in_scales is not None  # asked for only where there are some
+        widths = (cfg.E, cfg.E, cfg.G * cfg.d_state, cfg.G * cfg.d_state, cfg.H)
+        factors = [f for factor, width in zip(cfg.in_scales, widths, strict=True) for f in [factor] * width]
+        return self.A_log.new_tensor(factors, dtype=self.in_proj.weight.dtype)
 
     def ssm(
         self,
@@ -232,13 +253,15 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
         """The gate, and the gated norm's weight and divisor."""
+        if self.cfg.gated_norm == "none":
+            return at_least_fp32(read("hook_gate"))
         scale = read("norm.hook_scale")
         gain = at_least_fp32(read("hook_gate")) * self.norm.weight
         grouped = rearrange(gain, "b l (g w) -> b l g w", g=scale.shape[2]) / scale
         return rearrange(grouped, "b l g w -> b l (g w)")
 
     def write_weight(self) -> Float[Tensor, "d E"]:
-        return self.out_proj.weight * self.norm.weight
+        return self.out_proj.weight if self.cfg.gated_norm == "none" else self.out_proj.weight * self.norm.weight
 
     def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
         return super().history(before, path) if before is None else at_least_fp32(before[0][..., : self.cfg.E])
@@ -274,4 +297,5 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.dt_bias.copy_(initial_dt_bias(cfg, self.dt_bias, generator))
         self.A_log.uniform_(*cfg.A_init_range, generator=generator).log_()
         self.D.fill_(1)
-        self.norm.weight.fill_(1)
+        if cfg.gated_norm != "none":
+            self.norm.weight.fill_(1)

@@ -63,11 +63,18 @@ def linear_scan_through_hooks(
     hook_h: StateHookPoint, A_bar: Tensor, Bx: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h_t = A_bar_t h_{t-1} + Bx_t with the hooks on single states in line; all states and the last one."""
-    length = Bx.shape[1]
+    return all_states_through_hooks(hook_h, Bx.shape[1], h0, lambda t, h: ops.linear_scan(A_bar[:, t], Bx[:, t], h0=h))
+
+
+def all_states_through_hooks(
+    hook_h: StateHookPoint, length: int, h0: Tensor | None, states_of: Callable[[slice, Tensor | None], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Every state, by `states_of(columns, state before them)`, with the hooks on single states in line; and the last
+    one."""
     points = hook_h.points_at(length)
     pieces, h, start = [], h0, 0
     for end in [t for t in points if t < length - 1] + [length - 1]:
-        piece = ops.linear_scan(A_bar[:, start : end + 1], Bx[:, start : end + 1], h0=h)
+        piece = states_of(slice(start, end + 1), h)
         h = piece[:, -1]
         if end in points:
             h = _through(points[end], h)

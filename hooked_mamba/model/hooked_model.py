@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hooked_mamba import loading
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.config import ModelConfig
 from hooked_mamba.display import model_html
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.positions import PositionSelect
@@ -51,7 +51,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
     cfg: Any
     family: ClassVar[str]
     """What checkpoints and tables call it; the key of :data:`MODELS`."""
-    config_class: ClassVar[type[SSMConfig]]
+    config_class: ClassVar[type[ModelConfig]]
     branch_classes: ClassVar[Mapping[str, type[Branch]]]
     """Name of a branch in its block -> its class."""
     cache_class = ActivationCache
@@ -61,13 +61,13 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if "family" in cls.__dict__:
             MODELS[cls.family] = cls
 
-    def __init__(self, cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> None:
+    def __init__(self, cfg: ModelConfig, tokenizer: Any = None, *, seed: int | None = None) -> None:
         """A model with random weights; `seed` makes them reproducible. For trained ones: `from_pretrained`."""
         self._build(cfg, tokenizer)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.reset_parameters(generator)
 
-    def _build(self, cfg: SSMConfig, tokenizer: Any) -> None:
+    def _build(self, cfg: ModelConfig, tokenizer: Any) -> None:
         if not isinstance(cfg, self.config_class):
             raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(cfg).__name__}")
         super().__init__(cfg, [self.make_block(cfg, i) for i in range(cfg.n_layers)])
@@ -84,12 +84,17 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
     def make_block(cls, cfg: Any, layer: int) -> Block:
         """One block with its branches."""
         stages = cls.stages(cfg, layer)
-        return Block(cfg, {name: cls.branch_classes[name](cfg) for stage in stages for name in stage}, stages)
+        return Block(
+            cfg,
+            {name: cls.branch_classes[name](cfg, layer) for stage in stages for name in stage},
+            stages,
+            norm=cls.norm_class,
+        )
 
     # Making and keeping --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls: type[Model], cfg: SSMConfig, tokenizer: Any = None, *, seed: int | None = None) -> Model:
+    def from_config(cls: type[Model], cfg: ModelConfig, tokenizer: Any = None, *, seed: int | None = None) -> Model:
         """A model with random weights."""
         return cls(cfg, tokenizer, seed=seed)
 
@@ -150,7 +155,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         return model.eval()
 
     @classmethod
-    def empty(cls: type[Model], cfg: SSMConfig) -> Model:
+    def empty(cls: type[Model], cfg: ModelConfig) -> Model:
         """A model whose weights take no memory yet."""
         model = cls.__new__(cls)
         with torch.device("meta"):
@@ -229,6 +234,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         stop_at_layer: int | None = None,
         initial_state: ModelState | None = None,
         return_state: bool = False,
+        carry: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Run the model.
 
@@ -254,7 +260,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         attention_mask
             b l, 1 for real tokens and 0 for padding at either end.
         initial_state, return_state
-            Memory to go on from, and whether to return (output, memory after the last real token of each row).
+            Memory to continue from, and whether to return (output, memory after the last real token of each row).
+        carry
+            What layers before `start_at_layer` hand to later ones beside the stream, by name; only for models that
+            have such a thing, whose error says what.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -275,7 +284,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if start_at_layer is None:
             assert tokens is not None  # found above
             resid = self.embed_tokens(tokens)
-        resid, state = self.run_blocks(resid, layers, initial_state, padding)
+        resid, state = self.run_blocks(resid, layers, initial_state, padding, carry)
         out: Any = resid
         if stop_at_layer is None:
             logits = self.to_logits(resid)
@@ -363,7 +372,7 @@ MODELS: dict[str, type[HookedModel]] = {}
 """Every class of models by its family, in the order of definition."""
 
 
-def model_class(cfg: SSMConfig) -> type[HookedModel]:
+def model_class(cfg: ModelConfig) -> type[HookedModel]:
     """The class of models that a config shapes.
 
     Raises

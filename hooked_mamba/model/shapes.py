@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.config import ModelConfig
 from hooked_mamba.model.hooked_model import HookedModel, model_class
 
 Shape = tuple[int, ...]
 
 
-def weight_shapes(cfg: SSMConfig) -> dict[str, Shape]:
+def weight_shapes(cfg: ModelConfig) -> dict[str, Shape]:
     """Every weight of a model of `cfg`, by its name, with its shape; a tied unembedding is left out."""
     return shapes_of(model_class(cfg).empty(cfg))
 

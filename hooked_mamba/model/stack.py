@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from functools import reduce
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_mamba.components import Embed, RMSNorm, Unembed, at_least_fp32
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.components import Embed, LayerNorm, RMSNorm, Unembed, at_least_fp32
+from hooked_mamba.config import ModelConfig
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
@@ -24,41 +26,80 @@ def _norm(name: str, reader: str, **more: Any) -> Child:
     return Child(name, RMSNorm, {"w": "d"}, {"hook_out": f"after the weight: what {reader} reads"}, **more)
 
 
+OUTPUTS = {
+    "mixer": "what the mixer adds to the stream, its factor included",
+    "attn": "what attention adds to the stream, its factor included",
+    "moe": "what the experts add to the stream, their factor included",
+    "mlp": "what the MLP adds to the stream, its factor included",
+}
+"""Branches of blocks that have a site for what each adds, in which blocks of one mixer need none."""
+
+
 class Block(SitedModule):
     """A list of stages: `stream += sum of branches(norm(stream))`, one stage after the other.
 
     The first stage reads `norm`, the second `norm2`, and so on. Branches are attributes under their names in the
     stages ("mixer", "attn", "mlp").
+
+    Parameters
+    ----------
+    cfg
+        The model's.
+    branches
+        Name -> branch.
+    stages
+        What the block does in turn, each stage the names of the branches that read one norm.
+    in_scales, out_scales
+        Branch -> factor of what it reads, and of what it adds; 1 where absent.
+    output_sites
+        Whether `hook_{branch}_out` holds what each branch adds.
+    norm
+        Made of a width and an eps, one for each stage.
     """
 
     place = "block"
     sites = (
         Site("hook_resid_pre", "b l d", "residual stream entering the block", wide=True),
         _norm("norm", "in_proj", also={"hook_normalized_input": "hook_out"}, called=("ln1",)),
+        *(Site(f"hook_{name}_out", "b l d", text) for name, text in OUTPUTS.items()),
         Site("hook_resid_mid", "b l d", "residual stream between two stages of the block", wide=True),
         _norm("norm2", "the second stage", called=("ln2",)),
         Site("hook_resid_post", "b l d", "residual stream leaving the block", wide=True),
     )
 
-    def __init__(self, cfg: SSMConfig, branches: Mapping[str, Branch], stages: Stages = (("mixer",),)) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        branches: Mapping[str, Branch],
+        stages: Stages = (("mixer",),),
+        in_scales: Mapping[str, float] | None = None,
+        out_scales: Mapping[str, float] | None = None,
+        output_sites: bool = False,
+        norm: type[SitedModule] = RMSNorm,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.residual_in_fp32 = cfg.residual_in_fp32
         self.stages = tuple(tuple(stage) for stage in stages)
         self.norm_names = tuple(f"norm{i}" if i > 1 else "norm" for i in range(1, len(self.stages) + 1))
+        self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
+        self.output_sites = output_sites
         for name in self.norm_names:
-            setattr(self, name, RMSNorm(cfg.d_model, cfg.eps))
+            setattr(self, name, norm(cfg.d_model, cfg.eps))  # type: ignore[call-arg]
         for name, branch in branches.items():
             setattr(self, name, branch)
         self.add_sites()
 
     def site_rows(self) -> tuple[Site | Child, ...]:
-        pre, norm, mid, norm2, post = type(self).sites
-        rows: list[Site | Child] = [pre]
-        for i, stage in enumerate(self.stages):
-            rows += [norm] if i == 0 else [mid, norm2]
-            rows += [Child(name) for name in stage]
-        return (*rows, post)
+        declared = {row.name: row for row in type(self).sites}
+        rows: list[Site | Child] = [declared["hook_resid_pre"]]
+        for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
+            rows += [declared["hook_resid_mid"]] if i else []
+            rows += [replace(declared["norm2" if i else "norm"], name=norm)]
+            for name in stage:
+                rows += [Child(name)]
+                rows += [declared[f"hook_{name}_out"]] if self.output_sites else []
+        return (*rows, declared["hook_resid_post"])
 
     def sizes(self) -> dict[str, int]:
         return {"d": self.cfg.d_model}
@@ -76,16 +117,26 @@ class Block(SitedModule):
         resid = self.hook_resid_pre(resid)
         after: dict[str, BranchState] = {}
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
-            resid = resid if i == 0 else self.hook_resid_mid(resid)
+            resid = self.hook_resid_mid(resid) if i else resid
             x = getattr(self, norm)(resid)
+            outs: list[Tensor] = []
             for name in stage:
-                out, after[name] = getattr(self, name)(x, None if state is None else state[name], call)
-                resid = resid + out
+                before = None if state is None else state[name]
+                out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                out = scaled(out, self.out_scales.get(name))
+                out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
+                outs.append(out)
+            resid = resid + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:
         """The empty memory of every branch."""
         return BlockState({name: branch.initial_state(batch, device) for name, branch in self.branches.items()})
+
+
+def scaled(x: Tensor, factor: float | None) -> Tensor:
+    """x times a factor, if there is one."""
+    return x if factor is None or factor == 1 else x * factor
 
 
 class Stack(SitedModule):
@@ -95,6 +146,12 @@ class Stack(SitedModule):
     sites = (
         Site("hook_tokens", "b l", "token ids, if the input is tokens", integer=True),
         Site("hook_embed", "b l d", "token embedding"),
+        Child(
+            "ln_embed",
+            LayerNorm,
+            {"w": "d"},
+            {"hook_scale": "the divisor of the norm behind the embedding, where there is one"},
+        ),
         Child("blocks"),
         Child(
             "ln_final",
@@ -105,12 +162,24 @@ class Stack(SitedModule):
         Site("hook_logits", "b l V", "logits", wide=True),
     )
 
-    def __init__(self, cfg: SSMConfig, blocks: Iterable[Block]) -> None:
+    embedding_multiplier: float | None = None
+    """Factor of the embedding; None: 1."""
+    logit_multiplier: float | None = None
+    """Factor of the logits; None: 1."""
+
+    norm_class: ClassVar[type[SitedModule]] = RMSNorm
+    """The final norm's class."""
+    norms_embedding: ClassVar[bool] = False
+    """Whether a norm of its own follows the embedding."""
+
+    def __init__(self, cfg: ModelConfig, blocks: Iterable[Block]) -> None:
         super().__init__()
         self.cfg = cfg
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        if self.norms_embedding:
+            self.ln_embed = self.norm_class(cfg.d_model, cfg.eps)  # type: ignore[call-arg]
         self.blocks = nn.ModuleList(blocks)
-        self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
+        self.ln_final = self.norm_class(cfg.d_model, cfg.eps)  # type: ignore[call-arg]
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model)
         self.add_sites()
         self.tie_weights()
@@ -125,7 +194,8 @@ class Stack(SitedModule):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids to the start of the residual stream."""
-        return self.hook_embed(self.embed(self.hook_tokens(tokens)))
+        embedded = self.hook_embed(scaled(self.embed(self.hook_tokens(tokens)), self.embedding_multiplier))
+        return self.ln_embed(embedded) if self.norms_embedding else embedded
 
     def run_blocks(
         self,
@@ -146,7 +216,7 @@ class Stack(SitedModule):
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""
-        return self.hook_logits(self.unembed(self.ln_final(resid)))
+        return self.hook_logits(scaled(self.unembed(self.ln_final(resid)), self.logit_multiplier))
 
     def block(self, layer: int) -> Block:
         """One block."""
@@ -170,7 +240,14 @@ class Stack(SitedModule):
         for i in range(len(self.blocks)):
             block = self.block(i)
             for name in block.norm_names:
-                getattr(block, name).weight.fill_(1)
+                reset_norm(getattr(block, name))
             for branch in block.branches.values():
                 branch.reset_parameters(generator)
-        self.ln_final.weight.fill_(1)
+        for norm in (self.ln_final, *([self.ln_embed] if self.norms_embedding else [])):
+            reset_norm(norm)
+
+
+def reset_norm(norm: nn.Module) -> None:
+    """Weight 1 and bias 0."""
+    for name, parameter in norm.named_parameters():
+        parameter.fill_(1 if name == "weight" else 0)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.config import SSMConfig
+from hooked_mamba.config import ModelConfig
 
 PaddingSide = Literal["left", "right"]
 
@@ -21,7 +21,7 @@ class TextMethods:
     does so by itself): these models were trained without one.
     """
 
-    cfg: SSMConfig
+    cfg: ModelConfig
     tokenizer: Any
     embed: Any
     W_U: Any

@@ -32,6 +32,7 @@ FOLDERS = {
     "selective_scan": "selective_scan",
     "gated_scan": "selective_scan",
     "ssd": "ssd",
+    "delta_scan": "delta_scan",
     "linear_scan": "linear_scan",
     "causal_conv1d": "causal_conv1d",
     "silu": "elementwise",
@@ -172,7 +173,7 @@ def choose(op: str, x: Tensor, N: int = 1, asked: frozenset[str] = frozenset(), 
     Parameters
     ----------
     op
-        "selective_scan", "gated_scan", "ssd", "linear_scan", "causal_conv1d", "silu" or "softplus".
+        One of `FOLDERS`.
     x
         The input: its device and type decide.
     N

@@ -22,6 +22,19 @@ class ScanOut(NamedTuple):
     """States right after the positions of `states_at`, b S E N [b S H P N]; None if none were asked for."""
 
 
+class DeltaScanOut(NamedTuple):
+    """What `delta_scan` returns."""
+
+    y: Tensor
+    """Read-outs S_t r_t, b l H V, in the dtype of v."""
+    h_last: Tensor
+    """State after the last position, b H V K, float32 (float64 if v is float64)."""
+    states: Tensor | None
+    """States right after the positions of `states_at`, b S H V K; None if none were asked for."""
+    recall: Tensor
+    """S_{t-1} a_t, what the state held under the address a_t before position t wrote: b l H V, in the dtype of v."""
+
+
 class StateEdits(NamedTuple):
     """Edits of the state: right after position `at[i]`, h <- scale[:, i] * h + add[:, i].
 
@@ -31,6 +44,6 @@ class StateEdits(NamedTuple):
     at: Sequence[int]
     """Positions, strictly ascending."""
     scale: Tensor | None = None
-    """b S E N [b S H P N], or anything that broadcasts to it; None means 1."""
+    """b S E N [b S H P N; b S H V K], or anything that broadcasts to it; None means 1."""
     add: Tensor | None = None
-    """b S E N [b S H P N], or anything that broadcasts to it; None means 0."""
+    """b S E N [b S H P N; b S H V K], or anything that broadcasts to it; None means 0."""

@@ -114,6 +114,19 @@ def splat(typingctx, number):
 
 
 @intrinsic
+def broadcast(typingctx, array, offset):
+    """The number array.ravel()[offset] in all lanes; offsets are not counted from the end, which would cost a test."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        number = builder.load(builder.gep(data, [args[1]]))
+        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), _int_constant(0))
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
 def mul(typingctx, a, b):
     """a b"""
 

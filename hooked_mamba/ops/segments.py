@@ -42,7 +42,7 @@ def run_with_edits(
 
 
 def edited(h: Tensor, edits: StateEdits, i: int) -> Tensor:
-    """The state h after the i-th edit."""
+    """The state h, batch first, after the i-th edit."""
     for name, tensor in (("scale", edits.scale), ("add", edits.add)):
         if tensor is not None:
             full = tensor.to(h.dtype).expand(h.shape[0], len(edits.at), *h.shape[1:])

@@ -1,10 +1,10 @@
-"""What an architecture is made of: which latents of a batch matter, and what they are worth.
+"""The interface of an architecture: which latents of a batch are kept, and their values.
 
 In training, a batch is encoded in three steps:
     1. the pre-activations x W_enc + b, a run of rows at a time, without gradient: the only dense product;
-    2. the entries that matter (the k largest; or those above a bound) are kept, all others forgotten;
+    2. the k largest entries, or those above a bound, are kept and all others dropped;
     3. the kept entries get their gradients back (:func:`saes.sparse.encode`) and become latents.
-Where too many matter, the pre-activations are kept whole and autograd does the rest. Both give the same numbers.
+Where too many are kept, the pre-activations stay dense and autograd does the rest. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHUNK_CUDA = 1 << 28
 """The same on a GPU, where it bounds memory."""
 
 DENSE = 1 / 16
-"""Share of entries that matter, from which dense products are faster."""
+"""Share of kept entries from which dense products are faster."""
 
 At = Int[Tensor, " n"] | slice
 """Which latent each entry belongs to: an index per entry, or all of them along the last axis."""
@@ -43,9 +43,9 @@ class Latents:
     pattern: Pattern | None
     rows: int
     penalty: Float[Tensor, ""] | None = None
-    """What the architecture adds to the loss per example for being active, before its coefficient."""
+    """The architecture's sparsity penalty per example, before its coefficient."""
     gate: Float[Tensor, "..."] | None = None
-    """The gated coder's rectified gate, which alone must reconstruct too."""
+    """The gated coder's rectified gate, which must also reconstruct on its own."""
     least: Float[Tensor, ""] | None = None
     """The smallest active value, which the threshold for inference follows."""
     rest: Latents | None = None
@@ -74,12 +74,12 @@ def affine(x: Float[Tensor, "n d"], W: Float[Tensor, "d F"], b: Float[Tensor, " 
 
 
 def runs(x: Float[Tensor, "n d"], F: int) -> Iterator[Tensor]:
-    """Rows of x in runs whose pre-activations fit."""
+    """Rows of x in chunks whose pre-activations fit in memory."""
     return iter(x.split(max(1, (CHUNK_CUDA if x.is_cuda else CHUNK) // F)))
 
 
 class Activation:
-    """One architecture. The six are in files of their own beside this one."""
+    """One architecture. Each of the six has its own file in this folder."""
 
     def setup(self, coder: CoderParameters) -> None:
         """Give the coder the parameters and buffers that depend on the architecture."""
@@ -91,30 +91,30 @@ class Activation:
 
     def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Latents of pre-activations after training."""
-        raise TypeError(f"{type(self).__name__} does not say how to infer")
+        raise TypeError(f"{type(self).__name__} does not implement infer")
 
     def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
         """Latents in training; x is centred and scaled already."""
-        raise TypeError(f"{type(self).__name__} does not say how to train")
+        raise TypeError(f"{type(self).__name__} does not implement train")
 
     def with_gradient(self, coder: CoderParameters, x: Tensor, pattern: Pattern, pre: Tensor) -> Float[Tensor, " n"]:
-        """Pre-activations that were found without gradient, with it."""
+        """Attach gradients to pre-activations that were computed without."""
         return sparse.encode(x, coder.W_enc, self.bias(coder), pre, pattern)
 
 
 class Bounded(Activation):
-    """Entries above a bound matter: JumpReLU, standard, gated."""
+    """Entries above a bound are kept: JumpReLU, standard, gated."""
 
     def bound(self, coder: CoderParameters, state: LossState) -> Float[Tensor, " F"] | float:
-        """Pre-activations up to here have neither value nor gradient."""
+        """Pre-activations up to this bound contribute neither value nor gradient."""
         return 0.0
 
     def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:
         """Values, penalty and gate of entries; `pattern` and `rows` are filled in by :meth:`train`."""
-        raise TypeError(f"{type(self).__name__} does not say what entries are worth")
+        raise TypeError(f"{type(self).__name__} does not implement latents")
 
     def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:
-        """Sparse where few entries matter, dense otherwise."""
+        """Sparse where few entries are kept, dense otherwise."""
         pattern, pre = self._entries(coder, x, state)
         out = self.latents(coder, pre, slice(None) if pattern is None else pattern.indices, state)
         out.pattern, out.rows = pattern, len(x)

@@ -23,7 +23,7 @@ ROOM = (1.5, 4.0)
 
 
 def _guess(pre: Float[Tensor, "n F"], share: float) -> float:
-    """About the value that this share of the pre-activations is above, and not negative."""
+    """An estimate of the value that this share of the pre-activations exceeds; at least 0."""
     flat = pre.reshape(-1)
     step = max(1, flat.numel() // SAMPLE)
     sample = flat[:: step + 1 - step % 2]  # an odd step meets all columns where their number is a power of two

@@ -65,7 +65,7 @@ def step(pre: Float[Tensor, "..."], theta: Float[Tensor, "..."], eps: float) -> 
 
 
 class JumpReLU(Bounded):
-    """Thresholds are kept from falling below 0 after each step (:func:`saes.init.after_step`)."""
+    """Thresholds are clamped at 0 after each step (:func:`saes.init.after_step`)."""
 
     def setup(self, coder: CoderParameters) -> None:
         """A threshold per latent."""
@@ -77,7 +77,7 @@ class JumpReLU(Bounded):
         return torch.where(pre > coder.threshold, pre, 0.0).relu()
 
     def bound(self, coder: CoderParameters, state: LossState) -> Float[Tensor, " F"]:
-        """Half a bandwidth below the threshold the threshold's gradient ends."""
+        """The threshold's gradient vanishes from half a bandwidth below it."""
         return coder.threshold - state.bandwidth / 2
 
     def latents(self, coder: CoderParameters, pre: Float[Tensor, "..."], at: At, state: LossState) -> Latents:

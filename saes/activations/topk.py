@@ -12,14 +12,14 @@ from saes.parameters import CoderParameters
 from saes.sparse import Pattern
 
 GROUP = 8
-"""Columns of which first only the largest counts."""
+"""Columns per group; first only each group's maximum is compared."""
 
 PAYS = 64
 """Columns per k, and groups at least, from which looking at groups first is faster."""
 
 
 def topk(pre: Float[Tensor, "n F"], k: int, ordered: bool = False) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Each row's k largest values and where they stand; `ordered`: the largest first.
+    """Each row's k largest values and their columns; `ordered`: largest first.
 
     The k largest lie in the k groups of columns with the largest maxima, so most columns are looked at only once.
     """

@@ -1,4 +1,4 @@
-"""Looking at features: where they are active, what they say, which are alike; as numbers, and as an offline page."""
+"""Features: where they are active, which tokens they promote, which are similar; as numbers and as an offline page."""
 
 from saes.explorer.collect import collect as collect
 from saes.explorer.data import Contexts as Contexts

@@ -1,4 +1,4 @@
-"""The best few of very many, by group, in one pass: what every feature is remembered by."""
+"""The n largest of many entries in each group, in one pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def best_of_groups(
     groups: Int[Tensor, " m"], keys: Float[Tensor, " m"], n: int
 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-    """Which entries are among the n of largest key in their group, and their ranks in it.
+    """Which entries have the n largest keys of their group, and their ranks.
 
     Sorted by group, the largest first; of equals the earlier entry.
     """
@@ -27,7 +27,7 @@ def best_of_groups(
 
 
 class Best:
-    """For each of F groups the n entries of largest key seen so far, each with what belongs to it.
+    """For each of F groups, the n entries with the largest keys so far, each with its data.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""From a model, dictionaries and text to what is known of every feature, in one pass over the text."""
+"""Statistics and contexts of every feature, from one pass of a text through the model."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def collect(
 
 
 def chosen_features(features: Sequence[int] | None, d_sae: int, name: str) -> Tensor:
-    """Numbers of the features to look at, checked."""
+    """Indices of the chosen features, checked."""
     if features is None:
         return torch.arange(d_sae)
     for feature in features:
@@ -185,7 +185,7 @@ def summary(
     labels: Mapping[int, str],
     texts: Mapping[int, str] | None = None,
 ) -> FeatureData:
-    """What a tally holds, with words and neighbours. `texts` of the tokens in contexts, if they are not the model's."""
+    """A tally's result with promoted tokens and neighbours. `texts`: of the contexts' tokens, if not the model's."""
     top, sampled = tally.contexts(tally.top), tally.contexts(tally.sampled)
     words = token_rankings(model, coder, n_words, features) if model is not None else None
     promoted, suppressed = words if words is not None else (None, None)

@@ -1,4 +1,4 @@
-"""What is known of the features of one dictionary: numbers, contexts, words, neighbours."""
+"""Data about the features of one dictionary: statistics, contexts, promoted tokens, neighbours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class FeatureData:
-    """Features of a dictionary, all F or some, as one text showed them."""
+    """All or some features of a dictionary, as measured on one text."""
 
     name: str
     """Of the dictionary."""

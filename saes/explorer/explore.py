@@ -1,4 +1,4 @@
-"""In one call: a page about the features of dictionaries, or about a single feature."""
+"""A page about the features of dictionaries, or about a single feature, in one call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saes.store.data import Text
 
 @dataclass(frozen=True)
 class Explorer(Mapping[str, FeatureData]):
-    """What is known of one dictionary or several, by name."""
+    """Data about the features of one dictionary or several, by name."""
 
     data: Mapping[str, FeatureData]
 
@@ -52,7 +52,7 @@ class Explorer(Mapping[str, FeatureData]):
 
 
 def explore(model: HookedSSM, coder: Coders, tokens: Text, **options: Any) -> Explorer:
-    """Read a text through a model and look at what a dictionary's features do: `explore(...).save("page.html")`.
+    """Read a text through a model and collect what a dictionary's features do: `explore(...).save("page.html")`.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def feature_explorer(
     model: HookedSSM | None = None,
     label: str | None = None,
 ) -> Page:
-    """A page about one feature, from activations that are at hand.
+    """A page about one feature, from given activations.
 
     Parameters
     ----------

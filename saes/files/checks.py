@@ -1,9 +1,10 @@
-"""Reading a coder's files without trusting them: where they lie, what they hold, and what they should hold."""
+"""Reading a coder's files without trusting them: their location, their contents and what is expected."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.tables import LazyState
 from hooked_mamba.loading.tensor_files import open_safetensors, read_json, some
+from saes.options import RepeatedKeyError, unique_keys
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 """Number formats that weights may have on disk, by name."""
@@ -24,13 +26,33 @@ FINITE_AT_ONCE = 1 << 24
 """Numbers looked at together when all must be finite."""
 
 
+MESSAGE = 1200
+"""Characters of a message; a file's values, which are shown in it, may be of any length."""
+
+WRONG = 200
+"""Characters of a wrong value that are compared with the right ones."""
+
+TEXT = 500
+"""Characters that a text in a file, such as a model's name, may have."""
+
+
 class CoderFileError(CheckpointError):
-    """A coder's files that cannot be read, or a coder that cannot be written as asked."""
+    """A coder's files that cannot be read, or a coder that cannot be written as asked.
+
+    A long message, which shows a long value, loses its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > MESSAGE:
+            part = MESSAGE // 2
+            cut = len(message) - 2 * part
+            message = f"{message[:part]} [{cut:,} characters left out] {message[-part:]}"
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What a caller says about a coder whose files do not, or must, say it."""
+    """What a caller says about a coder beyond, or against, what its files say."""
 
     k: int | None = None
     in_site: str | None = None
@@ -38,11 +60,18 @@ class Hints:
     target: Literal["block", "local"] | None = None
     reads: Literal["normalized", "resid"] | None = None
     model_name: str | None = None
+    norm_factor: float | int | None = None
+    """What a SAELens coder with normalize_activations="expected_average_only_in" multiplies its input by."""
+
+    def __post_init__(self) -> None:
+        factor = self.norm_factor
+        if factor is not None and not (isinstance(factor, float | int) and 0 < factor < float("inf")):
+            raise CoderFileError(f"norm_factor must be a number above 0, got {factor!r}")
 
 
 def nearest(wrong: object, right: Iterable[str]) -> str:
     """Part of a message: the nearest valid choice, if one is near."""
-    near = difflib.get_close_matches(str(wrong), list(right), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(wrong)[:WRONG], list(right), n=1, cutoff=0.4)
     return f"; nearest: {near[0]!r}" if near else ""
 
 
@@ -72,13 +101,23 @@ def plain_file(path: Path) -> Path:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file; a key that stands in it twice is an error."""
     try:
-        return read_json(plain_file(path))
+        values = read_json(plain_file(path))
+        no_key_twice(path)
+        return values
     except CoderFileError:
         raise
     except (CheckpointError, TypeError) as error:
         raise CoderFileError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from error
+
+
+def no_key_twice(path: Path) -> None:
+    """Raise CoderFileError where an object in a JSON file has a key twice: readers differ in which one counts."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise CoderFileError(f"{path} {error}") from None
 
 
 def open_tensors(path: Path) -> LazyState:
@@ -154,6 +193,8 @@ def field(config: Mapping[str, Any], name: str, kind: type, where: Path) -> Any:
         near = nearest(name, config)
         raise CoderFileError(f"{where} lacks {name}{near}")
     value = config[name]
+    if isinstance(value, str) and len(value) > TEXT:
+        raise CoderFileError(f"{where} has a {name} of {len(value):,} characters, expected at most {TEXT}")
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not right or (kind is int and value < 1):
         expected = {int: "a positive integer", str: "a text", bool: "true or false", dict: "an object"}[kind]

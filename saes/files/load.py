@@ -1,9 +1,9 @@
-"""Reading a coder of any format known here: which format it is, its config, and its weights, all checked."""
+"""Reading a coder in any supported format: its format, config and weights, all checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saes.config import CoderConfig
 from saes.files.checks import CoderFileError, Hints, file_metadata, open_tensors, plain_file, read_object
-from saes.files.own import KEY, Metrics, read_own
+from saes.files.own import KEY, Metrics, Training, read_own
 from saes.files.recurrentlens import read_recurrentlens
 from saes.files.saelens import read_foreign
 from saes.files.save import CONFIG, WEIGHTS
@@ -40,6 +40,8 @@ class Opened:
     """What was measured when it was saved; empty in other libraries' formats."""
     weights: Callable[[], dict[str, Tensor]]
     """Reads and checks all tensors, under our names, as they are on disk."""
+    training: Training = field(default_factory=dict)
+    """What it was trained on; empty in other libraries' formats."""
 
 
 def open_coder(path: str | Path, **hints: Any) -> Opened:
@@ -50,6 +52,13 @@ def open_coder(path: str | Path, **hints: Any) -> Opened:
         fields = ", ".join(Hints.__dataclass_fields__)
         raise TypeError(f"unknown options {', '.join(sorted(hints))}: a coder is loaded with {fields}") from None
     path = Path(path).expanduser()
+    opened = _open(path, known)
+    if known.norm_factor is not None and opened.format != "saelens":
+        raise CoderFileError(f"norm_factor= is for SAELens' coders, {path} is of {opened.format}; leave it out")
+    return opened
+
+
+def _open(path: Path, known: Hints) -> Opened:
     if path.is_file():
         return _open_file(path, known)
     if not path.is_dir():
@@ -58,10 +67,10 @@ def open_coder(path: str | Path, **hints: Any) -> Opened:
     if weights.exists() or weights.is_symlink():
         read = read_object(config)
         if KEY in read:
-            cfg, metrics, get = read_own(read, lambda: open_tensors(weights), known, config, weights)
+            cfg, metrics, training, get = read_own(read, lambda: open_tensors(weights), known, config, weights)
             plain_file(weights)
-            return Opened(cfg, "hooked_mamba", metrics, get)
-        return Opened(*_with("saelens", *read_foreign(read, open_tensors(weights), known, config)))
+            return Opened(cfg, "hooked_mamba", metrics, get, training)
+        return Opened(*_with("saelens", *read_foreign(read, open_tensors(weights), known, config, weights)))
     if single.exists() or single.is_symlink():
         if not config.exists():
             return _open_file(single, known)
@@ -77,13 +86,13 @@ def _with(
 
 def _open_file(path: Path, hints: Hints) -> Opened:
     if path.suffix in PICKLES:
-        raise CoderFileError(f"{path} may hold code, and is not read; expected safetensors (a folder, or one file)")
+        raise CoderFileError(f"{path} may contain code and is not read; expected safetensors (a folder, or one file)")
     if path.name in (CONFIG, WEIGHTS):
         raise CoderFileError(f"{path} is one file of a coder; give its folder, {path.parent}")
     about = file_metadata(path)
     if "variant" not in about:
         raise CoderFileError(
-            f"{path} says nothing of what it is: recurrentlens writes `variant` into the header, other coders are"
+            f"{path} does not say what it is: recurrentlens writes `variant` into the header, other coders are"
             f" folders with {CONFIG} and {WEIGHTS}"
         )
     return Opened(*_with("recurrentlens", *read_recurrentlens(about, open_tensors(path), hints, path)))
@@ -91,9 +100,11 @@ def _open_file(path: Path, hints: Hints) -> Opened:
 
 def _nothing_in(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
-    inner = sorted(entry.parent.relative_to(folder).as_posix() for entry in folder.glob("*/cfg.json"))
+    found = sorted(folder.glob("*/cfg.json")) or sorted(folder.glob("coders/*/cfg.json"))
+    inner = [entry.parent.relative_to(folder).as_posix() for entry in found]
     if inner:
-        return f"{folder} is no coder itself; it has the coders {', '.join(inner[:8])}{' ...' if inner[8:] else ''}"
+        more = " ..." if inner[8:] else ""
+        return f"{folder} is not itself a coder; it contains the coders {', '.join(inner[:8])}{more}"
     more = " ..." if names[8:] else ""
     return f"{folder} has no coder: expected {CONFIG} and {WEIGHTS}; found {', '.join(names[:8]) or 'nothing'}{more}"
 
@@ -110,9 +121,9 @@ def load(path: str | Path, cls: type[C], *, device: str = "cpu", **hints: Any) -
     device
         Where to put it.
     **hints
-        k, in_site, out_site, target, reads, model_name: what other libraries' files do not say or name otherwise. The k
-        of a recurrentlens TopK must be given, and sites that are none of a Mamba model. Our own files say all of this,
-        and what is given must agree.
+        k, in_site, out_site, target, reads, model_name, norm_factor: what other libraries' files do not say or name
+        otherwise. The k of a recurrentlens TopK must be given, the factor of a SAELens coder with normalised input, and
+        sites that no Mamba model has. Our own files say all of this, and what is given must agree.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What our directories say beside what SAELens reads: the whole config, a digest of the weights, metrics."""
+"""What our directories add to SAELens' fields: the full config, a digest of the weights, metrics, the training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_mamba.hooks.names import unalias
 from saes.config import CoderConfig
-from saes.files.checks import DTYPES, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
+from saes.files.checks import DTYPES, TEXT, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
 from saes.files.saelens import config_of, file_shapes, from_file
 
 KEY = "hooked_mamba"
@@ -19,9 +19,12 @@ KEY = "hooked_mamba"
 
 FORMAT = 1
 
-FIELDS = ("format", "coder", "weights_sha256", "metrics")
+FIELDS = ("format", "coder", "weights_sha256", "metrics", "training")
 
 Metrics = dict[str, float | None]
+
+Training = dict[str, str | int | float | bool | None]
+"""What a coder was trained on, by name: "text", "tokens", "context_length" and the like."""
 
 
 def clean_metrics(metrics: Mapping[str, Any]) -> Metrics:
@@ -34,6 +37,23 @@ def clean_metrics(metrics: Mapping[str, Any]) -> Metrics:
     return out
 
 
+def clean_training(training: Mapping[str, Any]) -> Training:
+    """Short texts, truth values and numbers by name; numbers that are not finite become None.
+
+    Raises
+    ------
+    CoderFileError
+        For anything else.
+    """
+    out: Training = {}
+    for name, value in training.items():
+        short = all(not isinstance(text, str) or len(text) <= TEXT for text in (name, value))
+        if not short or not isinstance(name, str) or not isinstance(value, str | int | float | None):
+            raise CoderFileError(f"training holds short texts and numbers by name, got {name!r}: {value!r}")
+        out[name] = _finite(value) if isinstance(value, float) else value
+    return out
+
+
 def _finite(value: int | float) -> float | None:
     try:
         number = float(value)
@@ -42,16 +62,24 @@ def _finite(value: int | float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def full_config(cfg: CoderConfig, dtype: str, digest: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """All that cfg.json holds."""
+def full_config(
+    cfg: CoderConfig, dtype: str, digest: str, metrics: Mapping[str, Any], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that cfg.json holds; SAELens is told the length of the training's rows, and that no BOS was prepended."""
     ours = {"format": FORMAT, "coder": cfg.to_dict(), "weights_sha256": digest, "metrics": clean_metrics(metrics)}
-    return {**config_of(cfg, dtype), KEY: ours}
+    config = config_of(cfg, dtype)
+    if training:
+        ours["training"] = clean_training(training)
+        length = training.get("context_length")
+        if isinstance(length, int):
+            config["metadata"] |= {"context_size": length, "prepend_bos": False}
+    return {**config, KEY: ours}
 
 
 def read_own(
     config: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], hints: Hints, where: Path, weights_at: Path
-) -> tuple[CoderConfig, Metrics, Callable[[], dict[str, Tensor]]]:
-    """Config, metrics, and what reads the weights, of a directory that :func:`saes.files.save` wrote.
+) -> tuple[CoderConfig, Metrics, Training, Callable[[], dict[str, Tensor]]]:
+    """Config, metrics, training, and what reads the weights, of a directory that :func:`saes.files.save` wrote.
 
     Raises
     ------
@@ -79,6 +107,9 @@ def read_own(
     metrics = ours.get("metrics", {})
     if not isinstance(metrics, dict):
         raise CoderFileError(f"{where} has metrics={metrics!r}, expected numbers by name")
+    training = ours.get("training", {})
+    if not isinstance(training, dict):
+        raise CoderFileError(f"{where} has training={training!r}, expected texts and numbers by name")
 
     def weights() -> dict[str, Tensor]:
         found = tensors()
@@ -96,7 +127,7 @@ def read_own(
             )
         return from_file(cfg, found, weights_at)
 
-    return cfg, clean_metrics(metrics), weights
+    return cfg, clean_metrics(metrics), clean_training(training), weights
 
 
 def _check_types(values: Mapping[str, Any], where: Path) -> None:
@@ -105,6 +136,8 @@ def _check_types(values: Mapping[str, Any], where: Path) -> None:
         field(values, name, kind, where)
     for name, right in {"k": int, "model_name": str, "model_hash": str, "matryoshka_widths": list}.items():
         value = values.get(name)
+        if isinstance(value, str) and len(value) > TEXT:
+            raise CoderFileError(f"{where} has a {name} of {len(value):,} characters, expected at most {TEXT}")
         if value is not None and (not isinstance(value, right) or isinstance(value, bool)):
             expected = {int: "an integer", str: "a text", list: "a list of integers"}[right]
             raise CoderFileError(f"{where} has {name}={value!r}, expected {expected} or null")
@@ -114,7 +147,7 @@ def _check_types(values: Mapping[str, Any], where: Path) -> None:
 
 
 def _check_agreement(config: Mapping[str, Any], expected: Mapping[str, Any], where: Path, prefix: str = "") -> None:
-    """What SAELens would read is what our own config says."""
+    """Raise if SAELens' fields contradict our own config."""
     for name, right in expected.items():
         if name in ("device", "sae_lens_version", "sae_lens_training_version"):
             continue

@@ -1,4 +1,4 @@
-"""SAELens directories: which config and tensors there are which here (SAELens 6, its `load_from_disk`).
+"""SAELens directories: how configs and tensors correspond (SAELens 6, its `load_from_disk`).
 
 SAELens reads `cfg.json` and `sae_weights.safetensors`. It wants the exact tensors of the architecture, and leaves
 keys of the config that it does not know alone. At inference BatchTopK and Matryoshka are JumpReLU with one threshold,
@@ -8,6 +8,7 @@ refuses by name.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saes.config import ARCHITECTURES, CoderConfig
-from saes.files.checks import CoderFileError, Hints, check_tensors, field, nearest
+from saes.files.checks import CoderFileError, Hints, check_tensors, dtype_name, field, nearest
 from saes.files.sites import coder_config
 
 VERSION = "6.0.0"
@@ -145,7 +146,7 @@ def modern(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def read_foreign(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Hints, where: Path
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], hints: Hints, where: Path, weights_at: Path
 ) -> tuple[CoderConfig, Callable[[], dict[str, Tensor]]]:
     """The config of a directory that SAELens wrote, and what reads its weights.
 
@@ -160,8 +161,12 @@ def read_foreign(
         raise CoderFileError(
             f"{where} has architecture {name!r}, expected one of {', '.join(READ)}{nearest(name, READ)}"
         )
-    _refuse_what_changes_activations(config, where)
+    _refuse_what_changes_activations(config, where, hints.norm_factor)
+    if "dtype" in config:
+        dtype_name(field(config, "dtype", str, where), f"dtype in {where}")
     transcoder, about = "transcoder" in name, config["metadata"]
+    if transcoder and hints.norm_factor is not None:
+        raise CoderFileError(f"norm_factor= is for SAEs; {where} is a transcoder, whose output has a scale of its own")
     d_in, d_sae = field(config, "d_in", int, where), field(config, "d_sae", int, where)
     apply = config.get("apply_b_dec_to_input", not transcoder)
     if not isinstance(apply, bool):
@@ -173,7 +178,7 @@ def read_foreign(
             config = {**config, "k": int(number)}
         k = field(config, "k", int, where)
     cfg = coder_config(
-        Hints(k, hints.in_site, hints.out_site, hints.target, hints.reads, hints.model_name),
+        dataclasses.replace(hints, k=k),
         where,
         transcoder=transcoder,
         found_in=about.get("hook_name"),
@@ -188,36 +193,72 @@ def read_foreign(
     )
 
     def weights() -> dict[str, Tensor]:
-        return _foreign_weights(cfg, config, tensors, where)
+        return _foreign_weights(cfg, config, tensors, where, weights_at, hints.norm_factor)
 
     return cfg, weights
 
 
-def _refuse_what_changes_activations(config: Mapping[str, Any], where: Path) -> None:
-    for name in ("normalize_activations", "reshape_activations"):
-        value = config.get(name, "none")
-        if value != "none":
-            how = "; fold it into the weights with SAELens first" if name.startswith("norm") else ""
-            raise CoderFileError(f"{where} has {name}={value!r}; expected 'none'{how}")
+NORMALISED = {
+    "layer_norm": "shifts and divides each example by its own mean and spread",
+    "constant_norm_rescale": "divides each example by its own norm",
+}
+"""Normalisations that differ from example to example, which no weights can hold."""
+
+
+def _refuse_what_changes_activations(config: Mapping[str, Any], where: Path, factor: float | int | None) -> None:
+    _check_normalisation(config.get("normalize_activations", "none"), where, factor)
+    reshape = config.get("reshape_activations", "none")
+    if reshape != "none":
+        raise CoderFileError(f"{where} has reshape_activations={reshape!r}; expected 'none'")
     if config.get("hook_head_index") is not None or config["metadata"].get("hook_head_index") is not None:
         raise CoderFileError(f"{where} is of one attention head (hook_head_index); expected a whole site")
 
 
+def _check_normalisation(kind: Any, where: Path, factor: float | int | None) -> None:
+    said = f"{where} has normalize_activations={kind!r}"
+    if kind == "expected_average_only_in" or kind is True:
+        if factor is None:
+            raise CoderFileError(
+                f"{said}: its activations are multiplied by one factor, sqrt(d_in) / (mean norm of the training's"
+                " activations), which is not in the file. Give it, norm_factor=, and it is worked into the weights"
+            )
+    elif factor is not None:
+        raise CoderFileError(f"{said}, and norm_factor= is for 'expected_average_only_in'; leave it out")
+    elif isinstance(kind, str) and kind in NORMALISED:
+        raise CoderFileError(
+            f"{said}: it {NORMALISED[kind]} before encoding and undoes that after decoding, which coders here do not"
+            " do and which no change of the weights can replace. Such a coder can only be used in SAELens"
+        )
+    elif kind == "covariance_whitening":
+        raise CoderFileError(
+            f"{said}: its activations are multiplied by a matrix, which is not in this file but in the training's"
+            " activation_whitening.safetensors. Work it into the weights in SAELens,"
+            " sae.fold_activation_whitening(mean, matrix, inverse_matrix), and save the result"
+        )
+    elif kind != "none":
+        raise CoderFileError(f"{said}; expected 'none' or 'expected_average_only_in'")
+
+
 def _foreign_weights(
-    cfg: CoderConfig, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path
+    cfg: CoderConfig,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    weights_at: Path,
+    factor: float | int | None,
 ) -> dict[str, Tensor]:
-    trained = "topk_threshold" in tensors  # as saved in the midst of training: the threshold is one number
+    trained = "topk_threshold" in tensors  # saved during training: the threshold is one number
     kind = "standard" if trained else WRITTEN_AS[cfg.architecture]
     shapes = shapes_of(kind, cfg.d_in, cfg.d_out, cfg.d_sae, cfg.skip)
     if trained and cfg.architecture == "batchtopk":
         shapes["topk_threshold"] = ()
     if "scaling_factor" in tensors:
         shapes["scaling_factor"] = (cfg.d_sae,)
-    check_tensors(tensors, shapes, where)
+    check_tensors(tensors, shapes, weights_at)
     state = {name: tensors[name] for name in shapes}
     scaling = state.pop("scaling_factor", None)
     if scaling is not None and bool((scaling != 1).any()):
-        raise CoderFileError(f"{where} has a scaling_factor other than 1, which cannot be expressed here")
+        raise CoderFileError(f"{weights_at} has a scaling_factor other than 1, which cannot be expressed here")
     if "topk_threshold" in state:
         state["threshold"] = state.pop("topk_threshold").expand(cfg.d_sae)
     rescale = config.get("rescale_acts_by_decoder_norm", trained)
@@ -227,8 +268,12 @@ def _foreign_weights(
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in state.items()}
         norm = wide["W_dec"].norm(dim=1)
         if bool((norm == 0).any()):
-            raise CoderFileError(f"{where} rescales latents by decoder norms, of which some are 0")
+            raise CoderFileError(f"{where} rescales latents by decoder norms, and some rows of W_dec are 0")
         # z = act(|d| pre) / |d| d: the same with rows of length 1 and |d| worked into the encoder.
         state = wide | {"W_enc": wide["W_enc"] * norm, "b_enc": wide["b_enc"] * norm}
         state["W_dec"] = wide["W_dec"] / norm.unsqueeze(1)
-    return from_file(cfg, state, where)
+    if factor is not None:  # f x - b_dec = f (x - b_dec / f), and the output is divided by f
+        wide = {name: state[name].to(torch.promote_types(state[name].dtype, torch.float32)) for name in state}
+        state = wide | {"W_enc": wide["W_enc"] * factor}
+        state |= {name: wide[name] / factor for name in ("W_dec", "b_dec")}
+    return from_file(cfg, state, weights_at)

@@ -1,4 +1,4 @@
-"""Writing a coder so that a crash leaves no half of one."""
+"""Writing a coder so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def save(
     *,
     dtype: str | torch.dtype | None = None,
     metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a directory that :func:`saes.files.load` reads, and SAELens wherever it has such a coder.
 
@@ -40,12 +41,14 @@ def save(
     Parameters
     ----------
     folder
-        Where to; made if need be.
+        Where to write; created if needed.
     dtype
         Of the matrices on disk: "float16", "bfloat16", "float32" or "float64"; None: as they are. In half precision
         biases and thresholds stay float32.
     metrics
         Numbers by name to keep beside the config, such as "fvu" and "l0"; model cards and registries show them.
+    training
+        What it was trained on, short texts and numbers by name, such as {"text": "stories.txt", "tokens": 1_000_000}.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def save(
     state = {key: value.detach().cpu() for key, value in coder.state_dict().items()}
     tensors = {key: _as(value, name, key) for key, value in to_file(coder.cfg, state).items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
-    config = full_config(coder.cfg, name, hashlib.sha256(weights).hexdigest(), metrics or {})
+    config = full_config(coder.cfg, name, hashlib.sha256(weights).hexdigest(), metrics or {}, training or {})
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     write_files(folder, {WEIGHTS: weights, CONFIG: text.encode()})
     return folder
@@ -87,7 +90,7 @@ def _as(tensor: Tensor, dtype: str, name: str) -> Tensor:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write every file aside and bring it to the disk, then move all in, in the order given."""
+    """Write all files to a temporary folder, sync them, then move them in, in the order given."""
     if folder.exists() and not folder.is_dir():
         raise CoderFileError(f"{folder} is a file; expected a folder to write into")
     if (folder / "sae.safetensors").exists():

@@ -1,4 +1,4 @@
-"""From what other libraries call a place in a model to our sites, and from there to a config."""
+"""Other libraries' names of a place in a model, translated to our sites and to a config."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from hooked_mamba.hooks.names import is_declared, unalias
 from saes.config import CoderConfig
-from saes.files.checks import CoderFileError, Hints
+from saes.files.checks import TEXT, CoderFileError, Hints
 
 READS = {"norm.hook_out": "normalized", "hook_resid_pre": "resid"}
 """Where a MambaCoder reads, and what its config calls it."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,3})\.(.+)")
 
 
 def is_site(name: object) -> bool:
     """Whether it is the full name of a hook site, ours or one of those known from elsewhere."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name) > 200:
         return False
     if not is_declared(unalias(name)):
         return False
@@ -78,6 +78,8 @@ def coder_config(
             value = getattr(hints, name)
             if value is not None and not (name == "out_site" and unalias(value) == in_site):
                 raise CoderFileError(f"{name}={value!r} is for MambaCoders; {where} is an SAE on {in_site}")
+    if isinstance(found_model, str) and len(found_model) > TEXT:
+        raise CoderFileError(f"{where} has a model_name of {len(found_model):,} characters, expected at most {TEXT}")
     model = hints.model_name if hints.model_name is not None else found_model
     try:
         return CoderConfig(

@@ -6,6 +6,7 @@ output. An SAE's input is centred by b_dec, a transcoder's is not. SAEs read a m
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from saes.config import CoderConfig
 from saes.files.checks import CoderFileError, Hints, check_tensors, field
 from saes.files.sites import coder_config
 
-_LAYER = re.compile(r"(?:backbone\.|model\.)?layers[._](\d+)((?:\.\w+)*)")
+_LAYER = re.compile(r"(?:backbone\.|model\.)?layers[._]([0-9]{1,4})((?:\.\w+)*)")
 
 OUTPUTS = {
     "": "hook_resid_post",
@@ -70,7 +71,7 @@ def read_sparsify(
     read, given = _sites(where.parent.resolve().name, transcode)
     k = field(config, "k", int, where) if hints.k is None else hints.k
     cfg = coder_config(
-        Hints(k, hints.in_site, hints.out_site, hints.target, hints.reads, hints.model_name),
+        dataclasses.replace(hints, k=k),
         where,
         transcoder=transcode,
         found_in=read or where.parent.name,

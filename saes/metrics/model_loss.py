@@ -1,4 +1,4 @@
-"""What it costs the model to run on what a coder says: nats per next token, and how far its predictions move.
+"""The cost of running the model on a coder's output: nats per next token, and the divergence of its predictions.
 
     recovered by zero    (CE_zero - CE_spliced) / (CE_zero - CE_clean)        1: as good as the model, 0: as zeros
     recovered by mean    (CE_mean - CE_spliced) / (CE_mean - CE_clean)        0: as the site's mean, a harder baseline

@@ -1,10 +1,11 @@
-"""Blocks: as many positions as are shuffled together, from a model at work, from shards or from memory.
+"""Blocks: as many positions as are shuffled together, from a running model, from shards or from memory.
 
 A source of blocks is resumed by its cursor alone: the block after a cursor is the same, bit for bit, whoever asks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -45,7 +46,7 @@ def joined(parts: list[Block]) -> Block:
 
 
 class ModelBlocks:
-    """Captured while they are asked for.
+    """Captured on demand.
 
     Parameters
     ----------
@@ -71,6 +72,8 @@ class ModelBlocks:
         self.block = 0
         self.widths = capture.widths
         self.endless = endless(rows)
+        self.watch: Callable[[int, int], None] | None = None
+        """Called after every forward pass with the positions so far and those wanted; it may raise to stop."""
 
     def next_block(self) -> Block | None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.block)
@@ -82,6 +85,8 @@ class ModelBlocks:
                 break
             parts.append(self.capture(rows, generator))
             found += len(next(iter(parts[-1].values())))
+            if self.watch is not None:
+                self.watch(found, self.tokens)
         self.block += 1
         return joined(parts) if found else None
 
@@ -97,7 +102,7 @@ class ModelBlocks:
 
 
 class DiskBlocks:
-    """Some shards of a store at a time, in another order every pass.
+    """A few shards of a store at a time, in a new order in every pass.
 
     Parameters
     ----------
@@ -154,7 +159,7 @@ class DiskBlocks:
 
 
 class MemoryBlocks:
-    """Everything at hand, as one block a pass.
+    """Everything in memory, as one block per pass.
 
     Parameters
     ----------

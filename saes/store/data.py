@@ -1,4 +1,4 @@
-"""From text to a store in one call: the options, and what they make."""
+"""From text to a store in one call."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DataConfig:
     dtype: str = "bfloat16"
     """Of the stored activations."""
     folder: str | None = None
-    """Where to keep them on disk; None: captured anew while training, in memory."""
+    """Where to keep them on disk; None: captured in memory during training."""
     disk_tokens: int | None = None
     """Positions kept on disk; needed with `folder`."""
     shards_per_block: int = 1
@@ -54,7 +54,7 @@ class DataConfig:
     column: str = "text"
     """Of a `datasets` data set."""
     separator: str = END
-    """What parts documents in a text file."""
+    """Separates documents in a text file."""
     seed: int = 0
     """Of all orders and draws."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 END = "<|endoftext|>"
-"""What parts documents in a text file."""
+"""What separates documents in a text file."""
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class Documents(Protocol):
 
 
 class ListedDocuments:
-    """Documents at hand, in an order of their own in every pass.
+    """Documents in memory, in a new order in every pass.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class StreamedDocuments:
     Parameters
     ----------
     source
-        Yields texts, rows of token ids, or mappings that hold one of these under `column`. Iterated anew in every
+        Yields texts, rows of token ids, or mappings that hold one of these under `column`. Iterated again in every
         pass: a generator that can be read only once gives one pass.
     encode
         Text to token ids; None where the documents are ids.
@@ -94,7 +94,7 @@ class StreamedDocuments:
             yield as_ids(self._document(item), self.encode)
 
     def digest(self) -> str:
-        """Of the first document: more would have to be read for it."""
+        """Of the first document only: reading more could be slow."""
         if iter(self.source) is self.source:  # a generator: the document would be lost
             return "read once"
         first = next(iter(self.source), None)
@@ -125,7 +125,7 @@ def as_ids(item: Any, encode: Callable[[str], list[int]] | None) -> Tensor:
 
 
 def read_text_file(path: str | Path, separator: str = END) -> list[str]:
-    """The documents of a UTF-8 text file, parted by `separator`.
+    """The documents of a UTF-8 text file, separated by `separator`.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def read_text_file(path: str | Path, separator: str = END) -> list[str]:
     documents = [text.strip() for text in Path(path).read_text(encoding="utf-8").split(separator)]
     documents = [text for text in documents if text]
     if not documents:
-        raise ValueError(f"{path} holds no text: expected documents parted by {separator!r}")
+        raise ValueError(f"{path} holds no text: expected documents separated by {separator!r}")
     return documents
 
 

@@ -1,6 +1,6 @@
 """Rows of tokens for the model, with a cursor: documents packed one after the other, one a row, or a mix of sources.
 
-A cursor is a few whole numbers and never holds text: a store and a checkpoint may keep it.
+A cursor is a few integers and never holds text, so a store or a checkpoint can save it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows in order, from a cursor that can be kept and put back."""
+    """Rows in order, from a cursor that can be saved and restored."""
 
     length: int
 
@@ -125,7 +125,9 @@ class DocumentRows:
             ids = next(self._open, None)
             if ids is None:
                 if self.document == 0:
-                    raise ValueError(f"pass {self.epoch + 1} over the documents gave none: were they read up?")
+                    raise ValueError(
+                        f"pass {self.epoch + 1} over the documents gave none: was a generator already exhausted?"
+                    )
                 self.epoch, self.document, self.offset, self._open = self.epoch + 1, 0, 0, None
                 empty += 1
                 if empty > 1:

@@ -1,4 +1,4 @@
-"""Activations on disk: safetensors shards and a manifest that always describes whole ones.
+"""Activations on disk: safetensors shards and a manifest that only lists complete ones.
 
     folder/manifest.json          what was captured, from which model, and every shard's size and checksum
     folder/shard-00000.safetensors  stream -> [n, width]; row i is the same position in every stream
@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from saes.durable import DiskFullError, write_file
+from saes.options import unique_keys
 
 FORMAT = "hooked-mamba activations 1"
 MANIFEST = "manifest.json"
@@ -28,11 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class StoreError(ValueError):
-    """A store on disk that is not whole, or not what it was taken for."""
+    """A store on disk that is incomplete, or of something else."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the manifest has it.
+    """A dtype's name in the manifest.
 
     Raises
     ------
@@ -51,9 +52,9 @@ class ShardWriter:
     Parameters
     ----------
     folder
-        Made if need be. Where it holds a manifest, writing goes on behind its last shard.
+        Created if needed. If it has a manifest, writing continues after its last shard.
     about
-        What the manifest says beside its shards: "streams" (name -> width), "dtype", the model and the text.
+        What the manifest records besides its shards: "streams" (name -> width), "dtype", the model and the text.
 
     Raises
     ------
@@ -89,7 +90,7 @@ class ShardWriter:
         Raises
         ------
         DiskFullError
-            If there is no room for it; the store stays as it was.
+            If there is no room for it; the store is unchanged.
         """
         data = save({name: value.contiguous().cpu() for name, value in values.items()})
         free = shutil.disk_usage(self.folder).free
@@ -126,7 +127,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no store: there is no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except ValueError as error:
         raise StoreError(f"{path} is no JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -185,7 +186,7 @@ class ShardReader:
                 found = "is missing" if size is None else f"has {size:,} bytes"
                 raise StoreError(
                     f"{path} {found}, the manifest says {shard['bytes']:,}: the copy is not whole. Fetch it again, or"
-                    " capture the store anew"
+                    " capture the store again"
                 )
 
     def read(self, i: int) -> dict[str, Tensor]:
@@ -194,7 +195,7 @@ class ShardReader:
         path = self.folder / shard["file"]
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-            raise StoreError(f"{path} is damaged: its checksum is not the manifest's. Capture the store anew")
+            raise StoreError(f"{path} is damaged: its checksum is not the manifest's. Capture the store again")
         try:
             values = load(data)
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""The activation store: shuffled batches of all streams, and a state from which they go on bit for bit."""
+"""The activation store: shuffled batches of all streams, and a state from which they continue bit for bit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ActivationStore:
         return {name: self._out(value, index) for name, value in self._block.items()}
 
     def sample(self, n: int) -> Batch:
-        """Up to n of the positions that come next; the cursor stays where it is.
+        """Up to n of the positions that come next; the cursor does not move.
 
         Raises
         ------
@@ -117,7 +117,11 @@ class ActivationStore:
 
     def _take_block(self) -> None:
         self._before = self.blocks.state_dict()
-        block = self.blocks.next_block()
+        try:
+            block = self.blocks.next_block()
+        except BaseException:
+            self.blocks.load_state_dict(self._before)  # as if it had not begun
+            raise
         if block is None:
             raise StopIteration
         n = len(next(iter(block.values())))
@@ -130,15 +134,15 @@ class ActivationStore:
         self._block = self._order = None
         self.number, self.place = self.number + 1, 0
 
-    # Going on ------------------------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: whole numbers only, fit for JSON."""
+        """Its position: integers only, fit for JSON."""
         blocks = self.blocks.state_dict() if self._block is None else self._before
         return {"blocks": blocks, "number": self.number, "place": self.place, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue from where `state` was taken.
 
         Raises
         ------
@@ -174,7 +178,7 @@ def capture_to_memory(capture: Capture, rows: RowSource, n_tokens: int, *, rows_
 
 
 def capture_to_disk(blocks: ModelBlocks, folder: str | Path, n_tokens: int, *, model: HookedSSM | None = None) -> Path:
-    """Capture at least `n_tokens` positions as shards, a block each; goes on where an earlier call was stopped.
+    """Capture at least `n_tokens` positions as shards, a block each; continues where an earlier call stopped.
 
     Parameters
     ----------
@@ -192,7 +196,7 @@ def capture_to_disk(blocks: ModelBlocks, folder: str | Path, n_tokens: int, *, m
     StoreError
         If the folder holds a store of something else, or the text ends before anything is captured.
     DiskFullError
-        If there is no room; what is stored stays whole, and the same call goes on later.
+        If there is no room; what is stored stays intact, and the same call continues later.
     """
     capture = blocks.capture
     model = model or capture.model

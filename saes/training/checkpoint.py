@@ -1,7 +1,7 @@
-"""Checkpoints that a kill at any moment leaves whole: a folder written aside, brought to the disk, renamed.
+"""Checkpoints that survive a kill at any moment: a temporary folder is written, synced and renamed.
 
 folder/step-00001000/state.safetensors   weights, optimiser, counters of dead latents
-                     state.json          step, options, configs, sums of the log; says which data it goes with
+                     state.json          step, options, configs, sums of the log, digest of the data
                      process-0.json      data cursor and random state, one file a process
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from saes.durable import sync, write_through
+from saes.durable import room_for, sync, write_through
 from saes.renamed import renamed_in
 from saes.training.world import World
 
@@ -28,7 +29,7 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 class ResumeError(ValueError):
-    """A checkpoint that cannot be gone on from."""
+    """A checkpoint from which this training cannot continue."""
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -61,6 +62,11 @@ def save_checkpoint(
         What all processes share; only the first one's are written.
     process
         What each has for itself, fit for JSON.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room; earlier checkpoints stay whole, and nothing is left of this one.
     """
     path = _path(folder, step)
     aside = folder / f".step-{step:08d}.tmp"
@@ -71,12 +77,11 @@ def save_checkpoint(
         aside.mkdir()
     world.wait()
     if not path.exists():  # the same step of the same run holds the same
-        mine = process | {"random": _random_state()}
-        write_through(aside / f"process-{world.rank}.json", json.dumps(mine).encode())
-        if world.first:
-            contiguous = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
-            write_through(aside / "state.safetensors", save(contiguous))
-            write_through(aside / "state.json", json.dumps(about | {"step": step, "processes": world.size}).encode())
+        try:
+            _write_parts(aside, path, tensors, about | {"step": step, "processes": world.size}, process, world)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     world.wait()
     if world.first:
         if path.exists():
@@ -92,10 +97,26 @@ def save_checkpoint(
     world.wait()
 
 
+def _write_parts(
+    aside: Path, path: Path, tensors: dict[str, Tensor], about: dict[str, Any], process: dict[str, Any], world: World
+) -> None:
+    """The files of a checkpoint, into `aside`; a full disk is reported with their place in `path`."""
+    files: dict[str, Callable[[], bytes]] = {
+        f"process-{world.rank}.json": lambda: json.dumps(process | {"random": _random_state()}).encode()
+    }
+    if world.first:
+        files["state.safetensors"] = lambda: save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
+        files["state.json"] = lambda: json.dumps(about).encode()
+    for name, made in files.items():
+        data = made()
+        with room_for(path / name, len(data)):
+            write_through(aside / name, data)
+
+
 def load_checkpoint(
     folder: Path, world: World, step: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(tensors, about, this process's part) of a step, by default the last; random states are put back.
+    """(tensors, about, this process's part) of a step, by default the last; random states are restored.
 
     Raises
     ------
@@ -115,7 +136,7 @@ def load_checkpoint(
         if about["processes"] != world.size:
             raise ResumeError(
                 f"{path} is of {about['processes']} processes, this run has {world.size}: each has its own place in"
-                " the data, so that it goes on only with as many"
+                " the data, so it can only continue with the same number"
             )
         process = json.loads((path / f"process-{world.rank}.json").read_text())
         _set_random_state(process.pop("random"))

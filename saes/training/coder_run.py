@@ -1,7 +1,7 @@
-"""One coder in training: its optimiser, its memory of silent latents, and one step.
+"""One coder in training: its optimiser, its count of inactive latents, and one step.
 
 A step: loss -> gradient of (loss / d_out), averaged over processes -> without what would change the decoder's norms
--> clipped -> fused Adam -> unit decoder rows -> silence counted.
+-> clipped -> fused Adam -> unit decoder rows -> inactivity counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALIBRATED = 1 << 25
 
 @torch.no_grad()
 def calibrate(coder: SparseCoder, x: Float[Tensor, "n d_in"]) -> bool:
-    """Set the threshold of a batchtopk or matryoshka coder such that k latents are active on average; whether it did.
+    """Set the threshold of a batchtopk or matryoshka coder so that k latents are active on average; True if it did.
 
     In training the threshold only follows the batches' smallest active values.
     """
@@ -124,7 +124,7 @@ class CoderRun:
 
     @property
     def finite(self) -> bool:
-        """Whether the loss has been a number since the last line of the log."""
+        """Whether the loss has been finite since the last line of the log."""
         return bool(torch.isfinite(self.sums).all())
 
     def measured(self) -> dict[str, float]:
@@ -139,7 +139,7 @@ class CoderRun:
     # Keeping -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, or the next line of the log."""
+        """Everything that the next step or the next line of the log depends on."""
         out = {f"coder.{name}": value for name, value in self.coder.state_dict().items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
@@ -150,7 +150,7 @@ class CoderRun:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave.
+        """Restore what :meth:`tensors` returned.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""How coders are trained, validated."""
+"""Options of a training, validated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimiser steps."""
     lr: float | None = None
-    """Highest learning rate. None: 6e-4 / sqrt(d_sae / 16384), so that wider dictionaries take smaller steps."""
+    """Peak learning rate. None: 6e-4 / sqrt(d_sae / 16384), so that wider dictionaries take smaller steps."""
     warmup: float = 0.02
     """Share of the steps over which the learning rate rises from 0."""
     decay: float = 0.3
@@ -35,20 +35,20 @@ class TrainConfig:
     grad_clip: float | None = 1.0
     """Largest norm of one coder's gradient, of the loss per output dimension; None: any."""
     decoder_norm: bool = True
-    """Decoder rows of norm 1; what of a gradient would change the norm is taken out first."""
+    """Decoder rows of norm 1; the gradient's component along each row is removed first."""
     b_dec: str = "mean"
-    """What b_dec starts at: the target's "mean", its geometric "median", or "zero"."""
+    """Initial b_dec: the target's "mean", its geometric "median", or "zero"."""
     init_tokens: int = 8192
     """Positions from which that and the scales of cfg.input_norm are estimated."""
     dead_after_tokens: int = 1_000_000
-    """Silence after which a latent counts as dead."""
+    """Tokens without activity after which a latent counts as dead."""
     aux_alpha: float = 1 / 32
     """Weight of the dead latents' loss (AuxK)."""
     aux_k: int | None = None
     """Dead latents that reconstruct the error; None: k, or half of d_out where there is no k."""
     wide_alpha: float = 0.0
     """Weight of a second reconstruction with twice as many latents (topk, batchtopk). At 0.5 it finds more of a planted
-    dictionary; what it costs is that many more latents to encode and decode."""
+    dictionary; at the cost of encoding and decoding them."""
     sparsity: float = 0.0
     """Weight of the sparsity penalty (standard, gated, jumprelu)."""
     sparsity_warmup: float = 0.1
@@ -121,7 +121,7 @@ class TrainConfig:
         return self.lr if self.lr is not None else 6e-4 / math.sqrt(d_sae / 16384)
 
     def lr_factor(self, step: int, n_steps: int) -> float:
-        """What the learning rate is multiplied by at a step: a rise, a plateau, a fall, each a straight line."""
+        """The learning rate's factor at a step: linear warm-up, plateau, linear decay."""
         rise, fall = self.warmup * n_steps, self.decay * n_steps
         up = (step + 1) / rise if rise > 0 else 1.0
         down = (n_steps - step) / fall if fall > 0 else 1.0

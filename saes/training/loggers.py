@@ -1,13 +1,14 @@
-"""Where a training's numbers go: always into a file of JSON lines, and on wish into tensorboard or wandb."""
+"""Logging: always a file of JSON lines, optionally tensorboard or wandb."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from saes.durable import write_file
+from saes.durable import room_for, write_file
 from saes.options import check_choice
 
 
@@ -21,14 +22,14 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """One line of JSON a step. A resumed run first drops the lines behind its checkpoint.
+    """One line of JSON per step. A resumed run first drops the lines after its checkpoint.
 
     Parameters
     ----------
     path
         The file.
     step
-        The step from which the run goes on.
+        The step from which the run continues.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -39,15 +40,18 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # open as long as the training runs
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **numbers}) + "\n"
+        with room_for(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed when it was written; a full disk was reported then
+            self._file.close()
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that a kill has not cut."""
+    """Complete lines; a kill may have cut the last."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

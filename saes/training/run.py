@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +14,18 @@ from hooked_mamba.hooks.names import get_act_name, unalias
 from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
+from saes.durable import write_file
 from saes.located import locate
 from saes.model_hash import model_hash
 from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
 from saes.renamed import warn_renamed
+from saes.run_options import RUN
+from saes.saelens_names import OPTIONS, advice
 from saes.store.data import DataConfig, Text, make_store
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
-from saes.training.trainer import Trainer, TrainResult
+from saes.training.trainer import Trainer, TrainResult, check_folder
 from saes.training.world import World, local_device, torchrun
 
 SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target", "skip", "input_norm", "widths")
@@ -29,7 +35,7 @@ SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target"
 def coder_config(
     model: HookedSSM, spec: Mapping[str, Any], channels: Mapping[str, Sequence[int]] | None = None
 ) -> CoderConfig:
-    """A coder's config from a short form; widths are the model's, its name and hash are noted.
+    """A coder's config from a short form; widths, name and hash come from the model.
 
     Parameters
     ----------
@@ -124,7 +130,13 @@ def train_coders(
         world = World.current()
         store = make_store(model, all_streams(named.values()), text, data, rank=world.rank, world=world.size)
         built = {name: _build(cfg, config.seed + i).to(model.device) for i, (name, cfg) in enumerate(named.items())}
-        return Trainer(built, store, config, out=out, loggers=loggers).train(resume=resume)
+        about: dict[str, Any] = {**_named_text(text), "context_length": data.context_length}
+        return Trainer(built, store, config, out=out, loggers=loggers, about=about).train(resume=resume)
+
+
+def _named_text(text: Text) -> dict[str, str]:
+    """A file's name; other texts have none."""
+    return {"text": Path(text).name} if isinstance(text, str | Path) else {}
 
 
 def _named(coders: Sequence[CoderConfig]) -> dict[str, CoderConfig]:
@@ -185,7 +197,7 @@ def train_sae(
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
-    """Options by what they belong to: a coder's short form, TrainConfig, DataConfig, `train_coders` itself.
+    """Options grouped by where they belong: a coder's short form, TrainConfig, DataConfig, `train_coders` itself.
 
     Raises
     ------
@@ -198,6 +210,9 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
         [key for key in DataConfig.__dataclass_fields__ if key != "seed"],
         ["out", "resume", "loggers"],
     ]
+    for name in options:
+        if name in OPTIONS:
+            raise OptionError(f"train_sae has no option {name!r}: {advice(name, OPTIONS)}")
     check_keys("train_sae", options, sorted({key for group in groups for key in group}))
     spec, train, data, call = ({key: options[key] for key in group if key in options} for group in groups)
     return spec, train, data, call
@@ -235,14 +250,27 @@ class RunConfig:
         """From a plain mapping; an unknown key, at any depth, is an error that names the nearest option."""
         return from_mapping(cls, values)
 
+    def to_dict(self) -> dict[str, Any]:
+        """A plain mapping, fit for JSON, from which the same run can be continued from any folder."""
+        places = {name: _absolute(getattr(self, name)) for name in ("model", "text", "out")}
+        return {**dataclasses.asdict(self), **places}
+
     @classmethod
     def from_file(cls, path: str | Path) -> RunConfig:
         """From a JSON or TOML file."""
         return cls.from_dict(read_file(path))
 
 
+def _absolute(place: str) -> str:
+    """The full path of what is on this machine; names of models stay as they are."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if path.exists() else place
+
+
 def run(config: RunConfig, *, resume: bool = False) -> TrainResult:
-    """Load the model, train the coders, write them."""
+    """Load the model, train the coders, write them, and beside them the config itself, `out`/run.json."""
+    out = Path(config.out).expanduser()
+    check_folder(out, resume)
     model = load_model(config.model).to(local_device(config.device))
     data = DataConfig.from_dict(config.data)
     named: dict[str, CoderConfig] = {}
@@ -253,13 +281,16 @@ def run(config: RunConfig, *, resume: bool = False) -> TrainResult:
         if name in named:
             raise OptionError(f'two coders are called {name}: give each a "name" of its own')
         named[name] = cfg
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / RUN, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     return train_coders(
         model,
         named,
         config.text,
         TrainConfig.from_dict(config.train),
         data,
-        out=config.out,
+        out=out,
         resume=resume,
         loggers=config.loggers,
     )

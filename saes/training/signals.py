@@ -1,17 +1,18 @@
-"""Ctrl-C and SIGTERM as a wish to stop, so that a training ends between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop, so that a training ends between two steps."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C and SIGTERM only note that someone wants to stop; a second Ctrl-C interrupts at once."""
+    """While active, Ctrl-C and SIGTERM only request a stop, and print that they did; a second Ctrl-C interrupts."""
     wanted = False
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda: wanted
@@ -20,6 +21,9 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal wanted
         wanted = True
+        with suppress(OSError, ValueError, RuntimeError):  # stderr may be closed, or just being written to
+            sys.stderr.write("\nstopping after this step; press Ctrl-C again to stop without a checkpoint\n")
+            sys.stderr.flush()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,6 @@
 """Training many coders at once over one store.
 
-out/checkpoints/step-.../   where a stopped or killed training goes on, bit for bit
+out/checkpoints/step-.../   from which a stopped or killed training continues, bit for bit
 out/metrics.jsonl           loss, ev, l0, dead share of every coder
 out/coders/<name>/          the finished coders
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saes.coder import SparseCoder
+from saes.files.own import Training
+from saes.store.blocks import ModelBlocks
 from saes.store.store import ActivationStore, Batch
 from saes.targets import read, streams_of
 from saes.training.checkpoint import ResumeError, load_checkpoint, save_checkpoint, steps_saved
@@ -31,13 +34,21 @@ from saes.training.world import World
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+METRICS = {"ev": "ev", "l0": "l0", "dead": "dead_share"}
+"""Figures of the log that finished coders carry, under the names of `saes.evaluation`."""
+
+
+class _Stopped(Exception):
+    """Ctrl-C while the model reads text."""
+
+
 class TrainResult(NamedTuple):
     """How a training ended."""
 
     coders: dict[str, SparseCoder]
     step: int
     complete: bool
-    """False: stopped by Ctrl-C or by the end of the data; `train(resume=True)` goes on."""
+    """False: stopped by Ctrl-C or by the end of the data; `train(resume=True)` continues."""
     measured: dict[str, dict[str, float]]
     """Coder -> loss, ev, l0, aux and dead share of the last line of the log."""
 
@@ -52,11 +63,13 @@ class Trainer:
     store
         Batches of the streams that they read and predict.
     config
-        How, the same for all.
+        Options, the same for all.
     out
         Folder of checkpoints, log and finished coders; None: nothing is written.
     loggers
         Beside the log file: "tensorboard", "wandb".
+    about
+        What finished coders record of their training besides its length, such as {"text": "stories.txt"}.
 
     Raises
     ------
@@ -72,12 +85,13 @@ class Trainer:
         *,
         out: str | Path | None = None,
         loggers: Sequence[str] = (),
+        about: Mapping[str, str | int | float | bool | None] | None = None,
     ) -> None:
         if not coders:
             raise ValueError("there is no coder to train")
         self.coders, self.store, self.config = dict(coders), store, config
         self.out = None if out is None else Path(out)
-        self.logger_names = tuple(loggers)
+        self.logger_names, self.about = tuple(loggers), dict(about or {})
         if self.logger_names and self.out is None:
             raise ValueError(f"logging to {', '.join(self.logger_names)} needs a folder: out=...")
         for name, coder in self.coders.items():
@@ -100,32 +114,21 @@ class Trainer:
         Parameters
         ----------
         resume
-            Go on from the last checkpoint in `out`, if there is one.
+            Continue from the last checkpoint in `out`, if there is one.
 
         Raises
         ------
         FileExistsError
-            If there is a checkpoint and `resume` is False: nothing is overwritten by accident.
+            If there is a checkpoint and `resume` is False, so that nothing is overwritten by accident.
         ResumeError
             If the checkpoint is of another training.
         FloatingPointError
-            If a loss is no number any more.
+            If a loss is no longer finite.
         """
-        saved = steps_saved(self.checkpoints) if self.checkpoints else []
-        if saved and not resume:
-            raise FileExistsError(f"{self.out} holds a checkpoint: pass resume=True to go on, or choose another folder")
-        if saved:
-            self.resume()
-        else:
-            torch.manual_seed(self.config.seed)
-            sample = self.store.sample(self.config.init_tokens)
-            for run in self.runs.values():
-                run.start(*read(run.coder.cfg, sample))
-        if self.out is not None and self.world.first:
-            self._loggers = make_loggers(self.logger_names, self.out, self.config.to_dict(), self.step)
+        check_folder(self.out, resume)
         try:
-            with stop_on_signal() as stop:
-                self._run(stop)
+            with stop_on_signal() as stop, self._bar() as bar, self._watching(stop, bar):
+                self._run(stop, bar, resume)
         finally:
             for logger in self._loggers:
                 logger.close()
@@ -136,25 +139,43 @@ class Trainer:
             self.save_coders()
         return TrainResult(self.coders, self.step, complete, self.measured)
 
-    def _run(self, stop: Any) -> None:
-        device = next(iter(self.coders.values())).W_dec.device
-        with tqdm(
-            total=self.n_steps, initial=self.step, disable=not (self.config.progress and self.world.first), unit="step"
-        ) as bar:
-            self._show(bar)
-            while self.step < self.n_steps and not self.world.any(stop(), device):
-                batch = next(self.store, None)
-                if self.world.any(batch is None, device):  # all processes end together
-                    break
-                assert batch is not None
-                self.take_step(batch)
-                if self.step % self.config.log_every == 0 or self.step == self.n_steps:
-                    self._log()
-                    self._show(bar)
-                if self.step % self.config.checkpoint_every == 0 and self.step < self.n_steps:
-                    self.save()
-                bar.update()
+    def _run(self, stop: Callable[[], bool], bar: tqdm, resume: bool) -> None:
+        """From the start or the last checkpoint to the end, or until `stop`, with a checkpoint of where it ends."""
+        try:
+            self._start(resume)
+        except _Stopped:
+            return  # there is nothing to keep yet
+        bar.initial = bar.n = self.step
+        self._show(bar)
+        with suppress(_Stopped):
+            self._steps(stop, bar)
         self.save()
+
+    def _start(self, resume: bool) -> None:
+        if resume and self.checkpoints is not None and steps_saved(self.checkpoints):
+            self.resume()
+        else:
+            torch.manual_seed(self.config.seed)
+            sample = self.store.sample(self.config.init_tokens)
+            for run in self.runs.values():
+                run.start(*read(run.coder.cfg, sample))
+        if self.out is not None and self.world.first:
+            self._loggers = make_loggers(self.logger_names, self.out, self.config.to_dict(), self.step)
+
+    def _steps(self, stop: Callable[[], bool], bar: tqdm) -> None:
+        device = next(iter(self.coders.values())).W_dec.device
+        while self.step < self.n_steps and not self.world.any(stop(), device):
+            batch = next(self.store, None)
+            if self.world.any(batch is None, device):  # all processes end together
+                break
+            assert batch is not None
+            self.take_step(batch)
+            if self.step % self.config.log_every == 0 or self.step == self.n_steps:
+                self._log()
+                self._show(bar)
+            if self.step % self.config.checkpoint_every == 0 and self.step < self.n_steps:
+                self.save()
+            bar.update()
 
     def take_step(self, batch: Batch) -> None:
         """One step of every coder on the same positions."""
@@ -164,10 +185,10 @@ class Trainer:
         self.step += 1
 
     def _calibrate(self) -> None:
-        """Thresholds for inference, from positions that come next in the data."""
+        """Thresholds for inference, from the next positions in the data."""
         try:
             sample = self.store.sample(self.config.init_tokens)
-        except ValueError:  # the data ends with the training, and the thresholds stay what they are
+        except ValueError:  # the data ended with the training: thresholds stay as they are
             sample = None
         if self.world.any(sample is None, next(iter(self.coders.values())).W_dec.device):
             return
@@ -177,12 +198,35 @@ class Trainer:
 
     # Telling -------------------------------------------------------------------------------------------------
 
+    def _bar(self) -> tqdm:
+        hidden = not (self.config.progress and self.world.first)
+        return tqdm(total=self.n_steps, disable=hidden, unit="step")
+
+    @contextmanager
+    def _watching(self, stop: Callable[[], bool], bar: tqdm) -> Iterator[None]:
+        """While active, passes over the text are shown in the bar and end when a stop is requested."""
+        blocks = self.store.blocks
+        if not isinstance(blocks, ModelBlocks):
+            yield
+            return
+
+        def watch(found: int, wanted: int) -> None:
+            if stop() and self.world.size == 1:  # several processes stop together, between steps
+                raise _Stopped
+            bar.set_description_str(f"reading text {min(found, wanted) / wanted:.0%}" if found < wanted else "")
+
+        blocks.watch = watch
+        try:
+            yield
+        finally:
+            blocks.watch = None
+
     def _check_finite(self) -> None:
         for name, run in self.runs.items():
             if self.world.any(not run.finite, run.sums.device):
                 raise FloatingPointError(
-                    f"the loss of {name} is no number any more before step {self.step}: try a lower lr than"
-                    f" {self.config.highest_lr(run.coder.cfg.d_sae):.3g}; the last checkpoint is sound"
+                    f"the loss of {name} is no longer finite before step {self.step}: try a lower lr than"
+                    f" {self.config.highest_lr(run.coder.cfg.d_sae):.3g}; the last checkpoint is intact"
                 )
 
     def _log(self) -> None:
@@ -193,7 +237,7 @@ class Trainer:
             logger.log(self.step, {**numbers, "tokens": self.step * self.store.batch_size * self.world.size})
 
     def _show(self, bar: tqdm) -> None:
-        """Means over the coders, and beside them the worst."""
+        """Means over the coders, and the worst of them."""
         if not self.measured or bar.disable:
             return
         rows = list(self.measured.values())
@@ -217,7 +261,7 @@ class Trainer:
         )
 
     def resume(self, step: int | None = None) -> None:
-        """Go back to a checkpoint, by default the last.
+        """Restore a checkpoint, by default the last.
 
         Raises
         ------
@@ -257,7 +301,20 @@ class Trainer:
         for leftover in (self.out / "coders").glob(".*.tmp"):  # of a kill while coders were written
             shutil.rmtree(leftover)
         for name, coder in self.coders.items():
-            coder.fold().save(self.out / "coders" / name)
+            measured = self.measured.get(name, {})
+            metrics = {theirs: measured[ours] for ours, theirs in METRICS.items() if ours in measured}
+            coder.fold().save(self.out / "coders" / name, metrics=metrics, training=self._training())
+
+    def _training(self) -> Training:
+        """What a finished coder records of its training."""
+        tokens = self.step * self.store.batch_size * self.world.size
+        return {**self.about, "tokens": tokens, "steps": self.step, "metrics_from": "the last training batches"}
+
+
+def check_folder(out: Path | None, resume: bool) -> None:
+    """Raise FileExistsError if a new training would overwrite another in the same folder."""
+    if out is not None and not resume and steps_saved(out / "checkpoints"):
+        raise FileExistsError(f"{out} holds a checkpoint: pass resume=True to continue, or choose another folder")
 
 
 def _check(name: str, coder: SparseCoder, widths: Mapping[str, int]) -> None:

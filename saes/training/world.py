@@ -1,4 +1,4 @@
-"""Several processes as torchrun starts them: equal weights, each with data of its own, gradients averaged."""
+"""Data-parallel training under torchrun: equal weights, separate data, averaged gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set in any process."""
         return bool(self.either(torch.tensor(flag, device=device)))
 
     def either(self, flags: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class World:
                 tensor.data.copy_(value)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 

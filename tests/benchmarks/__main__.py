@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.benchmarks import analysis, attribution, cache, coder_step, model, scan, states
+from tests.benchmarks import analysis, attribution, cache, coder_step, delta, model, scan, states
 from tests.benchmarks.machine import described
 from tests.benchmarks.report import Section, show, write_section
 from tests.benchmarks.sizes import FULL, QUICK, Sizes
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "memory": scan.run_memory,
     "states": states.run,
     "ssd": scan.run_ssd,
+    "delta": delta.run,
     "model": model.run,
     "cache": cache.run,
     "hooks": cache.run_hooks,

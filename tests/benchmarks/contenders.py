@@ -62,7 +62,7 @@ SCANS: dict[str, Contender] = {
 SSDS: dict[str, Contender] = {
     "transformers, chunk 256": Contender(partial(peers.transformers_ssd, 256)),
     "transformers, chunk 64": Contender(partial(peers.transformers_ssd, 64)),
-    **{f"ours, {backend}": ours("ssd", backend) for backend in ("naive", "torch")},
+    **{f"ours, {backend}": ours("ssd", backend) for backend in ("naive", "torch", "numba")},
 }
 
 OPS: dict[str, dict[str, Contender]] = {"selective_scan": SCANS, "ssd": SSDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import warnings
@@ -165,3 +166,12 @@ def transformers_ssd(chunk: int, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     return mamba2_chunk_scan(x, dt, A, B, C, chunk, D=D)
+
+
+def gated_delta(r: Tensor, w: Tensor, k: Tensor, v: Tensor, key: Tensor, rate: Tensor) -> Tensor:
+    """transformers' chunked gated delta rule, as Qwen3-Next calls it; it divides queries by the root of their size."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    y, _ = rule(r * r.shape[-1] ** 0.5, k, v, w.squeeze(-1).log(), rate.squeeze(-1))
+    return y

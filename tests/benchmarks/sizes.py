@@ -23,6 +23,8 @@ class Sizes:
     N: int
     heads: tuple[int, int, int]
     """Mamba-2's H, P, N."""
+    delta_heads: tuple[tuple[int, int], tuple[int, int]]
+    """H and K = V of RWKV-7 and of gated DeltaNet."""
     d_model: int
     n_layers: int
     d_vocab: int
@@ -55,6 +57,7 @@ FULL = Sizes(
     E=1536,
     N=16,
     heads=(24, 64, 128),
+    delta_heads=((12, 64), (16, 128)),
     d_model=768,
     n_layers=24,
     d_vocab=50280,
@@ -76,6 +79,7 @@ QUICK = Sizes(
     E=512,
     N=16,
     heads=(8, 64, 64),
+    delta_heads=((4, 64), (4, 64)),
     d_model=256,
     n_layers=4,
     d_vocab=4096,
@@ -96,6 +100,7 @@ SMOKE = Sizes(
     E=32,
     N=4,
     heads=(2, 8, 8),
+    delta_heads=((2, 8), (2, 8)),
     d_model=16,
     n_layers=2,
     d_vocab=40,

@@ -5,10 +5,6 @@ from typing import Any
 
 import jaxtyping
 import pytest
-import torch
-
-# Tiny models gain nothing from more threads, and lose much where other programs share the cores.
-torch.set_num_threads(1)
 
 _check_annotations = jaxtyping.jaxtyped
 

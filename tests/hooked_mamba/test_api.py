@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -214,6 +215,29 @@ def test_a_cache_leaves_nothing_behind_after_an_error(model, tokens):
         model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.mixer.hook_h.2", broken), (DT, broken)])
     assert nothing_left(model)
     assert model.context_level == 0
+
+
+@pytest.mark.parametrize("with_edit", [False, True])
+def test_no_positions(model, tokens, with_edit):
+    hooks = [("blocks.0.mixer.hook_h.1", lambda h, hook: h * 2)] if with_edit else []
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.0.*", pos_slice=slice(6, None), fwd_hooks=hooks)
+    assert "blocks.0.mixer.hook_h" in cache
+    assert {value.shape[1] for value in cache.values()} == {0}
+
+
+def test_positions_as_numpy_gives_them(model, tokens):
+    _, whole = model.run_with_cache(tokens, names_filter=DT)
+    for position in (np.int64(2), np.array([0, 3]), np.arange(2)):
+        _, cache = model.run_with_cache(tokens, names_filter=DT, pos_slice=position)
+        assert torch.equal(cache[DT], whole[DT][:, position])
+
+
+def test_aliases_in_globs(model, tokens):
+    _, cache = model.run_with_cache(
+        tokens, names_filter=["blocks.*.hook_delta", "blocks.*.hook_ssm_out", "blocks.*.hook_h.2"]
+    )
+    sites = ("hook_dt", "hook_out_proj", "hook_h.2")
+    assert set(cache) == {f"blocks.{i}.mixer.{site}" for i in range(model.cfg.n_layers) for site in sites}
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -581,3 +605,28 @@ def test_states_keep_no_more_than_they_need(model, tokens):
     for layer in state:
         for part in layer:
             assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_a_state_of_the_materialised_path_keeps_no_more_than_it_needs(model, tokens):
+    hooks = [("blocks.*.mixer.hook_A_bar", lambda v, hook: v)]
+    with torch.no_grad():
+        _, state = model.run_with_hooks(tokens, return_state=True, fwd_hooks=hooks)
+    for layer in state:
+        for part in layer:
+            assert part.untyped_storage().nbytes() == part.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_token_ids_of_any_integer_type(model, tokens, dtype):
+    assert torch.equal(model(tokens.to(dtype), return_type="loss"), model(tokens, return_type="loss"))
+
+
+def test_a_token_is_sought_in_one_row(model):
+    assert model.get_token_position(3, [1, 3, 3]) == 1
+    assert model.get_token_position(3, torch.tensor([[1, 3, 3]]), mode="last") == 2
+    with pytest.raises(ValueError, match=r"takes one row of tokens, got \[2, 2\]"):
+        model.get_token_position(3, torch.tensor([[1, 2], [3, 4]]))
+
+
+def test_residual_directions_of_a_list(model):
+    assert torch.equal(model.tokens_to_residual_directions([1, 2]), model.W_U[:, [1, 2]].t())

@@ -7,7 +7,16 @@ import re
 import pytest
 import torch
 
-from hooked_mamba import HookedMamba, HookedMamba2, LayerState, Mamba2Config, MambaConfig, ModelState, memory
+from hooked_mamba import (
+    ActivationCache,
+    HookedMamba,
+    HookedMamba2,
+    LayerState,
+    Mamba2Config,
+    MambaConfig,
+    ModelState,
+    memory,
+)
 from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.loading import CheckpointError
 from tests.hooked_mamba.tiny import build, tokens_for
@@ -90,30 +99,48 @@ def test_a_filter_that_is_no_filter(model, tokens):
         model.run_with_cache(tokens, names_filter=["hook_embed", 3])
 
 
+def test_a_cache_tells_what_was_not_cached_from_what_does_not_exist(model, tokens):
+    _, cache = model.run_with_cache(tokens, names_filter=DT)
+    assert isinstance(cache, ActivationCache)
+    with pytest.raises(KeyError, match=r"blocks.0.mixer.hook_h.4 was not cached"):
+        cache["h.4", 0]
+    with pytest.raises(
+        HookNameError, match=rf"'blocks.1.mixer.hook_dtt'.* has {len(model.hook_dict)} sites in 2 blocks"
+    ):
+        cache["dtt", 1]
+
+
+def test_a_hook_point_is_no_predicate(model, tokens):
+    point = model.hook_point(DT)
+    calls = (
+        lambda: model.run_with_hooks(tokens, fwd_hooks=[(point, lambda v, hook: v * 0)]),
+        lambda: model.run_with_cache(tokens, names_filter=point),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=f"holds names, got the hook point {DT}"):
+            call()
+
+
 # Hooks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", ["hook_dt", "hook_h", "hook_h.1", "hook_A_bar", "hook_z"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        (lambda v: v[:, :1], ValueError, r"\[2, 1"),
-        (lambda v: v.double(), ValueError, "float64"),
-        (lambda v: v.to("meta"), ValueError, "on meta"),
-        (lambda v: v.tolist(), TypeError, "list; expected a tensor or None"),
-        (lambda v: 0, TypeError, "int; expected a tensor or None"),
-        (lambda v: (v,), TypeError, "tuple; expected a tensor or None"),
-    ],
-)
-def test_a_hook_that_returns_something_else(model, tokens, site, change):
-    fn, kind, got = change
+def test_a_hook_that_returns_something_else(model, tokens, site):
     name = f"blocks.0.mixer.{site}"
     _, cache = model.run_with_cache(tokens, names_filter=name)
-    with pytest.raises(kind, match=f"a forward hook at {re.escape(name)} returned .*{got}") as error:
-        model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: fn(v))])
-    if kind is ValueError:
-        assert f"expected float32 {list(cache[name].shape)} on cpu" in str(error.value)
-    assert not any(point.wanted for point in model.hook_points())
+    for fn, kind, got in (
+        (lambda v, hook: v[:, :1], ValueError, r"\[2, 1"),
+        (lambda v, hook: v.double(), ValueError, "float64"),
+        (lambda v, hook: v.to("meta"), ValueError, "on meta"),
+        (lambda v, hook: v.tolist(), TypeError, "list; expected a tensor or None"),
+        (lambda v, hook: 0, TypeError, "int; expected a tensor or None"),
+        (lambda v, hook: (v,), TypeError, "tuple; expected a tensor or None"),
+    ):
+        with pytest.raises(kind, match=f"a forward hook at {re.escape(name)} returned .*{got}") as error:
+            model.run_with_hooks(tokens, fwd_hooks=[(name, fn)])
+        if kind is ValueError:
+            assert f"expected float32 {list(cache[name].shape)} on cpu" in str(error.value)
+        assert not any(point.wanted for point in model.hook_points())
 
 
 def test_a_backward_hook_that_returns_something_else(model, tokens):
@@ -296,6 +323,29 @@ def test_unknown_arguments(model, tokens):
     model.tokenizer = lambda text, **options: {"input_ids": []}
     with pytest.raises(ValueError, match="the prompt '' has no tokens; pass prepend_bos=True"):
         model("")
+
+
+def test_generate_checks_its_mask(model, tokens):
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 4\], expected \[2, 6\]"):
+        model.generate(tokens, attention_mask=torch.ones(2, 4), verbose=False)
+
+
+def test_a_tokenizer_of_another_model(model):
+    model.tokenizer = lambda text, **_: {"input_ids": [1, model.cfg.d_vocab]}
+    with pytest.raises(
+        IndexError, match=rf"token id {model.cfg.d_vocab} and the vocabulary has {model.cfg.d_vocab} rows"
+    ):
+        model("text")
+
+
+def test_what_is_no_input(model, tokens):
+    with pytest.raises(TypeError, match="expected text or token ids, got NoneType"):
+        model(None)
+    with pytest.raises(ValueError, match=r"expected text or token ids of shape .*, got torch.bool"):
+        model(tokens > 3)
+    for resid in (torch.zeros(1, 0, model.cfg.d_model), torch.zeros(1, 2, model.cfg.d_model, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"the residual stream is torch\.\w+ \[1, (0|2), .*expected floats"):
+            model(resid, start_at_layer=0)
 
 
 # Configs and families ----------------------------------------------------------------------------------------

@@ -523,3 +523,12 @@ def test_models_are_reproducible():
         tokens = tokens_for(first)
         assert torch.equal(first(tokens), second(tokens))
         assert not torch.equal(first(tokens), other(tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_follow_the_weights_that_stay_float32(family):
+    model = build(family)
+    model(tokens_for(model), return_type="loss").backward()
+    model.bfloat16()
+    assert all(p.grad.dtype is p.dtype for p in model.parameters())
+    torch.optim.AdamW(model.parameters()).step()

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saes.cards import MARK, escape, model_card
+from saes.config import ARCHITECTURES
+from saes.files.saelens import saelens_reads
 from saes.registry import Entry
 from tests.saes.coders import config
 
@@ -85,3 +87,13 @@ def test_no_text_does_anything(text):
     bare = line.replace("\\\\", "")
     for mark in "`*_[]|#:@!$~":
         assert mark not in bare.replace(f"\\{mark}", "")
+
+
+@pytest.mark.parametrize("kind", ["sae", "mambacoder", "skip"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_card_names_saelens_only_where_it_can_load_a_coder(architecture, kind):
+    cfg = config(architecture, kind)
+    card = model_card([Entry.of("a", cfg)], repo="owner/name")
+    for says in ("library_name: saelens", '- "saelens"', "is a SAELens directory"):
+        assert (says in card) == saelens_reads(cfg)
+    assert ("loads here only: a." in card) != saelens_reads(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from hooked_mamba import HookedMamba, cli
-from saes import SparseCoder, mambacoder_config, sae_config
+from saes import SparseCoder, hub, mambacoder_config, sae_config
 from saes.command_parts import coder_folders
 from saes.explorer import explore
+from saes.flags import in_flags
 from saes.model_hash import model_hash
 from saes.options import OptionError
 from saes.run_options import run_options
@@ -122,7 +124,7 @@ def test_options_from_file_and_flags(tmp_path):
         "data": {"dtype": "x"},
         "coders": [{"layer": 0, "d_sae": 8}],
     }
-    flags = {"text": "t", "out": "o", "layer": [0, 2], "site": "x", "d_sae": 8}
+    flags = {"text": "t", "out": "o", "layer": [0, 2], "site": "x", "d_sae": 8, "train.steps": 3}
     made = run_options(None, flags)
     assert made["coders"] == [{"site": "x", "d_sae": 8, "layer": 0}, {"site": "x", "d_sae": 8, "layer": 2}]
     assert made["model"] == "tinystories-4l"
@@ -132,7 +134,8 @@ def test_options_from_file_and_flags(tmp_path):
     ("flags", "settings", "message"),
     [
         ({}, [], "a training needs --text and --out"),
-        ({"text": "t", "out": "o"}, [], "a training needs coders"),
+        ({"text": "t", "out": "o"}, [], "a training needs its length: --n-tokens or --steps"),
+        ({"text": "t", "out": "o", "train.steps": 3}, [], "a training needs coders"),
         ({"text": "t", "out": "o", "layer": [0]}, [], "--d-sae is missing"),
         ({"text": "t", "out": "o", "d_sae": 8}, [], "--layer is missing"),
         ({"text": "t"}, ["train.warmup"], "--set takes KEY=VALUE"),
@@ -142,6 +145,77 @@ def test_options_from_file_and_flags(tmp_path):
 def test_options_that_do_not_make_a_run(flags, settings, message):
     with pytest.raises(OptionError, match=message):
         run_options(None, flags, settings)
+
+
+def test_a_training_is_continued_by_its_folder_alone(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    out = tmp_path / "run"
+    shared = ("--model", "model", "--text", "text.txt", "--layer", 1, "--d-sae", 24, "--k", 3, *SMALL)
+    done("train", *shared, "--steps", 4, "--out", out)
+    whole = SparseCoder.load(out / "coders" / "l1-mambacoder")
+    assert "pass --resume to continue" in complaint("train", *shared, "--steps", 4, "--out", out)
+    kept = json.loads((out / "run.json").read_text())
+    assert kept["text"] == str(place / "text.txt")
+    assert RunConfig.from_dict(kept).train["steps"] == 4
+    shutil.rmtree(out / "coders")
+    monkeypatch.chdir(tmp_path)  # paths that were given relative to another folder
+    for again in (("--resume", "--out", "run"), ("run", "--resume"), (*shared[4:], "--resume", "--out", out)):
+        done("train", *again, "-q")
+        same = SparseCoder.load(out / "coders" / "l1-mambacoder")
+        assert torch.equal(same.W_dec, whole.W_dec)
+    shutil.copytree(out, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "coders")
+    done("train", "--resume", "--out", tmp_path / "moved", "-q")
+    assert (tmp_path / "moved" / "coders" / "l1-mambacoder").is_dir()
+    assert "this run 9" in complaint("train", "--resume", "--out", out, "--steps", 9, "-q")
+    assert "--resume needs the folder of the training to continue: --out" in complaint("train", "--resume")
+    assert "a training needs --text" in complaint("train", "--resume", "--out", tmp_path / "nothing")
+    assert "holds no run.json" in complaint("train", place)
+
+
+def test_the_folder_of_a_training_stands_for_its_coders(place, tmp_path):
+    out, text = tmp_path / "run", ("--text", place / "text.txt", "--context-length", 16, "-q")
+    shared = ("--model", place / "model", "--text", place / "text.txt", "--steps", 4, *SMALL, "--out", out)
+    result = call("train", *[a for a in shared if a != "-q"], "--layer", 0, "--layer", 1, "--d-sae", 24, "--k", 3)
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"loading {place / 'model'} ...\n")
+    assert "l1-mambacoder" in done("eval", out, *text, "--n-tokens", 50, "--metric", "l0")
+    assert SparseCoder.from_pretrained(out, "l0-mambacoder").cfg.layer == 0
+    with pytest.raises(ValueError, match="it contains the coders coders/l0-mambacoder, coders/l1-mambacoder"):
+        SparseCoder.load(out)
+    done("push", out, "--to", tmp_path / "shelf")
+    card = (tmp_path / "shelf" / "README.md").read_text()
+    assert "| name | ev | l0 | dead\\_share |" in card
+    assert "l1-mambacoder: text text.txt, context\\_length 16, tokens 128, steps 4" in card
+    assert "metrics\\_from the last training batches" in card
+    entry = {e.name: e for e in hub.list_coders(tmp_path / "shelf")}["l1-mambacoder"]
+    assert entry.training["tokens"] == 128
+    assert set(entry.metrics) == {"ev", "l0", "dead_share"}
+    about = json.loads((tmp_path / "shelf" / "l1-mambacoder" / "cfg.json").read_text())["metadata"]
+    assert (about["context_size"], about["prepend_bos"]) == (16, False)
+    hub.push({"judged": out / "coders" / "l0-mambacoder"}, tmp_path / "shelf", metrics={"fvu": 0.5})
+    assert "metrics_from" not in {e.name: e for e in hub.list_coders(tmp_path / "shelf")}["judged"].training
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("holds a checkpoint: pass resume=True to continue", "holds a checkpoint: pass --resume to continue"),
+        ("no end: say how many, n_tokens=", "no end: say how many, --n-tokens"),
+        ("needs a folder: out=...", "needs a folder: --out"),
+        ("lr must be a number at least 0, got -1", "--lr must be a number at least 0, got -1"),
+        ("warmup must be a number from 0", "--set train.warmup must be a number from 0"),
+        (
+            "block_tokens (9) must be at least batch_size (10)",
+            "--set data.block_tokens (9) must be at least --batch-size (10)",
+        ),
+        ("found /tmp/batch_size/out and hook_resid_post", "found /tmp/batch_size/out and hook_resid_post"),
+        ("checkpoint has train.b_dec = 'mean'", "checkpoint has train.b_dec = 'mean'"),
+        ("lr_x=3 stays", "lr_x=3 stays"),
+    ],
+)
+def test_errors_name_flags(said, shown):
+    assert in_flags(said, ["resume", "n_tokens", "out", "lr", "batch_size"], settings=True) == shown
 
 
 def test_train_errors_are_one_line(place, tmp_path):
@@ -197,7 +271,7 @@ def test_a_coder_of_another_model_is_noticed(place, tmp_path):
     assert call("eval", *arguments).stderr == ""
     SparseCoder(sae_config("hook_embed", 8, 16, k=2), seed=0).save(tmp_path / "nameless")
     nameless = (tmp_path / "nameless", *arguments[1:])
-    assert "say which model to read: --model" in complaint("eval", *nameless)
+    assert "which model to run: --model" in complaint("eval", *nameless)
 
 
 def test_push_list_and_pull_a_folder(place, tmp_path):

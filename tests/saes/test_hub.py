@@ -150,9 +150,9 @@ def test_which_one(server):
     "name", ["../other", "one/../../x", "/etc", "", "a//b", "c:\\x", "one/", ".hidden", "a b", "x" * 300]
 )
 def test_names_that_lead_elsewhere(server, name):
-    with pytest.raises(CoderFileError, match="is no name of a coder"):
+    with pytest.raises(CoderFileError, match="is not a valid coder name"):
         hub.load(REPO, name)
-    with pytest.raises(CoderFileError, match="is no name of a coder"):
+    with pytest.raises(CoderFileError, match="is not a valid coder name"):
         hub.push({name: coder("topk")}, REPO, token=TOKEN)
     assert not server.log
 
@@ -207,7 +207,7 @@ def test_a_damaged_index(server, case):
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
-    ("name", "../../up", "is no name of a coder"), ("name", 5, "name=5, expected str"),
+    ("name", "../../up", "is not a valid coder name"), ("name", 5, "name=5, expected str"),
     ("d_sae", "40", "d_sae='40', expected int"), ("k", True, "k=True, expected int | None"),
     ("metrics", {"fvu": "<script>"}, "metrics are numbers by name"), ("metrics", [], r"metrics=\[\], expected"),
 ])  # fmt: skip

@@ -43,7 +43,7 @@ def test_latents_are_those_of_the_cached_site(architecture):
     active = read.active(1, 4, "a")
     assert dict(active) == {i: pytest.approx(float(a[1, 4, i])) for i in a[1, 4].nonzero().flatten().tolist()}
     assert [v for _, v in active] == sorted((v for _, v in active), reverse=True)
-    with pytest.raises(KeyError, match="several coders, say which: a, b"):
+    with pytest.raises(KeyError, match="several coders, name one of a, b"):
         read.dense()
     with pytest.raises(IndexError, match="a has 24"):
         read.feature(24, "a")

@@ -120,11 +120,11 @@ def test_bundled_names(bundled, tmp_path, monkeypatch):
     assert same(SparseCoder.from_pretrained("tiny/l1-out"), bundled)
     assert same(SparseCoder.from_pretrained("tiny", "l1-out"), bundled)
     assert [entry.name for entry in hub.list_coders()] == ["tiny/l1-out", "tiny/mambacoder-1"]
-    with pytest.raises(CoderFileError, match=r"'tiny/mambacoder-2' is no bundled coder.*nearest: 'tiny/mambacoder-1'"):
+    with pytest.raises(CoderFileError, match=r"mambacoder-2' is not a bundled.*nearest: 'tiny/mambacoder-1'"):
         SparseCoder.from_pretrained("tiny/mambacoder-2")
     with pytest.raises(CoderFileError, match=r"comes with the package and has no revisions; .* got 'main'"):
         SparseCoder.from_pretrained("tiny/l1-out", revision="main")
-    with pytest.raises(CoderFileError, match="'nowhere' is no bundled coder, folder or hub id; coders that come"):
+    with pytest.raises(CoderFileError, match="'nowhere' is not a bundled coder, a folder or a hub id; coders"):
         SparseCoder.from_pretrained("nowhere")
     monkeypatch.chdir(tmp_path)
     bundled.save("tiny/l1-out")
@@ -137,7 +137,7 @@ def test_in_a_local_folder(tmp_path):
     assert SparseCoder.from_pretrained(tmp_path).k == 4
     with pytest.raises(CoderFileError, match=r"has no 'won'; nearest: 'one'; it has one"):
         SparseCoder.from_pretrained(tmp_path, "won")
-    with pytest.raises(CoderFileError, match="is no name of a coder"):
+    with pytest.raises(CoderFileError, match="is not a valid coder name"):
         SparseCoder.from_pretrained(tmp_path / "one", "../one")
     with pytest.raises(CoderFileError, match="is no folder that is there, nor a hub id"):
         hub.list_coders("./nowhere/at/all")

@@ -156,7 +156,7 @@ def test_errors_of_another_pass_are_held_fixed():
         return coders[1](value) + errors["l1-resid_post"]
 
     exact(moved, model.run_with_hooks(other, fwd_hooks=[(OUT, mixed), ("blocks.1.hook_resid_post", post)]))
-    with pytest.raises(ValueError, match="errors to hold fixed"), splice(model, coders, error=errors):
+    with pytest.raises(ValueError, match="frozen errors"), splice(model, coders, error=errors):
         model(tokens[:, :3])
     with pytest.raises(ValueError, match="lacks the errors of l1-resid_post"):
         splice(model, coders, error={"l0-mambacoder": errors["l0-mambacoder"]}).__enter__()
@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_said_at_once(unchecked):
         (IndexError, "feature 24 is out of range", sae, {"features": LatentEdit((24,), lambda z: z)}),
         (ValueError, "named twice", sae, {"features": LatentEdit((2, 2), lambda z: z)}),
         (KeyError, "no coder is called 'l0-out'; nearest: l0-out_proj", [sae], {"features": {"l0-out": abs}}),
-        (KeyError, "several coders, say which", [sae, mambacoder_on(model, 1)], {"features": abs}),
+        (KeyError, "several coders, name one of", [sae, mambacoder_on(model, 1)], {"features": abs}),
         (TypeError, "got str among them", [sae, "l1"], {}),
         (TypeError, "a list of coders", "l1", {}),
         (TypeError, "error must be True, False or errors by name, got str", sae, {"error": "yes"}),

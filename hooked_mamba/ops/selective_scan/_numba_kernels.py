@@ -10,43 +10,16 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numba
 import numpy as np
 
 from hooked_mamba.ops.numba_compile import kernel
-from hooked_mamba.ops.numba_lanes import LANES, exp2, fma, load, mul, splat, store, total, transpose
+from hooked_mamba.ops.numba_lanes import LANES, exp2, fma, load, mul, splat, store, total
+from hooked_mamba.ops.numba_packed import add_packed, unpack
 
 T = 16
 """Positions per tile; the backward keeps one state per tile."""
 
 LOG2E = np.float32(1.4426950408889634)
-
-
-@numba.njit
-@no_type_check
-def _unpack(packed, k, out, at, N, lanes):
-    """Copy the packed N x 16 at k to lanes x N at `at`."""
-    whole = N - N % LANES if lanes == LANES else 0
-    for n in range(0, whole, LANES):
-        transpose(packed, k + n * LANES, LANES, out, at + n, N)
-    for e in range(lanes):
-        for n in range(whole, N):
-            out[at + e * N + n] = packed[k + n * LANES + e]
-
-
-@numba.njit
-@no_type_check
-def _add_packed(values, at, N, lanes, packed, k, scratch):
-    """Add lanes x N values at `at` to the packed N x 16 at k."""
-    whole = N - N % LANES if lanes == LANES else 0
-    for n in range(0, whole, LANES):
-        transpose(values, at + n, N, scratch, n * LANES, LANES)
-    for e in range(lanes):
-        for n in range(whole, N):
-            scratch[n * LANES + e] = values[at + e * N + n]
-    for n in range(N):
-        for e in range(lanes):
-            packed[k + n * LANES + e] += scratch[n * LANES + e]
 
 
 @kernel
@@ -86,7 +59,7 @@ def forward(x, dt, A, B, C, D, h, y, starts, states, positions, lo, hi):
                     store(y, at, out)
                     if s < len(positions) and positions[s] == t:
                         lanes = min(LANES, width - v * LANES)
-                        _unpack(flat_h, state, flat, ((i * saved + s) * width + v * LANES) * N, N, lanes)
+                        unpack(flat_h, state, flat, ((i * saved + s) * width + v * LANES) * N, N, lanes)
                         s += 1
             while column < len(positions) and positions[column] < stop:
                 column += 1
@@ -114,7 +87,7 @@ def adjoint(dt, A, B, C, D, dy, g, dstates, positions, dx, lo, hi):
                 for t in range(stop - 1, tile * T - 1, -1):
                     if s >= 0 and positions[s] == t:
                         lanes, source = min(LANES, width - v * LANES), (i * saved + s) * width + v * LANES
-                        _add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
+                        add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
                         s -= 1
                     at = (i * l + t) * E + v * LANES
                     dy_t, dt_t = load(dy, at), load(dt, at)
@@ -172,7 +145,7 @@ def backward(x, dt, A, B, C, D, starts, dy, g, dstates, positions, dx, ddt, dA, 
                 for t in range(length - 1, -1, -1):
                     if s >= 0 and positions[s] == t0 + t:
                         lanes, source = min(LANES, width - v * LANES), (i * saved + s) * width + v * LANES
-                        _add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
+                        add_packed(flat, source * N, N, lanes, flat_g, state, scratch)
                         s -= 1
                     at = (i * l + t0 + t) * E + v * LANES
                     x_t, dt_t, dy_t = load(x, at), load(dt, at), load(dy, at)

@@ -18,6 +18,7 @@ from hooked_mamba.ops.memory import fresh
 from hooked_mamba.ops.numba_compile import refusal, share, threads_for
 from hooked_mamba.ops.numba_functions import flat_rows, worth_it
 from hooked_mamba.ops.numba_lanes import LANES
+from hooked_mamba.ops.numba_packed import pack_states, unpack_states
 from hooked_mamba.ops.precision import to_state_dtype
 from hooked_mamba.ops.selective_scan import _numba_kernels as kernels
 from hooked_mamba.ops.selective_scan._numba_gated import gated
@@ -82,18 +83,6 @@ def gated_scan(
     V = A.shape[0]
     share(gated, b * V, b * l * E * A.shape[1], (*arrays, z_row, h.numpy(), y.numpy()), ())
     return y, unpack_states(h, E)
-
-
-def pack_states(t: Tensor, E: int) -> Tensor:
-    """[b] E N as [b] V N 16, a copy."""
-    missing = -t.shape[-2] % LANES
-    t = F.pad(t, (0, 0, 0, missing)) if missing else t
-    return t.unflatten(-2, (-1, LANES)).transpose(-1, -2).clone(memory_format=torch.contiguous_format)
-
-
-def unpack_states(t: Tensor, E: int) -> Tensor:
-    """[b] V N 16 as [b] E N, without the padding of E."""
-    return t.transpose(-1, -2).flatten(-3, -2)[..., :E, :].contiguous()
 
 
 def _empty() -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mamba.ops import StateEdits
 
 SELECTIVE_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
-SSD_BACKENDS = [("torch", torch.float64), ("torch", torch.float32)]
+SSD_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 
@@ -131,7 +131,9 @@ def sizes(largest: int) -> st.SearchStrategy[int]:
 
 def some_positions(kind: str | None, l: int) -> list[int] | str | None:
     """None, "all", or the positions that the word names."""
-    return {"one": [l // 2], "several": sorted({0, l // 3, l - 1}), "last": [l - 1]}.get(kind, kind)
+    return {"one": [l // 2], "several": sorted({0, l // 3, l - 1}), "last": [l - 1], "most": [*range(l // 9, l)]}.get(
+        kind, kind
+    )
 
 
 def random_edits(at: list[int], kind: str, inputs: dict[str, Tensor]) -> StateEdits:

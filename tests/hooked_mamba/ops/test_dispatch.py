@@ -35,14 +35,28 @@ def test_the_fastest_that_can():
     assert _name(ops.choose("selective_scan", X)) == "numba"
     assert _name(ops.choose("selective_scan", X.half())) == "numba"
     assert _name(ops.choose("selective_scan", X.double())) == "torch"
-    assert _name(ops.choose("ssd", X)) == "torch"
+    assert _name(ops.choose("ssd", X)) == "numba"
+    assert _name(ops.choose("ssd", X.double())) == "torch"
     assert _name(ops.choose("linear_scan", X)) == "torch"
+
+
+def test_every_op_has_the_backends_that_it_should():
+    assert {op: " ".join(table) for op, table in ops.BACKENDS.items()} == {
+        "selective_scan": "triton numba torch naive mamba_ssm",
+        "gated_scan": "triton numba torch naive mamba_ssm",
+        "ssd": "triton numba torch naive mamba_ssm",
+        "delta_scan": "triton numba torch naive",
+        "linear_scan": "triton torch naive",
+        "causal_conv1d": "triton numba torch",
+        "silu": "numba torch",
+        "softplus": "numba torch",
+    }
 
 
 def test_a_named_backend():
     assert _name(ops.choose("selective_scan", X, backend="torch")) == "torch"
     assert _name(ops.choose("ssd", X, backend="naive")) == "naive"
-    assert _name(ops.choose("ssd", X, backend="auto")) == "torch"
+    assert _name(ops.choose("ssd", X, backend="auto")) == "numba"
 
 
 def test_the_environment_names_a_backend_and_an_argument_outranks_it(monkeypatch):
@@ -55,14 +69,14 @@ def test_the_environment_names_a_backend_and_an_argument_outranks_it(monkeypatch
 def test_the_environment_binds_only_ops_that_have_the_backend(monkeypatch):
     monkeypatch.setenv(ops.ENVIRONMENT, "numba")
     assert _name(ops.choose("selective_scan", X)) == "numba"
-    assert _name(ops.choose("ssd", X)) == "torch"
+    assert _name(ops.choose("linear_scan", X)) == "torch"
 
 
 def test_an_unknown_name_lists_the_valid_ones(monkeypatch):
     with pytest.raises(ValueError, match=r"backend is 'numbra', expected one of 'auto', .*'numba'.*'naive'"):
         selective_scan(**_float32(), backend="numbra")
     with pytest.raises(ValueError, match="backend is 'numba', expected one of"):
-        ops.choose("ssd", X, backend="numba")
+        ops.choose("linear_scan", X, backend="numba")
     monkeypatch.setenv(ops.ENVIRONMENT, "numbra")
     with pytest.raises(ValueError, match=r"HOOKED_MAMBA_SCAN is 'numbra'"):
         selective_scan(**_float32())

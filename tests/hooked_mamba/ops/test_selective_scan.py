@@ -47,16 +47,6 @@ def test_agrees_with_the_loop(shape, states, backend, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("leave_out", [(), ("h0",), ("D",), ("D", "h0")])
-@pytest.mark.parametrize("states", ["one", "all", "last"])
-def test_options(leave_out, states, backend, dtype):
-    states_at = some_positions(states, 37)
-    assert_agrees(
-        selective_scan, selective_inputs(2, 37, 21, 5), dtype, backend, leave_out=leave_out, states_at=states_at
-    )
-
-
-@each_backend
 @given(
     shape=st.tuples(sizes(3), lengths(), sizes(70), sizes(16)),
     states=st.sampled_from([None, "one", "several", "all", "last"]),

@@ -17,6 +17,7 @@ import torch
 
 from hooked_mamba.ops import StateEdits
 from hooked_mamba.ops.causal_conv1d.triton import causal_conv1d
+from hooked_mamba.ops.delta_scan.triton import delta_scan
 from hooked_mamba.ops.linear_scan.triton import linear_scan
 from hooked_mamba.ops.selective_scan.triton import gated_scan, selective_scan
 from hooked_mamba.ops.ssd.triton import ssd
@@ -105,6 +106,31 @@ def mamba2(
     return run
 
 
+def delta(
+    dtype: torch.dtype,
+    *,
+    b: int = 1,
+    l: int = 512,
+    H: int = 12,
+    K: int = 64,
+    V: int = 64,
+    W: int = 64,
+    grad: str = "none",
+) -> Callable[[], None]:
+    """The delta rule, forward and (grad "all" or "v") backward."""
+
+    def run() -> None:
+        everything = grad == "all"
+        r, k, a, b_ = (empty(b, l, H, K, dtype=dtype, grad=everything) for _ in "rkab")
+        w, v = empty(b, l, H, W, dtype=dtype, grad=everything), empty(b, l, H, V, dtype=dtype, grad=grad != "none")
+        out = delta_scan(r, w, k, v, a, b_, h0=empty(b, H, V, K), positions=(3, 9) if everything else None)
+        if grad != "none":
+            asked = [t for t in out if t is not None] if everything else [out.y]
+            torch.autograd.backward(asked, [torch.empty_like(t) for t in asked])
+
+    return run
+
+
 def linear() -> None:
     """The first-order scan at the size of materialised states, both ways."""
     a, b = (empty(1, 64, 1536, 16, grad=True) for _ in "ab")
@@ -130,6 +156,7 @@ CORE: dict[str, Callable[[], None]] = {
     "gated fp32": gated(FP32, grad="all"),
     "mamba2 bf16": mamba2(BF16),
     "linear": linear,
+    "delta fp32": delta(FP32, grad="all"),
 }
 MORE: dict[str, Callable[[], None]] = {
     "mamba1 bf16 all": mamba1(BF16, grad="all"),
@@ -159,6 +186,9 @@ MORE: dict[str, Callable[[], None]] = {
     "mamba2 bf16 frozen": mamba2(BF16, grad="x"),
     "mamba2 bf16 events": mamba2(BF16, grad="all", events=True),
     "mamba2 fp32 P=128": mamba2(FP32, P=128, grad="all"),
+    "delta bf16": delta(BF16, grad="all"),
+    "delta bf16 frozen": delta(BF16, grad="v"),
+    "delta fp32 per head": delta(FP32, H=16, K=128, V=128, W=1, grad="all"),
     "mamba2 step": mamba2_step,
     "conv": conv,
 }

@@ -25,9 +25,10 @@ from hooked_mamba.components import causal_conv1d
 from hooked_mamba.ops import StateEdits
 from hooked_mamba.ops.causal_conv1d.triton import causal_conv1d as fused_conv
 from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
+from tests.hooked_mamba.ops.delta_cases import delta_inputs
 
 Case = Callable[[str], dict[str, float]]
-SCANNED_TYPES = ("x", "dt", "B", "C", "dt_pre", "z")
+SCANNED_TYPES = ("x", "dt", "B", "C", "dt_pre", "z", "r", "w", "k", "v", "a", "b")
 """Arguments that come in the type of the model; the others are float32 in any model."""
 
 
@@ -117,6 +118,11 @@ def mamba1_case(*shape: int, **options: object) -> Case:
 def ssd_case(*shape: int, **options: object) -> Case:
     """b, l, H, P, G, N."""
     return scan(ops.ssd, ssd_inputs(*shape), **options)
+
+
+def delta_case(*shape: int, per: str = "key", **options: object) -> Case:
+    """b, l, H, K, V, with decays per "key" or per "head"."""
+    return scan(ops.delta_scan, delta_inputs(*shape, per), **options)
 
 
 def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -250,6 +256,8 @@ NARROW = {"triton_launch.FALLBACK_MULTIPROCESSORS": 0}
 SHORT = {"selective_scan._triton_scan.CHUNK": 8}
 """Short chunks, so that small inputs have several."""
 
+SHORT_DELTA = {"delta_scan._triton_scan.T": 8}
+
 CORE: dict[str, Case] = {
     "mamba1": mamba1_case(2, 13, 5, 4, patches=SHORT),
     "mamba1 whole": mamba1_case(1, 16, 9, 16, patches=SHORT | NARROW),
@@ -262,6 +270,8 @@ CORE: dict[str, Case] = {
     "ssd edits": ssd_case(1, 9, 2, 4, 1, 4, chunk=16, states_at=(0, 3, 8), edits=(3, 8)),
     "ssd step": step_case(),
     "conv": conv_case(2, 20, 6, 4, True, True, history=3),
+    "delta": delta_case(1, 19, 2, 5, 7, states_at=(0, 3, 18), patches=SHORT_DELTA),
+    "delta frozen": delta_case(1, 9, 2, 4, 3, per="head", frozen=True, patches=SHORT_DELTA),
 }
 """A minute on one core."""
 
@@ -305,6 +315,17 @@ MORE: dict[str, Case] = {
     "ssd fp16": ssd_case(1, 21, 4, 8, 1, 16, chunk=16, dtype=FP16),
     "ssd without D and h0": scan(ops.ssd, without(ssd_inputs(2, 11, 2, 4, 1, 4), "D", "h0")),
     "ssd one position": ssd_case(2, 1, 4, 5, 2, 6),
+    "delta per head": delta_case(2, 33, 2, 16, 20, per="head"),
+    "delta multiple": delta_case(1, 9, 2, 5, 4, per="multiple"),
+    "delta long": delta_case(1, 70, 1, 8, 4),
+    "delta blocks": delta_case(1, 9, 2, 64, 40, patches=SHORT_DELTA),
+    "delta all states": delta_case(1, 9, 2, 4, 3, states_at="all", patches=SHORT_DELTA),
+    "delta edits": delta_case(1, 19, 2, 5, 7, states_at=(0, 3), edits=(3, 18), patches=SHORT_DELTA),
+    "delta edits frozen": delta_case(1, 9, 2, 5, 7, states_at=(0, 3), edits=(3, 8), frozen=True),
+    "delta one position": delta_case(2, 1, 2, 4, 3),
+    "delta from nothing": scan(ops.delta_scan, without(delta_inputs(2, 11, 2, 4, 3), "h0")),
+    "delta bf16": delta_case(1, 21, 2, 8, 8, dtype=BF16),
+    "delta fp16": delta_case(1, 21, 2, 8, 8, dtype=FP16),
     "conv plain": conv_case(1, 37, 5, 3, False, False),
     "conv step": conv_case(2, 1, 5, 4, True, True, history=3),
     "conv long history": conv_case(2, 5, 5, 3, False, False, history=9),

@@ -28,6 +28,7 @@ MOST_SLOTS = {
 MOST_REGISTERS = {
     "mamba1_forward": 168, "mamba1_adjoint": 144, "mamba1_backward": 255, "join_kernel": 40,
     "ssd_gram": 80, "ssd_outer": 80, "ssd_pass": 40, "ssd_read_out": 144, "linear_forward": 80, "linear_backward": 80,
+    "delta_forward": 112, "delta_backward": 255,
 }  # fmt: skip
 """Registers per lane at the sizes of the core, on sm_90: with 168 a multiprocessor holds 12 warps, with 255 8."""
 WHOLE_BACKWARD = 29.0

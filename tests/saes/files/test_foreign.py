@@ -38,6 +38,27 @@ def test_an_input_that_is_not_centred(tmp_path):
     assert close(made.encode(X), (X @ W["W_enc"] + W["b_enc"]).relu())
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_one_factor_for_all_inputs(tmp_path, architecture, centred):
+    """z = act((f x - b_dec) W_enc + b_enc), y = (z W_dec + b_dec) / f: SAELens' expected_average_only_in."""
+    f = 2.7
+    biases = {"jumprelu": ["b_enc", "threshold"], "gated": ["b_gate", "r_mag", "b_mag"]}.get(architecture, ["b_enc"])
+    W = weights(*biases)
+    about = {"normalize_activations": "expected_average_only_in", "apply_b_dec_to_input": centred}
+    folder = saelens(tmp_path / "c", W, architecture, **about, **({"k": 5} if architecture == "topk" else {}))
+    made = SparseCoder.load(folder, norm_factor=f)
+    pre = (f * X - (W["b_dec"] if centred else 0)) @ W["W_enc"]
+    if architecture == "gated":
+        z = (pre + W["b_gate"] > 0) * (W["r_mag"].exp() * pre + W["b_mag"]).relu()
+    else:
+        pre = pre + W["b_enc"]
+        z = {"topk": naive.topk(pre, 5), "standard": pre.relu()}.get(architecture)
+        z = pre.relu() * (pre > W["threshold"]) if z is None else z
+    assert close(made.encode(X), z)
+    assert close(made(X), (z @ W["W_dec"] + W["b_dec"]) / f)
+
+
 def test_topk(tmp_path):
     W = weights("b_enc")
     made = SparseCoder.load(saelens(tmp_path / "c", W, "topk", k=5, rescale_acts_by_decoder_norm=False))

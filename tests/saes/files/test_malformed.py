@@ -184,6 +184,14 @@ OURS = {
     "a site that is none": (ours(coder__in_site="blocks.1.hook_resid_pst"), "full name of a hook site.*nearest"),
     "a site that is a path": (ours(coder__in_site="blocks.1/../../x"), "full name of a hook site"),
     "a site of no block": (ours(coder__in_site="blocks.one.hook_resid_post"), "full name of a hook site"),
+    "a site of 2 MB": (ours(coder__in_site="x" * 2**21), "in_site of 2,097,152 characters"),
+    "a layer that no model has": (
+        ours(**dict.fromkeys(("coder__in_site", "coder__out_site"), "blocks.999999999999.hook_resid_post")),
+        "full name of a hook site",
+    ),
+    "a model name of 2 MB": (ours(coder__model_name="x" * 2**21), "model_name of 2,097,152 characters"),
+    "a tensor's name of 50 kB": (tensors(**{"x" * 50_000: torch.zeros(1)}), "unexpected 'xxx.*left out"),
+    "metrics of 2 MB": (ours(metrics=["x" * 2**21]), "metrics=.*left out"),
     "a site that is a number": (ours(coder__in_site=7), "in_site=7, expected a text"),
     "other sites": (
         ours(coder__in_site="blocks.2.hook_resid_post", coder__out_site="blocks.2.hook_resid_post"),
@@ -215,8 +223,9 @@ def test_of_our_own(tmp_path, case):
     SparseCoder.load(folder)
     spoil, message = OURS[case]
     spoil(folder)
-    with pytest.raises(CoderFileError, match=message):
+    with pytest.raises(CoderFileError, match=message) as error:
         SparseCoder.load(folder)
+    assert len(str(error.value)) < 1500
 
 
 def test_there_are_fifty():
@@ -243,7 +252,28 @@ SAELENS = {
     "TopK without k": ("topk", {}, "lacks k"),
     "a fractional k": ("topk", {"k": 2.5}, "k=2.5, expected a positive integer"),
     "k above d_sae": ("topk", {"k": 99}, "topk needs k from 1 to d_sae=16, got 99"),
-    "inputs normalised": ("standard", {"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+    "inputs normalised": ("standard", {"normalize_activations": "layer_norm"}, "it shifts and divides each"),
+    "an unknown dtype": ("standard", {"dtype": "float7"}, r"dtype in .*cfg\.json must .*got 'float7'; nearest"),
+    "a dtype that is a number": ("standard", {"dtype": 32}, "dtype=32, expected a text"),
+    "a layer that no model has": (
+        "standard", {"metadata__hook_name": "blocks.999999999999.hook_resid_post"}, "which no Mamba model",
+    ),
+    "a layer with leading zeros": ("standard", {"metadata__hook_name": "blocks.01.hook_resid_post"}, "no Mamba model"),
+    "a layer in other digits": ("standard", {"metadata__hook_name": "blocks.\u0661.hook_resid_post"}, "no Mamba model"),
+    "a hook name of 2 MB": ("standard", {"metadata__hook_name": "x" * 2**21}, r"names the site 'xxx.*left out"),
+    "a model name of 2 MB": ("standard", {"metadata__model_name": "x" * 2**21}, "model_name of 2,097,152 characters"),
+    "an architecture of 2 MB": ("standard", {"architecture": "x" * 2**21}, "architecture of 2,097,152 characters"),
+    "a width of 2 MB": ("standard", {"d_in": "9" * 2**21}, "d_in of 2,097,152 characters"),
+    "inputs normalised by their norm": (
+        "standard", {"normalize_activations": "constant_norm_rescale"}, "each example by its own norm.*only.*SAELens",
+    ),
+    "inputs normalised by one factor": (
+        "standard", {"normalize_activations": "expected_average_only_in"}, "not in the file. Give it, norm_factor=",
+    ),
+    "whitened inputs": (
+        "standard", {"normalize_activations": "covariance_whitening"}, r"sae\.fold_activation_whitening\(mean",
+    ),
+    "inputs normalised oddly": ("standard", {"normalize_activations": "norm"}, "='norm'; expected 'none' or"),
     "heads": ("standard", {"reshape_activations": "hook_z"}, "reshape_activations='hook_z'; expected 'none'"),
     "one head": ("standard", {"metadata__hook_head_index": 3}, "one attention head"),
     "centring in words": ("standard", {"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input='no', expected"),
@@ -266,8 +296,50 @@ def test_of_saelens(tmp_path, case):
     architecture, changes, message = SAELENS[case]
     folder = saelens(tmp_path / "c", weights("b_enc"), architecture)
     change(folder, **changes)
-    with pytest.raises(CoderFileError, match=message):
+    with pytest.raises(CoderFileError, match=message) as error:
         SparseCoder.load(folder)
+    assert len(str(error.value)) < 1500
+    assert "fold it" not in str(error.value)
+
+
+def test_faults_of_tensors_name_the_file_of_the_tensors(tmp_path):
+    folder = saelens(tmp_path / "c", weights("b_enc"), "standard")
+    path = folder / "sae_weights.safetensors"
+    retensor(path, W_enc=lambda t: t.t())
+    with pytest.raises(CoderFileError, match=r"W_enc in .*sae_weights\.safetensors has shape \[16, 6\]"):
+        SparseCoder.load(folder)
+    retensor(path, W_enc=lambda t: t.t(), W_skip=torch.zeros(6, 6))
+    with pytest.raises(CoderFileError, match=r"sae_weights\.safetensors does not hold .* unexpected 'W_skip'"):
+        SparseCoder.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["ours", "saelens", "sparsify", "inside"])
+def test_a_key_twice(tmp_path, kind):
+    if kind == "sparsify":
+        folder = sparsify(tmp_path / "layers.3")
+    elif kind == "saelens":
+        folder = saelens(tmp_path / "c", weights("b_enc"), "standard")
+    else:
+        folder = coder("topk", dtype=torch.float32).save(tmp_path / "c")
+    path = folder / "cfg.json"
+    text = path.read_text()
+    key = '"hook_name"' if kind == "inside" else '"d_in"'
+    at = text.index(key)
+    path.write_text(f"{text[:at]}{key}: 7, {text[at:]}")
+    with pytest.raises(CoderFileError, match=rf"cfg\.json has the key '{key[1:-1]}' twice in one object"):
+        SparseCoder.load(folder)
+
+
+def test_a_factor_where_there_is_none(tmp_path):
+    ours = coder("topk", dtype=torch.float32).save(tmp_path / "ours")
+    with pytest.raises(CoderFileError, match=r"norm_factor= is for SAELens' coders, .* is of hooked_mamba"):
+        SparseCoder.load(ours, norm_factor=2.0)
+    plain = saelens(tmp_path / "plain", weights("b_enc"), "standard")
+    with pytest.raises(CoderFileError, match="norm_factor= is for 'expected_average_only_in'"):
+        SparseCoder.load(plain, norm_factor=2.0)
+    for wrong in (0, -1.0, NAN, INF):
+        with pytest.raises(CoderFileError, match="norm_factor must be a number above 0"):
+            SparseCoder.load(plain, norm_factor=wrong)
 
 
 def test_of_saelens_a_transcoder_that_centres_or_reads_elsewhere(tmp_path):
@@ -280,7 +352,7 @@ def test_of_saelens_a_transcoder_that_centres_or_reads_elsewhere(tmp_path):
 
 
 RECURRENTLENS = {
-    "no variant": ({"variant": None}, "says nothing of what it is"),
+    "no variant": ({"variant": None}, "does not say what it is"),
     "an unknown variant": ({"variant": "gated"}, "variant='gated', expected one of vanilla, topk, jumprelu"),
     "no d_in": ({"d_in": None}, "d_in=None, expected a whole number from 1"),
     "a negative d_in": ({"d_in": "-6"}, "d_in='-6', expected a whole number"),
@@ -338,12 +410,12 @@ def test_what_is_no_coder_at_all(tmp_path):
     ):
         SparseCoder.load(tmp_path / "empty")
     inner = coder("topk").save(tmp_path / "many" / "one")
-    with pytest.raises(CoderFileError, match="is no coder itself; it has the coders one"):
+    with pytest.raises(CoderFileError, match="is not itself a coder; it contains the coders one"):
         SparseCoder.load(tmp_path / "many")
     with pytest.raises(CoderFileError, match="is one file of a coder; give its folder"):
         SparseCoder.load(inner / "cfg.json")
     torch.save({}, tmp_path / "sae.pt")
-    with pytest.raises(CoderFileError, match="may hold code, and is not read"):
+    with pytest.raises(CoderFileError, match="may contain code and is not read"):
         SparseCoder.load(tmp_path / "sae.pt")
 
 

@@ -92,6 +92,27 @@ def test_we_read_what_it_writes(sae_lens, tmp_path, architecture):
     assert torch.allclose(back(X), theirs(X), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+def test_a_factor_is_folded_as_it_folds_it(sae_lens, tmp_path, architecture):
+    theirs = theirs_of(sae_lens, architecture)
+    theirs.cfg.normalize_activations = "expected_average_only_in"
+    theirs.save_model(tmp_path / "c")
+    theirs.fold_activation_norm_scaling_factor(1.7)
+    back = SparseCoder.load(tmp_path / "c", norm_factor=1.7)
+    assert torch.allclose(back.encode(X), theirs.encode(X), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(back(X), theirs(X), rtol=1e-5, atol=1e-5)
+
+
+def test_it_reads_the_numbers_of_a_training(sae_lens, tmp_path):
+    made = coder("topk", dtype=torch.float32)
+    made.save(tmp_path / "c", training={"text": "stories.txt", "context_length": 77})
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "c")
+    assert (theirs.cfg.metadata.context_size, theirs.cfg.metadata.prepend_bos) == (77, False)
+    assert theirs.cfg.k == made.k
+    assert theirs.cfg.rescale_acts_by_decoder_norm is False
+    assert theirs.cfg.normalize_activations == "none"
+
+
 def test_we_read_a_batchtopk_in_training_and_after(sae_lens, tmp_path):
     cfg = sae_lens.BatchTopKTrainingSAEConfig(d_in=12, d_sae=40, k=3)
     cfg.metadata.hook_name = "blocks.1.hook_resid_post"

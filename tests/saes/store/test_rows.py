@@ -101,7 +101,7 @@ def test_a_generator_gives_one_pass_and_then_says_so() -> None:
         yield from DOCS
 
     source = DocumentRows(StreamedDocuments(once()), 4)
-    with pytest.raises(ValueError, match="gave none: were they read up"):
+    with pytest.raises(ValueError, match="gave none: was a generator already exhausted"):
         take(source, 10)
     assert len(all_rows(DocumentRows(StreamedDocuments(once()), 4, epochs=1))) == 4
 

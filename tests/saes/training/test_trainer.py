@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
     store = ActivationStore(MemoryBlocks({SITE: values}), 20)
     coder = SparseCoder(sae_config(SITE, 12, 24, k=2), seed=0)
     trainer = Trainer({"sae": coder}, store, small.config(steps=50, checkpoint_every=1, init_tokens=20), out=tmp_path)
-    with pytest.raises(FloatingPointError, match="the loss of sae is no number any more"):
+    with pytest.raises(FloatingPointError, match="the loss of sae is no longer finite"):
         trainer.train()
     for path in (tmp_path / "checkpoints").glob("step-*/state.safetensors"):
         from safetensors.torch import load_file

@@ -1,0 +1,180 @@
+"""Causal attention with grouped queries (Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245).
+
+Glossary
+    b, l  batch, positions of this call     m  keys: those before this call, then its own
+    Q  query heads      J  heads of keys and values, each for Q / J query heads      c  width of a head
+    scores = scale q k^T    pattern = softmax(scores)    z = pattern v    out = W_O z
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mamba.components import Linear, at_least_fp32
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.hybrid_config import AttentionConfig
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.mixers.rope import rotate
+from hooked_mamba.state import BranchState, Call
+
+
+class KVState(NamedTuple):
+    """Memory of attention: the keys and values of all columns so far, padded ones included."""
+
+    k: Tensor
+    """Keys as the scores read them (turned, where there are positions), b m J c."""
+    v: Tensor
+    """Values, b m J c."""
+    real: Tensor
+    """Which columns hold real tokens, b m."""
+
+
+class Attention(Branch):
+    """q, k, v -> positions -> scores -> pattern -> z -> output, with a hook point at every site."""
+
+    kind = "attention"
+    title = "Attention"
+    place = "attn"
+    config_class = AttentionConfig
+    growing = ("k", "v", "real")
+    sites = (
+        Site("hook_q", "b l Q c", "queries, before positions"),
+        Site("hook_k", "b l J c", "keys, before positions"),
+        Site("hook_v", "b l J c", "values"),
+        Site("hook_rot_q", "b l Q c", "queries turned by their positions, where the model has them"),
+        Site("hook_rot_k", "b l J c", "keys turned by their positions, where the model has them"),
+        Site("hook_attn_scores", "b Q l m", "scaled scores, -inf where a query must not look", kind="lazy", wide=True),
+        Site("hook_pattern", "b Q l m", "softmax of the scores over the keys", kind="lazy", default=True),
+        Site("hook_z", "b l Q c", "values mixed by the pattern"),
+        Site("hook_result", "b l Q d", "what each head adds to the output, biases left out", kind="lazy"),
+        Site("hook_out", "b l d", "output of the layer"),
+    )
+
+    def __init__(self, cfg: AttentionConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        Q, J, c, d = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model
+        self.q_proj = Linear(d, Q * c, bias=cfg.qkv_bias)
+        self.k_proj = Linear(d, J * c, bias=cfg.qkv_bias)
+        self.v_proj = Linear(d, J * c, bias=cfg.qkv_bias)
+        self.o_proj = Linear(Q * c, cfg.width_out, bias=cfg.out_bias)
+        self.add_sites()
+
+    def site_rows(self) -> tuple[Site, ...]:
+        turned = ("hook_rot_q", "hook_rot_k") if not self.cfg.rotary_dim else ()
+        return tuple(row for row in type(self).sites if row.name not in turned)
+
+    def sizes(self) -> dict[str, int]:
+        cfg = self.cfg
+        return {"Q": cfg.n_heads, "J": cfg.n_key_value_heads, "c": cfg.d_head, "d": cfg.width_out}
+
+    def facts(self) -> tuple[tuple[str, object], ...]:
+        cfg = self.cfg
+        return ("attention heads Q × c", f"{cfg.n_heads} × {cfg.d_head}"), ("key-value heads J", cfg.n_key_value_heads)
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+    ) -> tuple[Float[Tensor, "b l d"], KVState]:
+        cfg, call = self.cfg, Call() if call is None else call
+        batch, length, _ = resid.shape
+        q = self.hook_q(rearrange(self.q_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head))
+        k = self.hook_k(rearrange(self.k_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head) * cfg.key_multiplier)
+        v = self.hook_v(rearrange(self.v_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head))
+        if cfg.rotary_dim:
+            positions = call.positions(batch, length, resid.device)
+            q = self.hook_rot_q(rotate(q, positions, cfg.rotary_dim, cfg.rotary_base))
+            k = self.hook_rot_k(rotate(k, positions, cfg.rotary_dim, cfg.rotary_base))
+        memory = remember(state, KVState(k, v, real_columns(call, batch, length, resid.device)))
+        z = self.hook_z(self.mix(q, memory, call))
+        if self.hook_result.edited:
+            out = self.hook_result(self.of_heads(z)).sum(2)
+            out = out if self.o_proj.bias is None else out + self.o_proj.bias
+        else:
+            out = self.o_proj(rearrange(z, "b l h c -> b l (h c)"))
+            self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
+        return self.hook_out(out), memory
+
+    def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
+        """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
+        length, m = q.shape[1], memory.k.shape[1]
+        seen = visible(memory.real, length) if call.padding is not None or not bool(memory.real.all()) else None
+        if self.hook_attn_scores.edited or self.hook_pattern.edited:
+            everything = slice(None)
+            scores = self.hook_attn_scores(self.scores(q, memory, everything))
+            pattern = self.hook_pattern(scores.softmax(-1).to(q.dtype))
+            z = torch.einsum("bhqm,bmhc->bqhc", pattern, of_queries(memory.v, self.cfg.n_heads))
+        else:
+            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t))
+            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t).softmax(-1).to(q.dtype))
+            mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
+            z = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                memory.k.transpose(1, 2),
+                memory.v.transpose(1, 2),
+                attn_mask=None if mask is None else mask[:, None],
+                is_causal=mask is None and length > 1,
+                scale=self.cfg.score_scale,
+                enable_gqa=True,
+            ).transpose(1, 2)
+        return z if call.padding is None else call.padding.zero(z)
+
+    def scores(self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice) -> Float[Tensor, "b Q q m"]:
+        """Scaled scores of chosen queries, -inf where they must not look."""
+        keys = of_queries(memory.k, self.cfg.n_heads)
+        scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.score_scale
+        return scores.masked_fill(~visible(memory.real, q.shape[1])[:, None, t], -torch.inf)
+
+    def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:
+        """What each head adds to the output."""
+        W_O = rearrange(self.o_proj.weight, "d (h c) -> h c d", c=self.cfg.d_head)
+        return torch.einsum("bqhc,hcd->bqhd", z, W_O)
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> KVState:
+        """No column at all."""
+        weight, cfg = self.k_proj.weight, self.cfg
+        empty = weight.new_zeros(batch, 0, cfg.n_key_value_heads, cfg.d_head, device=device)
+        return KVState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=empty.device))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: Kaiming-uniform, the output scaled down by the root of the number of blocks."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            uniform_fan_in(linear.weight, linear.in_features, generator)
+            if linear.bias is not None:
+                linear.bias.zero_()
+        self.o_proj.weight /= self.cfg.n_layers**0.5
+
+
+def remember(state: BranchState | None, new: KVState) -> KVState:
+    """The memory with this call's columns behind those before."""
+    if state is None:
+        return new
+    return KVState(*(torch.cat([before.to(after.dtype), after], 1) for before, after in zip(state, new, strict=True)))
+
+
+def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
+    """Which columns of a call hold real tokens."""
+    if call.padding is not None:
+        return call.padding.mask
+    return torch.ones(batch, length, dtype=torch.bool, device=device)
+
+
+def visible(real: Bool[Tensor, "b m"], length: int) -> Bool[Tensor, "b l m"]:
+    """Which keys each of the last `length` columns sees: real ones up to itself. A padded query sees only itself."""
+    m = real.shape[1]
+    columns = torch.arange(m, device=real.device)
+    own = columns[m - length :, None]
+    causal = (columns <= own) & real[:, None]
+    return torch.where(real[:, m - length :, None], causal, (columns == own)[None])
+
+
+def of_queries(kv: Float[Tensor, "b m J c"], heads: int) -> Float[Tensor, "b m Q c"]:
+    """Keys or values of every query head."""
+    return kv.repeat_interleave(heads // kv.shape[2], 2)

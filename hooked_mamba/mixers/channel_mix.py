@@ -1,0 +1,79 @@
+"""The channel mix of RWKV-7: an MLP that reads its input mixed with the one before it.
+
+out = W_v relu(W_k (x + mu (x_{t-1} - x)))^2
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_mamba.components import Linear
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.mixers.token_shift import shifted
+from hooked_mamba.recurrent_config import RWKV7Config
+from hooked_mamba.state import BranchState, Call
+
+
+class ShiftState(NamedTuple):
+    """Memory of a channel mix."""
+
+    shift: Tensor
+    """The normalised input of the last position, b d."""
+
+
+class ChannelMix(Branch):
+    """token shift -> neurons -> output."""
+
+    kind = "rwkv7_channel_mix"
+    title = "Channel mix (RWKV-7)"
+    place = "mlp"
+    sites = (
+        Site("hook_shift", "b l d", "the input one position earlier"),
+        Site("hook_x_k", "b l d", "input mixed with the one before it"),
+        Site("hook_pre", "b l F", "neurons before relu^2"),
+        Site("hook_post", "b l F", "neurons after relu^2"),
+        Site("hook_out", "b l d", "output of the layer"),
+    )
+
+    def __init__(self, cfg: RWKV7Config, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.x_k = nn.Parameter(torch.empty(cfg.d_model))
+        self.key = Linear(cfg.d_model, cfg.F, bias=False)
+        self.value = Linear(cfg.F, cfg.d_model, bias=False)
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        return {"d": self.cfg.d_model, "F": self.cfg.F}
+
+    def facts(self) -> tuple[tuple[str, object], ...]:
+        return (("neurons F", self.cfg.F),)
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+    ) -> tuple[Float[Tensor, "b l d"], ShiftState]:
+        padding = None if call is None else call.padding
+        before, last = shifted(resid, None if state is None else state[0], padding)
+        x = self.hook_x_k(resid + self.x_k * (self.hook_shift(before) - resid))
+        post = self.hook_post(F.relu(self.hook_pre(self.key(x))).square())
+        return self.hook_out(self.value(post)), ShiftState(last)
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> ShiftState:
+        """Zeros, where the weights are; on "meta" their shapes alone."""
+        return ShiftState(self.key.weight.new_zeros(batch, self.cfg.d_model, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: mixes over 0 to 1, projections Kaiming-uniform."""
+        cfg = self.cfg
+        self.x_k.copy_(1 - (torch.arange(cfg.d_model).to(self.x_k) / max(1, cfg.d_model - 1)) ** 4)
+        uniform_fan_in(self.key.weight, cfg.d_model, generator)
+        uniform_fan_in(self.value.weight, cfg.F, generator)
+        self.value.weight /= cfg.n_layers**0.5

@@ -1,0 +1,82 @@
+"""The MLP of a block, gated (Shazeer 2020, arXiv:2002.05202) or not.
+
+gated      out = W_down (act(m W_gate x) * W_up x)         pre = m W_gate x    pre_linear = W_up x
+ungated    out = W_down act(W_up x)                        pre = W_up x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.components import Linear, silu
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.hybrid_config import Activation, MLPConfig
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.state import BranchState, Call
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class MLP(Branch):
+    """x -> neurons -> output, with a hook point at every site."""
+
+    kind = "mlp"
+    title = "MLP"
+    place = "mlp"
+    config_class = MLPConfig
+    sites = (
+        Site("hook_pre", "b l F", "neurons before the activation; where the MLP is gated, those of the gate"),
+        Site("hook_pre_linear", "b l F", "the other factor of a gated MLP"),
+        Site("hook_post", "b l F", "neurons after the activation, times the other factor where there is one"),
+        Site("hook_out", "b l d", "output of the layer"),
+    )
+
+    def __init__(self, cfg: MLPConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        if cfg.gated:
+            self.gate_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
+        self.up_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
+        self.down_proj = Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
+        self.add_sites()
+
+    def site_rows(self) -> tuple[Site, ...]:
+        return tuple(row for row in type(self).sites if self.cfg.gated or row.name != "hook_pre_linear")
+
+    def sizes(self) -> dict[str, int]:
+        return {"F": self.cfg.d_mlp, "d": self.cfg.d_model}
+
+    def facts(self) -> tuple[tuple[str, object], ...]:
+        return (("neurons F", self.cfg.d_mlp),)
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+        act = ACTIVATIONS[self.cfg.activation]
+        if self.cfg.gated:
+            pre = self.gate_proj(resid)
+            pre = self.hook_pre(pre if self.cfg.gate_multiplier == 1 else pre * self.cfg.gate_multiplier)
+            post = act(pre) * self.hook_pre_linear(self.up_proj(resid))
+        else:
+            post = act(self.hook_pre(self.up_proj(resid)))
+        return self.hook_out(self.down_proj(self.hook_post(post))), ()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: Kaiming-uniform, the output scaled down by the root of the number of blocks."""
+        for linear in (m for m in self.children() if isinstance(m, Linear)):
+            uniform_fan_in(linear.weight, linear.in_features, generator)
+            if linear.bias is not None:
+                linear.bias.zero_()
+        self.down_proj.weight /= self.cfg.n_layers**0.5

@@ -1,0 +1,43 @@
+"""HookedHybrid: blocks of state-space mixers, attention, MLPs and experts in any arrangement."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from hooked_mamba.hybrid_config import HybridConfig, branch_of
+from hooked_mamba.mixers.attention import Attention
+from hooked_mamba.mixers.base import Branch, branch_class
+from hooked_mamba.mixers.gated_deltanet import GatedDeltaNet
+from hooked_mamba.mixers.mamba1 import Mamba1Mixer
+from hooked_mamba.mixers.mamba2 import Mamba2Mixer
+from hooked_mamba.mixers.mlp import MLP
+from hooked_mamba.mixers.moe import MoE
+from hooked_mamba.model.hooked_model import HookedModel
+from hooked_mamba.model.stack import Block, Stages
+
+BRANCHES = (Mamba1Mixer, Mamba2Mixer, GatedDeltaNet, Attention, MLP, MoE)
+"""What may stand in the blocks of a hybrid here; further kinds join by being defined."""
+
+
+class HookedHybrid(HookedModel):
+    """A hybrid with a hook point at every internal site; its config says which branch stands where."""
+
+    family = "hybrid"
+    config_class = HybridConfig
+    branch_classes: ClassVar[dict[str, type[Branch]]] = {}
+    cfg: HybridConfig
+
+    def _build(self, cfg: Any, tokenizer: Any) -> None:
+        super()._build(cfg, tokenizer)
+        self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
+
+    @classmethod
+    def stages(cls, cfg: HybridConfig, layer: int) -> Stages:
+        return tuple(tuple(branch_of(entry)[0] for entry in stage) for stage in cfg.layout[layer])
+
+    @classmethod
+    def make_block(cls, cfg: HybridConfig, layer: int) -> Block:
+        stages = cls.stages(cfg, layer)
+        shapes = dict(branch_of(entry) for stage in cfg.layout[layer] for entry in stage)
+        branches = {name: branch_class(cfg.branches[key])(cfg.branches[key], layer) for name, key in shapes.items()}
+        return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True)

@@ -1,0 +1,136 @@
+"""Mamba-2 through numba: the recurrence position after position, float32 on the CPU, one pass over the state.
+
+The step sizes are taken off first, as u = dt x and d = exp(dt A), and the skip is added last; the rest, in
+`_numba_kernels`, is linear in u. Where only u and h0 need a gradient, the forward kernel gives it, run from the end
+with B and C exchanged. `chunk` changes nothing here: pieces of a sequence always give the bits of the whole.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.ops.choose import backend
+from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.ops.memory import fresh
+from hooked_mamba.ops.numba_compile import refusal, share, threads_for
+from hooked_mamba.ops.numba_lanes import LANES
+from hooked_mamba.ops.numba_packed import pack_states, unpack_states
+from hooked_mamba.ops.precision import to_state_dtype
+from hooked_mamba.ops.ssd import _numba_kernels as kernels
+from hooked_mamba.ops.ssd._step import ssd_step
+
+
+def _probe() -> None:
+    x = torch.zeros(1, 2, 1, LANES, dtype=torch.float32, device="cpu")
+    _Scan.apply(x, x[..., 0], x, x, None, None, LANES)
+
+
+@backend("ssd", takes={"h0", "states", "grad"}, refuses=lambda x, N: refusal(x, _probe))
+def ssd(
+    x: Float[Tensor, "b l H P"],
+    dt: Float[Tensor, "b l H"],
+    A: Float[Tensor, " H"],
+    B: Float[Tensor, "b l G N"],
+    C: Float[Tensor, "b l G N"],
+    D: Float[Tensor, " H"] | None,
+    *,
+    h0: Float[Tensor, "b H P N"] | None,
+    positions: tuple[int, ...] | None,
+    chunk: int = 64,
+) -> ScanOut:
+    """The scan of Mamba-2; see `hooked_mamba.ops.ssd`."""
+    if x.shape[1] == 1:
+        return ssd_step(x, dt, A, B, C, D, h0, positions is not None)
+    dtype, P, N = x.dtype, x.shape[3], B.shape[3]
+    x, dt, A, B, C, D, h0 = to_state_dtype(x, dt, A, B, C, D, h0)
+    # In float64: torch rounds float32's last bit by where a number stands in memory.
+    d = (dt.double() * A.double()).exp().float()
+    u = dt.unsqueeze(-1) * x
+    if P % LANES:
+        u = F.pad(u, (0, -P % LANES))
+    if N % LANES:
+        B, C = (F.pad(t, (0, -N % LANES)) for t in (B, C))
+        h0 = None if h0 is None else F.pad(h0, (0, -N % LANES))
+    y, h_last, states = _Scan.apply(u, d, B, C, h0, positions, P)
+    y = y[..., :P] if P % LANES else y
+    if N % LANES:
+        h_last, states = h_last[..., :N], None if states is None else states[..., :N]
+    if D is not None:
+        y = torch.addcmul(y, D.unsqueeze(-1), x)
+    return ScanOut(y.to(dtype), h_last, states)
+
+
+def _empty(*like: int) -> Tensor:
+    return torch.empty(*like or (0,) * 5, dtype=torch.float32, device="cpu")
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    return tuple(t.detach().numpy() for t in tensors)
+
+
+def _forward(u, d, B, C, h, starts, states, at):
+    """y; h, packed, is moved on in place."""
+    batch, _, H, P = u.shape
+    y = torch.empty_like(u)
+    arrays = _arrays(u, d, B, C, h, y, starts, states)
+    share(kernels.forward, batch * H * (P // LANES), u.numel() * B.shape[3] // 4, (*arrays, at), ())
+    return y
+
+
+class _Scan(torch.autograd.Function):
+    """P and N are padded to multiples of 16; h0, h_last and states have the true P."""
+
+    @staticmethod
+    def forward(ctx, u, d, B, C, h0, positions, P):
+        u, d, B, C = (t.contiguous() for t in (u, d, B, C))
+        batch, l, H, padded = u.shape
+        packed = (padded // LANES, B.shape[3], LANES)
+        h = u.new_zeros(batch, H, *packed) if h0 is None else pack_states(h0, P)
+        ctx.full = any(ctx.needs_input_grad[1:4])
+        keep = ctx.full or (positions is not None and any(ctx.needs_input_grad))
+        starts = fresh(u, batch, -(-l // kernels.T), H, *packed) if keep else _empty(0, 0, 0, 0, 0, 0)
+        states = _empty() if positions is None else fresh(u, batch, len(positions), H, P, B.shape[3])
+        at = np.array(positions or (), np.int64)
+        y = _forward(u, d, B, C, h, starts, states, at)
+        ctx.at, ctx.P = at, P
+        ctx.save_for_backward(u if keep else None, d, B, C, starts)
+        ctx.set_materialize_grads(False)
+        return y, unpack_states(h, P), None if positions is None else states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh_last, dstates):
+        u, d, B, C, starts = ctx.saved_tensors
+        batch, l, H = d.shape
+        padded, N = -(-ctx.P // LANES) * LANES, B.shape[3]
+        dy = d.new_zeros(batch, l, H, padded) if dy is None else dy.contiguous()
+        if not ctx.full and dstates is None:
+            return _adjoint(d, B, C, dy, dh_last, ctx.P, ctx.needs_input_grad[4])
+        g = d.new_zeros(batch, H, padded, N)
+        if dh_last is not None:
+            g[:, :, : ctx.P] = dh_last
+        at = ctx.at if dstates is not None else np.empty(0, np.int64)
+        dstates = _empty() if dstates is None else dstates.contiguous()
+        du, dd = torch.empty_like(dy), torch.zeros_like(d)
+        work = dy.numel() * N
+        threads = threads_for(batch * H, work)
+        dB, dC = d.new_zeros(threads, *B.shape), d.new_zeros(threads, *C.shape)
+        inputs = (*_arrays(u, d, B, C, starts, dy, g, dstates), at)
+        shares = [_arrays(du, dd, dB[i], dC[i]) for i in range(threads)]
+        share(kernels.backward, batch * H, work, inputs, *shares)
+        return du, dd, dB.sum(0), dC.sum(0), g[:, :, : ctx.P] if ctx.needs_input_grad[4] else None, None, None
+
+
+def _adjoint(d, B, C, dy, dh_last, P, need_h0):
+    """Gradients to u and h0 alone: g_t = d_{t+1} g_{t+1} + dy_t C_t^T, du_t = g_t B_t, dh0 = d_0 g_0."""
+    packed = (dy.shape[3] // LANES, B.shape[3], LANES)
+    g = d.new_zeros(*d.shape[::2], *packed) if dh_last is None else pack_states(dh_last, P)
+    onward = torch.cat([d[:, 1:], torch.ones_like(d[:, :1])], 1)
+    turned = (t.flip(1).contiguous() for t in (dy, onward, C, B))
+    du = _forward(*turned, g, _empty(0, 0, 0, 0, 0, 0), _empty(), np.empty(0, np.int64)).flip(1)
+    dh0 = unpack_states(g, P) * d[:, 0, :, None, None] if need_h0 else None
+    return du, None, None, None, dh0, None, None
