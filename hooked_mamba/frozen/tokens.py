@@ -46,7 +46,12 @@ class TokenPath:
     def straight(cls, u: Tensor) -> TokenPath:
         """No convolution: p is u."""
         u = at_least_fp32(u.flatten(2))
-        return cls(u, torch.ones_like(u), u.new_ones(u.shape[-1], 1), u.new_zeros(u.shape[-1]))
+        return cls.scaled(u, torch.ones_like(u))
+
+    @classmethod
+    def scaled(cls, p: Float[Tensor, "b l E"], factor: Float[Tensor, "b l E"]) -> TokenPath:
+        """No convolution: u is p times a held factor."""
+        return cls(p, factor, p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1]))
 
     def input_of(self, tokens: Bool[Tensor, "b l"]) -> Float[Tensor, "b l E"]:
         """The part of u that comes from chosen tokens, biases of the convolution left out."""
