@@ -8,6 +8,7 @@ so token s sends sum_k alpha[t,s+k] sigma_{s+k} kappa[K-1-k] p_s to target t. Wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import causal_mix
+
+Source = Literal["scan", "token"]
+"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
+convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 @dataclass(frozen=True)
