@@ -9,45 +9,52 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-install: .venv/.installed ## make .venv with everything the other targets need
+install: .venv/.dev ## make .venv with everything the other targets need
 
 demo: .venv/.installed ## look inside the bundled model; writes out/tour.html (offline)
 	$(RUN) demos.tour
 
-studies: .venv/.installed ## repeat six published experiments; writes out/studies/*.html (offline)
+studies: .venv/.dev ## repeat six published experiments; writes out/studies/*.html (offline)
 	$(RUN) demos.studies
 
-case-study: .venv/.installed ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
+case-study: .venv/.dev ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
 	$(RUN) demos.hunger
 
-docs: .venv/.installed ## build the documentation; open out/site/index.html (offline)
+docs: .venv/.dev ## build the documentation; open out/site/index.html (offline)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
-test: .venv/.installed ## the tests, without those that take minutes
+test: .venv/.dev ## the tests, without those that take minutes
 	$(RUN) pytest $(PARALLEL)
 
-test-all: .venv/.installed ## the slow tests as well
+test-all: .venv/.dev ## the slow tests as well
 	$(RUN) pytest $(PARALLEL) --hypothesis-profile=many -m "not gpu and not peer"
 
-bench: .venv/.installed .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
+bench: .venv/.dev .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
 	PYTHONPATH=.venv/peers $(RUN) tests.benchmarks $(ARGS)
 
-lint: .venv/.installed ## formatting, lint rules and types
+lint: .venv/.dev ## formatting, lint rules and types
 	$(RUN) ruff format --check . && $(RUN) ruff check . && $(RUN) mypy
 
-format: .venv/.installed ## rewrite the code as `make lint` wants it
+format: .venv/.dev ## rewrite the code as `make lint` wants it
 	$(RUN) ruff format . && $(RUN) ruff check --fix .
 
-# torch first and alone: a wheel without CUDA that pip already knows of is taken as it is.
+PIP := .venv/bin/pip install --disable-pip-version-check -c constraints.txt
+
+# The package alone, which is all that `make demo` needs.
+# torch first: a wheel without CUDA that pip already knows of is taken as it is.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) -e '.[dev,docs]'
 	touch $@
 
 PEERS := .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
-.venv/peers/.installed: $(wildcard tests/benchmarks/requirements*.txt) .venv/.installed
+.venv/peers/.installed: $(wildcard tests/benchmarks/requirements*.txt) .venv/.dev
 	$(PEERS) .venv/peers -r tests/benchmarks/requirements.txt
 	$(PEERS) .venv/peers/transformer_lens_4 -r tests/benchmarks/requirements-transformer-lens.txt
 	touch $@

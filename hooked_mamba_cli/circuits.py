@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import DEFAULT_MODEL, ModelOption, load_model, new_app, reports_errors
-
-app = new_app("circuit")
+from hooked_mamba_cli.base import DEFAULT_MODEL, ModelOption, reports_errors
 
 
-@app.command()
 @reports_errors
 def circuit(
     prompt: Annotated[str, typer.Argument(help="The text whose last token is explained.")],
@@ -41,6 +38,7 @@ def circuit(
     from circuits.files import save_graph
     from circuits.targets import Logit
     from circuits.viewer import about_features, circuit_page
+    from hooked_mamba.cli import load_model
     from saes.command_parts import load_coders, note_other_weights
 
     if minus is not None and target is None:

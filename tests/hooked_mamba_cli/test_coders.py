@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from hooked_mamba import HookedMamba, cli
+from hooked_mamba import HookedMamba
+from hooked_mamba_cli import main
 from saes import SparseCoder, mambacoder_config, sae_config
 from saes.command_parts import coder_folders, run_options
 from saes.explorer import explore
@@ -21,7 +21,7 @@ from saes.options import OptionError
 from saes.training import RunConfig
 from tests.hooked_mamba.saved import save_tiny
 
-APP = cli.make_app([EntryPoint("sae", "saes.commands:app", cli.GROUP)])
+APP = main.make_app(plugins=())
 TEXT = "<|endoftext|>".join(["a b c d e f g", "h i j k", "l m n o p a b c", "d e f g h i j k l m n o p"] * 12)
 
 
@@ -99,8 +99,8 @@ def test_the_documents_file_of_options_is_one(tmp_path):
     config = RunConfig.from_file(tmp_path / "run.toml")
     assert [spec.get("site") for spec in config.coders] == [None, "out_proj"]
     documented = set(re.findall(r"`hooked-mamba (sae )?(\w+)", text))
-    app = get_command(cli.make_app())
-    commands = {("", name) for name in app.commands if name != "sae"}
+    app = get_command(main.make_app(plugins=()))
+    commands = {("", name) for name, command in app.commands.items() if name != "sae" and not command.hidden}
     assert documented == commands | {("sae ", name) for name in app.commands["sae"].commands}
 
 

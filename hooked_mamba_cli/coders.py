@@ -10,13 +10,9 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import console, new_app, reports_errors, table
-from saes.command_parts import coder_folders, load_coders, model_of, run_options, text_rows
-from saes.options import OptionError
+from hooked_mamba_cli.base import console, new_app, reports_errors, table
 
 app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
-explore_app = new_app("explore")
-"""`sae explore` once more, beside the other commands that look."""
 
 CodersArgument = Annotated[
     list[str], typer.Argument(help="Folders of coders, bundled names or hub ids; a folder of folders is all of them.")
@@ -69,6 +65,7 @@ def train(
 
     hooked-mamba sae train --text stories.txt --layer 2 --d-sae 1536 --n-tokens 1000000 --out runs/mine
     """
+    from saes.command_parts import run_options
     from saes.training import RunConfig, run
 
     flags = {
@@ -107,6 +104,7 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Judge coders on a text: reconstruction, sparsity, and what the model loses that runs on them."""
+    from saes.command_parts import load_coders, model_of, text_rows
     from saes.evaluation import evaluate
 
     named = load_coders(coders, device)
@@ -118,7 +116,6 @@ def eval_(
         report.save(json_file)
 
 
-@explore_app.command()
 @app.command()
 @reports_errors
 def explore(
@@ -138,6 +135,7 @@ def explore(
     quiet: QuietOption = False,
 ) -> None:
     """Write a page about the features of coders: where they are active, what they say, which are alike."""
+    from saes.command_parts import load_coders, model_of
     from saes.explorer import explore as look
     from saes.options import read_file
 
@@ -160,6 +158,8 @@ def explore(
 
 def _labels(read: dict) -> dict:
     """Feature numbers, which JSON has as text, as numbers."""
+    from saes.options import OptionError
+
     if all(isinstance(value, dict) for value in read.values()):
         return {name: _labels(inner) if inner else {} for name, inner in read.items()}
     for key, value in read.items():
@@ -183,6 +183,8 @@ def push(
 ) -> None:
     """Add coders to a repository of the hub or to a folder, with an index and a card. One push is one commit."""
     from saes import hub
+    from saes.command_parts import coder_folders
+    from saes.options import OptionError
 
     named = coder_folders(coders)
     if name is not None:

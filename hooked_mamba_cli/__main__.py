@@ -1,0 +1,5 @@
+"""`python -m hooked_mamba_cli`: the same as `hooked-mamba`."""
+
+from hooked_mamba_cli.main import main
+
+main()
