@@ -3,8 +3,13 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
+TORCH := torch
+TOOLS := pytest pytest-xdist hypothesis beartype
+RANGES := $(addprefix tests/,hooked_mamba/loading hooked_mamba/test_text.py hooked_mamba/test_parity.py \
+	hooked_mamba/analysis/test_plots.py hooked_mamba_cli saes/files saes/test_hub.py saes/explorer circuits/test_viewer.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies case-study docs test test-all bench lint format
+.PHONY: help install demo studies case-study docs test test-all test-oldest test-newest bench lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +33,19 @@ test: .venv/.dev ## the tests, without those that take minutes
 
 test-all: .venv/.dev ## the slow tests as well
 	$(RUN) pytest $(PARALLEL) --hypothesis-profile=many -m "not gpu and not peer"
+
+test-oldest: ## tests of files, models and pages with the lowest versions that pyproject.toml promises, in .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m tests.oldest > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install $(TORCH)
+	.venv-oldest/bin/pip install -c .venv-oldest/constraints.txt -e . $(TOOLS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(RANGES)
+
+test-newest: ## the same tests with the newest versions, in .venv-newest
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install $(TORCH)
+	.venv-newest/bin/pip install --upgrade -e . $(TOOLS)
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(RANGES)
 
 bench: .venv/.dev .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
 	PYTHONPATH=.venv/peers $(RUN) tests.benchmarks $(ARGS)

@@ -195,7 +195,7 @@ def test_help_imports_nothing_heavy():
     command = [sys.executable, "-c", HELP, *COMMANDS]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout.split()
     assert "typer" in loaded
-    assert not {"torch", "numpy", "transformers", "plotly", "rich", "hooked_mamba", "saes", "circuits"} & set(loaded)
+    assert not {"torch", "numpy", "transformers", "plotly", "hooked_mamba", "saes", "circuits"} & set(loaded)
 
 
 @pytest.mark.slow
