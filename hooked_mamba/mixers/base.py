@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.config import BranchConfig
-from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.linear_form import LinearForm
 from hooked_mamba.mixers.precision import KeepsFloat32
 from hooked_mamba.state import BranchState, Call
 
 
-class Branch(LinearForm, KeepsFloat32, SitedModule):
+class Branch(KeepsFloat32, LinearForm):
     """Reads the normalised residual stream and gives what is added to the stream.
 
     How it is taken apart, once all but its value path is held, is said by the methods of :class:`LinearForm`.

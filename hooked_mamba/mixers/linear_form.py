@@ -114,11 +114,11 @@ class LinearForm(SitedModule):
 
     def value_input(self) -> Project:
         """The weights that make p, float32 at least."""
-        return projection(self.get_submodule("in_proj"), self.value_rows)
+        return projection(self.in_proj, self.value_rows)
 
     def value_output(self) -> Project:
         """The weights that write into the stream, float32 at least."""
-        return projection(self.get_submodule("out_proj"))
+        return projection(self.out_proj)
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
