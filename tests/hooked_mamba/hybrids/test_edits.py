@@ -97,8 +97,7 @@ def loss(logits: np.ndarray, tokens: np.ndarray) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_at_every_kind_of_site_equal_differences(case):
-    """Central differences of the reference, along one direction a site. Routing indices have no gradient, and near a
-    change of routing or a kink of relu differences would: the step is far smaller than these tokens' distance to any."""
+    """Central differences of the reference, along one direction a site: no routing changes within so small a step."""
     one, tokens = tiny(case), tokens_for(length=4, seed=2)
     names = [n for n in one_of_each_kind(list(one.model.hook_dict)) if not one.model.site(n).row.integer]
     grads: dict[str, Tensor] = {}

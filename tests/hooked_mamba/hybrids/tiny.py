@@ -106,7 +106,15 @@ def twin(case: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of transformers."""
     cfg = config(case, **changes)
     model = transformers.AutoModelForCausalLM.from_config(cfg, experts_implementation="eager")
-    return randomize(model, seed).eval()
+    return published(randomize(model, seed).eval())
+
+
+def published(hf: Any) -> Any:
+    """The clamp of dt that the config states: some classes of transformers clamp by time_step_min instead."""
+    for module in hf.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = getattr(hf.config, "time_step_limit", (0.0, math.inf))
+    return hf
 
 
 def write(hf: Any, folder: Path) -> None:
