@@ -39,8 +39,15 @@ class AttentionConfig(BranchConfig):
     """Whether the projections to queries, keys and values have biases."""
     out_bias: bool = False
     """Whether the output projection has one."""
+    qk_norm_eps: float | None = None
+    """eps of RMS norms with weights on each head's query and key, before they turn (LFM2); None: there are none."""
+    d_in: int | None = None
+    """Width of the input. None: d_model."""
     d_out: int | None = None
     """Width of the output. None: d_model."""
+    adapter_rank: int | None = None
+    """Rank of an addition of low rank to the projections of queries, keys and values, each block its own (Zamba2);
+    None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +63,11 @@ class AttentionConfig(BranchConfig):
     def score_scale(self) -> float:
         """The factor of the scores."""
         return self.d_head**-0.5 if self.scale is None else self.scale
+
+    @property
+    def width_in(self) -> int:
+        """The width of the input."""
+        return self.d_model if self.d_in is None else self.d_in
 
     @property
     def width_out(self) -> int:
@@ -76,6 +88,8 @@ class MLPConfig(BranchConfig):
     """Factor of the gate before the activation (Falcon-H1)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
+    adapter_rank: int | None = None
+    """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +99,20 @@ class MLPConfig(BranchConfig):
     def width_in(self) -> int:
         """The width of the input."""
         return self.d_model if self.d_in is None else self.d_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(BranchConfig):
+    """A gated causal convolution of a few taps, without a state behind it (LFM2)."""
+
+    d_conv: int = 3
+    """Taps K."""
+    bias: bool = False
+    """Whether the projections and the convolution have biases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("d_conv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +227,15 @@ class HybridConfig(ModelConfig):
 
 
 BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
-    cls.__name__: cls for cls in (MambaConfig, Mamba2Config, DeltaNetConfig, AttentionConfig, MLPConfig, MoEConfig)
+    cls.__name__: cls
+    for cls in (
+        MambaConfig,
+        Mamba2Config,
+        DeltaNetConfig,
+        ShortConvConfig,
+        AttentionConfig,
+        MLPConfig,
+        MoEConfig,
+    )
 }
 """Configs of branches by name, for files."""

@@ -182,6 +182,13 @@ def mamba2(p: Part, x: Array, s: Mamba2Shape) -> Array:
     return p("hook_out_proj", y @ p["out_proj.weight"].T + p.bias("out_proj.bias"))
 
 
+def short_conv(p: Part, x: Array) -> Array:
+    projected = p("hook_in_proj", x @ p["in_proj.weight"].T + p.bias("in_proj.bias"))
+    B, C, x = (p(f"hook_{name}", v) for name, v in zip("BCx", np.split(projected, 3, -1), strict=True))
+    y = p("hook_conv", convolve(p("hook_x_pre", B * x), p["conv.weight"], p.bias("conv.bias")))
+    return p("hook_out_proj", p("hook_y_gated", C * y) @ p["out_proj.weight"].T + p.bias("out_proj.bias"))
+
+
 # Attention, MLP, experts ---------------------------------------------------------------------------------------------
 
 
@@ -210,7 +217,7 @@ class AttentionShape:
     qk_norm: float | None = None
 
 
-def attention(p: Part, x: Array, s: AttentionShape, names: tuple[str, ...] = ("o_proj",)) -> Array:
+def attention(p: Part, x: Array, s: AttentionShape, out: str = "o_proj") -> Array:
     batch, length, _ = x.shape
     q, k, v = (
         (x @ p[f"{n}_proj.weight"].T + p.bias(f"{n}_proj.bias")).reshape(batch, length, heads, s.c)
@@ -237,10 +244,10 @@ def attention(p: Part, x: Array, s: AttentionShape, names: tuple[str, ...] = ("o
         for t in range(length):
             z[:, t, h] = (pattern[:, h, t, :, None] * v[:, :, j]).sum(1)
     z = p("hook_z", z)
-    W = p[f"{names[0]}.weight"]
+    W = p[f"{out}.weight"]
     per_head = [z[:, :, h] @ W[:, h * s.c : (h + 1) * s.c].T for h in range(s.heads)]
     result = p("hook_result", np.stack(per_head, 2))
-    return p("hook_out", result.sum(2) + p.bias(f"{names[0]}.bias"))
+    return p("hook_out", result.sum(2) + p.bias(f"{out}.bias"))
 
 
 def gated_mlp(p: Part, x: Array, gate: Array, up: Array, down: Array, act: Callable = silu, m: float = 1.0) -> Array:
@@ -503,7 +510,28 @@ def falcon_h1(run: Run, tokens: Array) -> None:
     run.unembed(x, "model.final_layernorm.weight", eps, "lm_head.weight", c["lm_head_multiplier"])
 
 
-FAMILIES = {f.__name__: f for f in (jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1)}
+def lfm2(run: Run, tokens: Array) -> None:
+    c = run.config
+    eps, x = c["norm_eps"], run.embed(tokens, "model.embed_tokens.weight")
+    heads = plain_attention(c, base=theta(c), qk_norm=eps)
+    heads.rotary = heads.c
+    for i, word in enumerate(c["layer_types"]):
+        b = run.block(i, f"model.layers.{i}.")
+        x = b("hook_resid_pre", x)
+        n = rms(b, "norm.", b["operator_norm.weight"], x, eps)
+        if word == "conv":
+            x = x + b("hook_mixer_out", short_conv(b.at("mixer.", "conv."), n))
+        else:
+            x = x + b("hook_attn_out", attention(b.at("attn.", "self_attn."), n, heads, "out_proj"))
+        x = b("hook_resid_mid", x)
+        n = rms(b, "norm2.", b["ffn_norm.weight"], x, eps)
+        p = b.at("mlp.", "feed_forward.")
+        x = x + b("hook_mlp_out", gated_mlp(p, n, *(p[f"{m}.weight"] for m in ("w1", "w3", "w2"))))
+        x = b("hook_resid_post", x)
+    run.unembed(x, "model.embedding_norm.weight", eps, "lm_head.weight")
+
+
+FAMILIES = {f.__name__: f for f in (jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1, lfm2)}
 
 
 def forward(

@@ -60,6 +60,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconH1", FALCON | {"mamba_rms_norm": False, "mamba_norm_before_gate": False}),
     "falcon-norm-first": ("FalconH1", FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": True}),
     "falcon-gate-first": ("FalconH1", FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "lfm2": (
+        "Lfm2",
+        COMMON
+        | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"], "conv_bias": True}
+        | {"block_multiple_of": 8, "tie_word_embeddings": True},
+    ),
 }
 """Name -> (transformers' class, its fields)."""
 
