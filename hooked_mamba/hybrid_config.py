@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hooked_mamba.config import BranchConfig, Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.config import BranchConfig, HeadedMambaConfig, Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.recurrent_config import DeltaNetConfig
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
@@ -15,6 +15,10 @@ Activation = Literal["silu", "gelu", "relu", "relu2"]
 
 Layout = tuple[tuple[tuple[str, ...], ...], ...]
 """Blocks of stages of branches: `((("mixer",), ("mlp",)), (("attn",), ("mlp",)))` is two blocks of two stages each."""
+
+
+SHARED = (("attn",), ("mlp",), ("mixer",))
+"""The layout of a block with a shared transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,10 @@ class HybridConfig(ModelConfig):
     layout: Layout = ()
     """For each block its stages, for each stage the branches that read its norm. An entry is a name of `branches`, or
     "mlp=shared" for a branch called "mlp" in its block that is shaped by `branches["shared"]`."""
+    shared: tuple[int | None, ...] | None = None
+    """For each block the number of the transformer that stands in front of its mixer and that it shares with the other
+    blocks of this number (Zamba), None where there is none; such a block is laid out as attn, mlp, mixer. None: no
+    block has one."""
     in_scales: Mapping[str, float] = field(default_factory=dict)
     """Branch -> factor of what it reads; 1 where absent."""
     out_scales: Mapping[str, float] = field(default_factory=dict)
@@ -193,6 +201,15 @@ class HybridConfig(ModelConfig):
         object.__setattr__(self, "layout", layout)
         if len(layout) != self.n_layers:
             raise ValueError(f"layout has {len(layout)} blocks, expected n_layers={self.n_layers}")
+        if self.shared is not None:
+            object.__setattr__(self, "shared", tuple(self.shared))
+            if len(self.shared) != self.n_layers:
+                raise ValueError(f"shared has {len(self.shared)} entries, expected n_layers={self.n_layers}")
+            for i, number in enumerate(self.shared):
+                if number is not None and layout[i] != SHARED:
+                    raise ValueError(
+                        f"block {i} has the shared transformer {number}: expected {SHARED}, got {layout[i]}"
+                    )
         for i, block in enumerate(layout):
             parts = [branch_of(entry) for stage in block for entry in stage]
             names, keys = [name for name, _ in parts], {key for _, key in parts}
@@ -230,6 +247,7 @@ BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
     cls.__name__: cls
     for cls in (
         MambaConfig,
+        HeadedMambaConfig,
         Mamba2Config,
         DeltaNetConfig,
         ShortConvConfig,

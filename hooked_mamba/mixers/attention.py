@@ -90,7 +90,7 @@ class Attention(Branch):
         return ("attention heads Q × c", f"{cfg.n_heads} × {cfg.d_head}"), ("key-value heads J", cfg.n_key_value_heads)
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+        self, resid: Float[Tensor, "b l i"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], KVState]:
         cfg, call = self.cfg, Call() if call is None else call
         batch, length, _ = resid.shape

@@ -63,7 +63,7 @@ class MLP(Branch):
         return (("neurons F", self.cfg.d_mlp),)
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+        self, resid: Float[Tensor, "b l i"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
         act = ACTIVATIONS[self.cfg.activation]
         up = self.up_proj(resid)

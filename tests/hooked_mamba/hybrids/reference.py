@@ -129,6 +129,33 @@ def mamba1(p: Part, x: Array, N: int, norms: float | None) -> Array:
     return p("hook_out_proj", p("hook_y_gated", y * p("hook_gate", silu(z))) @ p["out_proj.weight"].T)
 
 
+def mamba1_heads(p: Part, x: Array, N: int) -> Array:
+    """Zamba's Mamba-1: rows of x and z in turns; each head with weights of its own."""
+    weight, bias = p["in_proj.weight"], p.bias("in_proj.bias")
+    each = [weight[0::2], weight[1::2]]
+    biases = [bias[0::2], bias[1::2]] if isinstance(bias, np.ndarray) else [bias, bias]
+    projected = [x @ w.T + b for w, b in zip(each, biases, strict=True)]
+    E = len(each[0])
+    projected = p("hook_in_proj", np.concatenate(projected, -1))
+    x, z = p("hook_x_pre", projected[..., :E]), p("hook_z", projected[..., E:])
+    x = p("hook_x", silu(p("hook_conv", convolve(x, p["conv1d.weight"], p.bias("conv1d.bias")))))
+    heads = np.split(x, len(p["x_proj_weight"]), -1)
+    low = [h @ w.T for h, w in zip(heads, p["x_proj_weight"], strict=True)]
+    low = p("hook_x_proj", np.stack(low, 2))
+    R = low.shape[-1] - 2 * N
+    dt = p("hook_dt_low", low[..., :R])
+    rows = [dt[:, :, g] @ w.T + b for g, (w, b) in enumerate(zip(p["dt_proj_weight"], p["dt_proj_bias"], strict=True))]
+    dt = p("hook_dt", softplus(p("hook_dt_pre", np.concatenate(rows, -1))))
+    B, C = p("hook_B", low[..., R : R + N]), p("hook_C", low[..., R + N :])
+    head = [e // (E // len(heads)) for e in range(E)]
+    A_bar = p("hook_A_bar", np.exp(dt[..., None] * -np.exp(p["A_log"]).reshape(E, N)))
+    B_bar = p("hook_B_bar", dt[..., None] * B[:, :, head])
+    h = p("hook_h", states(A_bar, p("hook_Bx", B_bar * x[..., None])))
+    y = p("hook_y_scan", (h * C[:, :, head]).sum(-1))
+    y = p("hook_y", y + p("hook_skip", p["D"].reshape(E) * x))
+    return p("hook_out_proj", p("hook_y_gated", y * p("hook_gate", silu(z))) @ p["out_proj.weight"].T)
+
+
 def states(A_bar: Array, Bx: Array) -> Array:
     """h_t = A_bar_t h_(t-1) + Bx_t, every one of them."""
     h = np.zeros_like(Bx[:, 0])
@@ -531,7 +558,65 @@ def lfm2(run: Run, tokens: Array) -> None:
     run.unembed(x, "model.embedding_norm.weight", eps, "lm_head.weight")
 
 
-FAMILIES = {f.__name__: f for f in (jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1, lfm2)}
+def zamba(run: Run, tokens: Array) -> None:
+    c = run.config
+    second = c["model_type"] == "zamba2"
+    d, eps = c["hidden_size"], c["rms_norm_eps"]
+    embedded = x = run.embed(tokens, "model.embed_tokens.weight")
+    width = 2 * d // c["num_attention_heads"]
+    heads = AttentionShape(c["num_attention_heads"], c["num_key_value_heads"], width, (width / 2) ** -0.5)
+    if second and c["use_mem_rope"]:
+        heads.rotary, heads.base = width, theta(c)
+    E = c["mamba_expand"] * d
+    groups = c.get("mamba_ngroups", 0)
+    shape = Mamba2Shape(E, c["n_mamba_heads"], groups, c["mamba_d_state"], 1e-5, limit=limit(c))
+    hybrid = [i for i, word in enumerate(c["layers_block_type"]) if word == "hybrid"]
+    for i in range(c["num_hidden_layers"]):
+        b = run.block(i, f"model.layers.{i}.")
+        x = b("hook_resid_pre", x)
+        entering, m = x, b
+        if i in hybrid:
+            j = hybrid.index(i)
+            first = hybrid[j % (c["num_mem_blocks"] if second else 1)]
+            name = "shared_transformer" if second else "shared_transf"
+            shared = run.block(i, f"model.layers.{first}.{name}.")
+            n = rms(shared, "norm_shared.", shared["input_layernorm.weight"], np.concatenate([x, embedded], -1), eps)
+            looked = attention(Adapted(shared.at("attn.", "self_attn."), j if second else None), n, heads)
+            n = rms(shared, "norm2.", shared["pre_ff_layernorm.weight"], looked, eps)
+            p = shared.at("mlp.", "feed_forward.")
+            if second:
+                list_of = f"gate_up_proj_adapter_list.{j}."
+                low = p[f"{list_of}1.weight"] @ p[f"{list_of}0.weight"]
+                gate, up = np.split(p["gate_up_proj.weight"] + low, 2)
+            else:
+                gate, up = p["gate_proj.weight"], p["up_proj.weight"]
+            made = gated_mlp(p, n, gate, up, p["down_proj.weight"], gelu)
+            entering = b("hook_mixer_in", x + b("hook_shared_out", made @ b["linear.weight"].T))
+            m = run.block(i, f"model.layers.{i}.mamba_decoder.")
+        n = rms(m, "norm.", m["input_layernorm.weight"], entering, eps)
+        p = m.at("mixer.", "mamba.")
+        mixed = mamba2(p, n, shape) if second else mamba1_heads(p, n, c["mamba_d_state"])
+        x = b("hook_resid_post", x + b("hook_mixer_out", mixed))
+    run.unembed(x, "model.final_layernorm.weight", eps, "lm_head.weight")
+
+
+class Adapted(Part):
+    """Attention's weights with what its j-th use adds to them."""
+
+    def __init__(self, part: Part, j: int | None) -> None:
+        super().__init__(part.sites, part.ours, part.weights, part.theirs)
+        self.j = j
+
+    def __getitem__(self, name: str) -> Array:
+        weight, letter = super().__getitem__(name), name[0]
+        if self.j is None or letter == "o":
+            return weight
+        low = [super(Adapted, self).__getitem__(f"linear_{letter}_adapter_list.{self.j}.{k}.weight") for k in (0, 1)]
+        return weight + low[1] @ low[0]
+
+
+FAMILIES = {f.__name__: f for f in (jamba, bamba, granitemoehybrid, nemotron_h, falcon_h1, lfm2, zamba)}
+FAMILIES["zamba2"] = zamba
 
 
 def forward(

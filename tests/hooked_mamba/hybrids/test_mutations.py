@@ -84,6 +84,16 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "falcon: no factor of the MLP's output": ("falcon", without("out_scales", "mlp")),
     "falcon: no factor of the embedding": ("falcon", stack(embedding_multiplier=1.0)),
     "falcon: no factor of the logits": ("falcon", stack(logit_multiplier=1.0)),
+    "lfm2: no norm of queries and keys": ("lfm2", branch("attn", qk_norm_eps=None)),
+    "lfm2: another base": ("lfm2", branch("attn", rotary_base=10000.0)),
+    "zamba: scale c^-0.5": ("zamba", branch("attn", scale=None)),
+    "zamba: positions": ("zamba", branch("attn", rotary_dim=16)),
+    "zamba: silu": ("zamba", branch("mlp", activation="silu")),
+    "zamba: no shared transformer": ("zamba", stack(shared=None, layout=((("mixer",),),) * 5)),
+    "zamba2: no positions": ("zamba2", branch("attn", rotary_dim=0)),
+    "zamba2: no adapters of attention": ("zamba2", branch("attn", adapter_rank=None)),
+    "zamba2: no adapters of the MLP": ("zamba2", branch("mlp", adapter_rank=None)),
+    "zamba2: another eps of the gated norm": ("zamba2", branch("mixer", norm_eps=1e-2)),
     "falcon: one stage after the other": (
         "falcon",
         stack(layout=((("mixer",), ("attn",), ("mlp",)),) * 3),
@@ -152,7 +162,55 @@ def heads_of_other_groups(model: Any) -> None:
             block.attn.q_proj.weight.copy_(weight[[0, 2, 1, 3]].flatten(0, 1))
 
 
+def embedding_first(model: Any) -> None:
+    """The embedding before the stream in what shared attention reads."""
+    for block in model.blocks:
+        if hasattr(block, "norm_shared"):
+            forward = block.norm_shared.forward
+            block.norm_shared.forward = lambda x, forward=forward: forward(torch.cat(x.chunk(2, -1)[::-1], -1))
+
+
+def residual_inside(model: Any) -> None:
+    """The shared MLP's output added to attention's."""
+    kept: dict[str, Any] = {}
+    model.add_hook("blocks.*.attn.hook_out", lambda v, hook: kept.update(out=v))
+    model.add_hook(lambda n: n.endswith("mlp.hook_out"), lambda v, hook: v + kept["out"])
+
+
+def shared_to_stream(model: Any) -> None:
+    """What the transformer makes added to the stream as well."""
+    kept: dict[str, Any] = {}
+    model.add_hook("blocks.*.hook_shared_out", lambda v, hook: kept.update(out=v))
+    model.add_hook("blocks.1.hook_resid_post", lambda v, hook: v + kept["out"])
+
+
+def halves_of_in_proj(model: Any) -> None:
+    """Rows of x and z one behind the other in the file."""
+    for block in model.blocks:
+        weight = block.mixer.in_proj.weight
+        weight.copy_(torch.stack(weight.chunk(2), 1).flatten(0, 1))
+
+
+def gates_changed(model: Any) -> None:
+    """B and C of the short convolution for each other."""
+    for block in model.blocks:
+        if hasattr(block, "mixer"):
+            for p in block.mixer.in_proj.parameters():
+                p.copy_(torch.cat([p.chunk(3)[i] for i in (1, 0, 2)]))
+
+
+def another_transformer(model: Any) -> None:
+    """The last use takes the second transformer, as if not only hybrid blocks counted."""
+    model.blocks[4].share_with(model.blocks[3])
+
+
 EDITS = {
+    "zamba: embedding before stream": ("zamba", embedding_first),
+    "zamba: a residual inside": ("zamba", residual_inside),
+    "zamba: into the stream": ("zamba", shared_to_stream),
+    "zamba: in_proj in halves": ("zamba", halves_of_in_proj),
+    "zamba2: another transformer": ("zamba2", another_transformer),
+    "lfm2: B and C exchanged": ("lfm2", gates_changed),
     "falcon: the gate's factor behind silu": ("falcon", swapped_gate),
     "nemotron: weights of biased scores": ("nemotron", biased_weights),
     "nemotron: a choice without the bias": ("nemotron", unbiased_choice),

@@ -38,6 +38,9 @@ NEMOTRON |= {"mamba_num_heads": 6, "mamba_head_dim": 8, "ssm_state_size": 6, "n_
 NEMOTRON |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_latent_size": 16}
 NEMOTRON |= {"moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28, "routed_scaling_factor": 2.5}
 
+ZAMBA = COMMON | MAMBA | {"num_key_value_heads": 4}
+ZAMBA |= {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba": (
         "Jamba",
@@ -65,6 +68,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         COMMON
         | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"], "conv_bias": True}
         | {"block_multiple_of": 8, "tie_word_embeddings": True},
+    ),
+    "zamba": ("Zamba", ZAMBA | {"num_hidden_layers": 5, "n_mamba_heads": 2, "mamba_dt_rank": 5}),
+    "zamba2": (
+        "Zamba2",
+        ZAMBA
+        | {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "mamba"]}
+        | {"num_mem_blocks": 2, "adapter_rank": 4, "use_shared_attention_adapter": True, "use_mem_rope": True}
+        | {"n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 5},
     ),
 }
 """Name -> (transformers' class, its fields)."""
