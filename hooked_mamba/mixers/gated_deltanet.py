@@ -201,7 +201,7 @@ class GatedDeltaNet(Branch):
             delta = strength * (v - recall) if self.hook_delta.wanted or self.hook_Bx.wanted else recall
             self.hook_recall.read(v.shape[1], lambda t: recall[:, t])
             self.hook_delta.read(v.shape[1], lambda t: delta[:, t])
-            self.hook_Bx.read(v.shape[1], lambda t: delta[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2))
+            self.hook_Bx.read(v.shape[1], x._replace(v=delta).write_at)
             return y, S
         recall = self.hook_recall(w.to(v.dtype) * ops.delta_scan(*x, h0=S).recall)
         delta = self.hook_delta(strength * (v - recall))
