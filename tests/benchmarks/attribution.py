@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from circuits.frozen_mixer import FrozenMixer
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits import FrozenModel, Logit, attribute
-from circuits.frozen_mixer import FrozenMixer
 from hooked_mamba import HookedMamba, MambaConfig
 from hooked_mamba.scan_view import hidden_attention
 from tests.benchmarks import child
