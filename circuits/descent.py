@@ -99,36 +99,36 @@ class Descent:
         by_coder, by_mixer = out * ~mine[:, None, None], out * mine[:, None, None]
         below = torch.zeros_like(out)
         if self.frozen.is_split(part):
-            below = self.across(part, out, by_coder, nodes)
+            below = self.across(coded.layer, out, by_coder, nodes)
         elif part in self.read_out:
             pulled = self.frozen.pull(part, by_mixer, rows, passing)
             below = pulled.below
             self.keep(part, pulled)
         else:
             parts.biases[part] = parts.initial[part] = out.new_zeros(len(rows))
-        parts.features[part] = coded.feature_effects(by_coder, rows)
-        parts.coder_biases[part] = coded.bias_effect(by_coder)
-        parts.errors[part] = coded.error_effects(by_coder, rows)
+        parts.features[coded.layer] = coded.feature_effects(by_coder, rows)
+        parts.coder_biases[coded.layer] = coded.bias_effect(by_coder)
+        parts.errors[coded.layer] = coded.error_effects(by_coder, rows)
         skip = coded.pull_skip(self.frozen, by_coder, rows)
         return below if skip is None else below + skip
 
     def across(
-        self, part: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
         """A split layer's cross-token part, whose sources are tokens: paths end at p where channels are nodes."""
-        chain, rows = self.frozen.chain(part), self.rows
-        pulled = chain.pull(out, rows)
+        chain, rows = self.frozen.chain(layer), self.rows
+        pulled = self.frozen.pull(layer, out, rows)
         pb = pulled.at["p"] - chain.pull_own(by_coder, rows)
         if self.keep_heads:
-            self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
-            self.parts.token_heads[part] = pb * chain.p[rows]
+            self.parts.heads[layer] = pulled.at["u"] * chain.u[rows]
+            self.parts.token_heads[layer] = pb * chain.p[rows]
         bias = pulled.bias
         if nodes is not None:
             ending = pb * nodes
             source, channel = nodes.nonzero(as_tuple=True)
-            self.parts.node_heads[part] = (ending * chain.p[rows])[:, source, channel]
+            self.parts.node_heads[layer] = (ending * chain.p[rows])[:, source, channel]
             pb, bias = pb - ending, bias - chain.pull(ending, rows, start="p").bias
-        self.parts.biases[part], self.parts.initial[part] = bias, pulled.initial
+        self.parts.biases[layer], self.parts.initial[layer] = bias, pulled.initial
         return chain.pull(pb, rows, start="p").below
 
     def keep(self, part: Part, pulled: Pulled) -> None:

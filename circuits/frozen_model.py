@@ -171,7 +171,7 @@ def frozen_of(
     """
     if not isinstance(model, FrozenModel):
         if prompt is None:
-            raise ValueError("no prompt: give a model and a prompt (text or token ids), or a FrozenModel alone")
+            raise ValueError("no prompt: give a model and a prompt, or a FrozenModel alone")
         return FrozenModel(model, prompt, coders, mode, **run)
     if prompt is not None or coders or mode is not None or run:
         raise ValueError(

@@ -6,7 +6,7 @@ from vectors pushed forward. On the frozen model the two agree to rounding; on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Pushed:
             out = out + changes.inside(part, delta, False)
         return out  # type: ignore[return-value]  # a coder's skip or a mixer gave a tensor
 
-    def _here(self, layer: int) -> tuple[Shares | None, Shares | None]:
+    def _here(self, layer: int) -> tuple[Shares | None, Mapping[str, Tensor] | None]:
         """Shares and additions at u."""
         held, added = self.changes.held.get(layer), self.changes.heads.get(layer)
         return None if held is None else {"u": held}, None if added is None else {"u": added}

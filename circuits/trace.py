@@ -139,15 +139,15 @@ class _Step(Descent):
         coded = self._coded(layer)
         if coded is None or self.options.nodes == "once":
             return super().through(layer, out)
-        pulled = self.frozen.pull(layer, out, self.rows, 1 - self.nodes[layer])
+        pulled = self.frozen.pull(layer, out, self.rows, 1 - self.nodes[coded.layer])
         self.keep(layer, pulled)
         mine = self.reading("out", layer)
-        self.parts.features[layer] = coded.feature_effects(out, self.rows)
-        self.parts.features[layer][mine] = 0
+        self.parts.features[coded.layer] = coded.feature_effects(out, self.rows)
+        self.parts.features[coded.layer][mine] = 0
         return pulled.below
 
     def across(
-        self, layer: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
         below = super().across(layer, out, by_coder, nodes)
         p = self.frozen.chain(layer).p[self.rows]
@@ -157,7 +157,7 @@ class _Step(Descent):
 
     def keep(self, layer: Part, pulled: Pulled) -> None:
         super().keep(layer, pulled)
-        if layer not in self.nodes:
+        if not isinstance(layer, int):
             return
         u = self.frozen.chain(layer).u[self.rows]
         self.effects[layer] = pulled.heads if isinstance(pulled, PublishedPulled) else pulled.at["u"] * u

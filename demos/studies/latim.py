@@ -28,7 +28,6 @@ from demos.studies.report import Report, Section, Table, layer_map
 from demos.tour.measure import summarize
 from hooked_mamba import ActivationCache
 from hooked_mamba import analysis as an
-from hooked_mamba.scan_view import hidden_attention
 
 
 def run(model: Model, options: Options) -> Report:
@@ -56,7 +55,7 @@ def latim_parts(cache: ActivationCache, layer: int, t: int = -1) -> Float[Tensor
     view, path = cache.scan_view(layer), cache.token_path(layer)
     _b, l, H, P = view.u.shape
     t = t % l
-    alpha = hidden_attention(view, [t])[0, :, 0]  # H s
+    alpha = view.rows([t])[0, :, 0]  # H s
     K = path.taps.shape[1]
     sent = torch.zeros(l, H * P, dtype=path.p.dtype)  # what y_t gets from each token
     for k in range(min(K, l)):

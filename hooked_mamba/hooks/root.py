@@ -38,6 +38,9 @@ class HookedRoot(SitedModule):
             points[name].site = site
         self._hook_points = {name: points[name] for name in [*declared, *(n for n in points if n not in declared)]}
         self._aliases = {theirs: ours for theirs, ours in placed_aliases(self) if theirs not in points}
+        # The same for globs, which name no block: a name within a block -> the first block's site.
+        local = {SiteName.parse(theirs).local: SiteName.parse(ours) for theirs, ours in reversed(self._aliases.items())}
+        self._local_aliases = local
 
     # Finding -------------------------------------------------------------------------------------------------
 
@@ -56,8 +59,10 @@ class HookedRoot(SitedModule):
         base = str(site.base)
         if base in self._hook_points:
             return name
-        ours = self._aliases.get(base)
-        return unalias(name) if ours is None else f"{ours}{name.removeprefix(base)}"
+        if base in self._aliases:
+            return f"{self._aliases[base]}{name.removeprefix(base)}"
+        ours = self._local_aliases.get(site.base.local)
+        return unalias(name) if ours is None else str(site.at(ours.place, ours.hook))
 
     def names_of(self, names_filter: NamesFilter) -> list[str]:
         """Full names that a filter (a name, glob, list or predicate) chooses, in computing order."""

@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.config import BranchConfig
-from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.linear_form import LinearForm
 from hooked_mamba.mixers.precision import KeepsFloat32
 from hooked_mamba.state import BranchState, Call
 
 
-class Branch(LinearForm, KeepsFloat32, SitedModule):
+class Branch(KeepsFloat32, LinearForm):
     """Reads the normalised residual stream and gives what is added to the stream.
 
     How it is taken apart, once all but its value path is held, is said by the methods of :class:`LinearForm`.
@@ -28,8 +27,6 @@ class Branch(LinearForm, KeepsFloat32, SitedModule):
 
     kind: ClassVar[str] = ""
     """Its name among kinds of branches ("mamba"); a class without one is a base of others."""
-    title: ClassVar[str] = ""
-    """Its name in tables ("Mamba-1")."""
     config_class: ClassVar[type[BranchConfig]] = BranchConfig
     """What shapes it: the first argument of its constructor, the layer being the second."""
 

@@ -35,8 +35,8 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 class LinearForm(SitedModule):
     """The part of a branch about its linear form."""
 
-    title: ClassVar[str]
-
+    title: ClassVar[str] = ""
+    """Its name in tables ("Mamba-1")."""
     frozen_sites: tuple[str, ...] = ()
     """Sites that a run must cache for :meth:`frozen`, by their own names."""
     places: ClassVar[Mapping[str, str]] = {}
@@ -114,16 +114,15 @@ class LinearForm(SitedModule):
 
     def value_input(self) -> Project:
         """The weights that make p, float32 at least."""
-        return projection(self.get_submodule("in_proj"), self.value_rows)
+        return projection(self.in_proj, self.value_rows)
 
     def value_output(self) -> Project:
         """The weights that write into the stream, float32 at least."""
-        return projection(self.get_submodule("out_proj"))
+        return projection(self.out_proj)
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
-        out_proj: Any = self.get_submodule("out_proj")
-        return out_proj.weight
+        return self.out_proj.weight
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""

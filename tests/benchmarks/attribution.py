@@ -9,7 +9,7 @@ from torch import Tensor
 
 from circuits import FrozenModel, Logit, attribute
 from hooked_mamba import HookedMamba, MambaConfig
-from hooked_mamba.scan_view import hidden_attention
+from hooked_mamba.frozen.chain import Chain
 from tests.benchmarks import child
 from tests.benchmarks.memory import peak_above
 from tests.benchmarks.models import shape_text
@@ -89,17 +89,17 @@ def _one_layer(sizes: Sizes) -> Table:
     d, l = sizes.analysis[0]
     cfg = MambaConfig(d_model=d, n_layers=1, d_vocab=40, d_state=sizes.N)
     tokens = torch.arange(l)[None] % 40
-    mixers = {dtype: FrozenModel(HookedMamba(cfg, seed=0).to(dtype), tokens).mixer(0) for dtype in FLOATS}
+    mixers = {dtype: FrozenModel(HookedMamba(cfg, seed=0).to(dtype), tokens).chain(0) for dtype in FLOATS}
     mixer = mixers[torch.float32]
     vy = torch.randn(1, cfg.E, generator=torch.Generator().manual_seed(0))
-    V = {dtype: _last(l, (vy.to(dtype) @ mixers[dtype].W_o.t())) for dtype in FLOATS}
+    V = {dtype: _last(l, mixers[dtype].output.push(vy.to(dtype))) for dtype in FLOATS}
     row = torch.zeros(1, dtype=torch.long)
     ways = {
         "loops in Python": lambda: _by_loops(mixer, V[torch.float32]),
         "dense attention": lambda: _by_dense_attention(mixer, V[torch.float32]),
-        "ours": lambda: mixer.pull(V[torch.float32], row).ub * mixer.u,
+        "ours": lambda: mixer.pull(V[torch.float32], row).at["u"] * mixer.u,
     }
-    exact = mixers[torch.float64].pull(V[torch.float64], row).ub * mixers[torch.float64].u
+    exact = mixers[torch.float64].pull(V[torch.float64], row).at["u"] * mixers[torch.float64].u
     errors = {name: number(relative_error(way(), exact)) for name, way in ways.items()}
     timings = race(ways, sizes)
     return timing_table(f"One layer's heads, d={d}, 1 x {l}", timings, "loops in Python", extra={"error": errors})
@@ -114,16 +114,16 @@ def _last(l: int, v: Float[Tensor, "1 d"]) -> Float[Tensor, "1 l d"]:
     return V
 
 
-def _by_dense_attention(mixer: FrozenMixer, V: Float[Tensor, "1 l d"]) -> Float[Tensor, "1 l E"]:
-    alpha = hidden_attention(mixer.scan)
-    vy = (V @ mixer.W_o) * mixer.gain
+def _by_dense_attention(mixer: Chain, V: Float[Tensor, "1 l d"]) -> Float[Tensor, "1 l E"]:
+    alpha = mixer.scan.rows()
+    vy = mixer.pull(V, torch.zeros(1, dtype=torch.long), until="y").below
     return torch.einsum("bets,bte->bse", alpha, vy) * mixer.u
 
 
-def _by_loops(mixer: FrozenMixer, V: Float[Tensor, "1 l d"]) -> Float[Tensor, "1 l E"]:
+def _by_loops(mixer: Chain, V: Float[Tensor, "1 l d"]) -> Float[Tensor, "1 l E"]:
     """For the last position alone, a product of A_bar anew for every source."""
     view, t = mixer.scan, V.shape[1] - 1
-    vy = ((V @ mixer.W_o) * mixer.gain)[0, t]
+    vy = mixer.pull(V, torch.zeros(1, dtype=torch.long), until="y").below[0, t]
     heads = torch.zeros_like(mixer.u)
     for s in range(t + 1):
         product = torch.ones_like(view.A)

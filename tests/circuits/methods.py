@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from circuits import FrozenModel, Logit, PathOptions, Trace, attribute, trace_paths
 from circuits.graph import Node
-from circuits.published import EXACT, OptionedModel
+from circuits.published import EXACT, optioned
 from demos.localisation.stats import Rate
 from demos.localisation.study import correct_prompts, load
 from tests.circuits.compiled_models import (
@@ -140,7 +140,7 @@ def trained_rates(task: str, n: int, seed: int) -> dict[str, tuple[Rate, Rate]]:
             trace = trace_paths(frozen, target, length=model.cfg.n_layers + 1, row=row, preset=options)
             end = largest(trace, options, "embed")
             hits += end is not None and end.position == where
-        by_token = attribute(OptionedModel(frozen, options), targets=target, keep_heads=False).embeddings
+        by_token = attribute(optioned(frozen, options), targets=target, keep_heads=False).embeddings
         found[name] = Rate(hits, n), Rate(int((by_token.argmax(1) == prompts.where).sum()), n)
     return found
 

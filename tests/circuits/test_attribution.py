@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import Direction, Feature, FrozenModel, Head, Logit, attribute, attribute_heads
+from circuits import Channel, Direction, Feature, FrozenModel, Logit, attribute, attribute_heads
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off, Replay
@@ -130,7 +130,7 @@ def test_memory_before_the_first_position(family):
 def _taps_of_the_past(model, tokens, layer, whole, found):
     """What the convolution's inputs before position 5 send to later positions, in the last layer."""
     frozen = FrozenModel(model, tokens)
-    mixer = frozen.mixer(layer)
+    mixer = frozen.chain(layer)
     ub = torch.where(mixer.u == 0, 0, whole.heads[layer] / mixer.u)
     total, K = torch.zeros(2, dtype=torch.float64), model.cfg.d_conv
     for t in range(5, 9):
@@ -201,8 +201,8 @@ def test_errors_say_what_is_wrong():
     block, local = coders_for(model)[0], coders_for(model, "local")[0]
     with pytest.raises(ValueError, match="two coders for layer 0"):
         FrozenModel(model, tokens, [block, local])
-    with pytest.raises(ValueError, match="mode 'hybrid' needs a coder trained on target 'local'"):
-        FrozenModel(model, tokens, [block], mode="hybrid")
+    with pytest.raises(ValueError, match="mode 'split' needs a coder trained on target 'local'"):
+        FrozenModel(model, tokens, [block], mode="split")
     with pytest.raises(ValueError, match="mode 'block' needs a coder for layer 1"):
         FrozenModel(model, tokens, [block], mode="block")
     with pytest.raises(ValueError, match="no target"):
@@ -230,7 +230,7 @@ def test_heads_as_nodes(family, target):
     direct = attribute(frozen, targets=Logit(3), nodes=nodes)
     assert direct.residual.abs().max() < 1e-10
     places = [(i, int(s), int(e)) for i in range(2) for s, e in nodes[i].nonzero()]
-    traced = attribute(frozen, targets=[Head(i, e, s) for i, s, e in places], nodes=nodes)
+    traced = attribute(frozen, targets=[Channel(i, e, s) for i, s, e in places], nodes=nodes)
     assert traced.residual.abs().max() < 1e-10
     # Direct effects, followed from head to head down to the embeddings, are the effects without nodes.
     first = torch.cat([direct.node_heads[i][0] for i in range(2)])

@@ -11,7 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from circuits import FrozenModel, Head, Logit, build_graph, extract_circuit, load_graph, prune, save_graph, top_logits
+from circuits import (
+    Channel,
+    FrozenModel,
+    Logit,
+    build_graph,
+    extract_circuit,
+    load_graph,
+    prune,
+    save_graph,
+    top_logits,
+)
 from circuits.faithfulness import faithfulness, recovery, spearman
 from circuits.files import to_circuit_tracer, to_networkx
 from circuits.keep import Keep, only
@@ -165,12 +175,12 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="choose must be 'influence' or 'integrated', got 'best'"):
         extract_circuit(random_model(5), [], random_tokens(5), 3, choose="best")
     frozen = frozen_for("mamba", None)
-    with pytest.raises(ValueError, match="no target: give one or several"):
+    with pytest.raises(ValueError, match="no target: give a Logit"):
         extract_circuit(frozen.model, [], frozen.tokens, [])
     with pytest.raises(ValueError, match="no target: give a Logit"):
         build_graph(frozen, [])
     with pytest.raises(ValueError, match=r"no metric for mixer0\[1\]@2: pass metric="):
-        extract_circuit(frozen.model, [], frozen.tokens, Head(0, 1, 2), check=False, choose="integrated")
+        extract_circuit(frozen.model, [], frozen.tokens, Channel(0, 1, 2), check=False, choose="integrated")
     coded = frozen_for("mamba", "block")
     bare = FrozenModel(coded.model, random_tokens(1, 3, 6))
     with (

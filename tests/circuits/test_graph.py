@@ -10,7 +10,7 @@ import torch
 
 from circuits import FrozenModel, Graph, Logit, Node, build_graph, greedy_path, influence, prune, scores, top_paths
 from circuits.influence import edge_influence, total_effects
-from circuits.targets import Feature, Head
+from circuits.targets import Channel, Feature
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
 
@@ -65,7 +65,7 @@ def test_every_edge_is_a_direct_effect():
         if node.kind not in ("feature", "head"):
             continue
         target = (
-            Head(node.layer, node.index, node.position)
+            Channel(node.layer, node.index, node.position)
             if node.kind == "head"
             else Feature(frozen.coded[node.layer].coder, node.index, node.position)
         )

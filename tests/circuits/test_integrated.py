@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits import FrozenModel, Head, Logit, build_graph, integrated_gradients, node_effects
+from circuits import Channel, FrozenModel, Logit, build_graph, integrated_gradients, node_effects
 from circuits.faithfulness import recovery
 from circuits.keep import Keep, only
 from saes import SparseCoder, mambacoder_config, sae_config
@@ -33,7 +33,9 @@ def test_embeddings_sum_to_the_way_from_the_baseline(family):
 
 def test_what_embeddings_are_not_integrated_for(unchecked):
     model, tokens = random_model(7, "mamba", n_layers=1), random_tokens(7, length=4)
-    for targets in ([], Head(0, 1, 2), [Logit(3), Head(0, 1, 2)]):
+    with pytest.raises(ValueError, match="no target"):
+        integrated_gradients(model, tokens, [])
+    for targets in (Channel(0, 1, 2), [Logit(3), Channel(0, 1, 2)]):
         with pytest.raises(ValueError, match=r"targets must be a Logit or several, got \["):
             integrated_gradients(model, tokens, targets)
     with pytest.raises(ValueError, match=r"must be an embedding \[\d+\], got \[3\]"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import Direction, Feature, FrozenModel, Head, Logit, attribute, build_graph
+from circuits import Channel, Direction, Feature, FrozenModel, Logit, attribute, build_graph
 from circuits.interventions import (
     CutHead,
     CutTokens,
@@ -157,7 +157,7 @@ def test_ablating_a_node_is_minus_its_edges(family, target):
     targets = [Logit(3), Logit(5, 3, minus=2), Direction(vector, 2, 4)]
     graph = build_graph(frozen, targets, max_features=8, max_heads=8)
     inner = [
-        Head(node.layer, node.index, node.position)
+        Channel(node.layer, node.index, node.position)
         if node.kind == "head"
         else Feature(frozen.coded[node.layer].coder, node.index, node.position)
         for node in graph.nodes
@@ -215,7 +215,7 @@ def test_latents_and_errors(target):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_hybrid_layer_passes_what_is_not_cut(family):
+def test_a_split_layer_passes_what_is_not_cut(family):
     """With all flow of layer 1 cut, what changes below reaches the top only past the layer."""
     model, tokens = random_model(6, family, n_layers=2), random_tokens(6, 2, 5)
     frozen = FrozenModel(model, tokens, coders_for(model, "local")[1:])
@@ -260,7 +260,7 @@ def test_what_is_refused():
     model = random_model(5, "mamba", n_layers=2)
     coders = coders_for(model, "local")
     frozen = FrozenModel(model, random_tokens(5, 1, 5), coders)
-    with pytest.raises(ValueError, match="hybrid one, cannot be edited"):
+    with pytest.raises(ValueError, match="a split one, cannot be edited"):
         frozen_effects(frozen, ScaleState(1, 2), Logit(3))
     norm = SparseCoder(sae_config("blocks.1.norm.hook_out", model.cfg.d_model, 7, k=3), seed=1).double()
     with pytest.raises(ValueError, match="has no place in the frozen model"):

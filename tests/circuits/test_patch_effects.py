@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import Direction, Feature, FrozenModel, Head, Logit, attribute, patch_effects
+from circuits import Channel, Direction, Feature, FrozenModel, Logit, attribute, patch_effects
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Replay
@@ -69,7 +69,7 @@ def test_layers_padding_memory_and_all_kinds_of_targets(family):
         FrozenModel(model, tokens[:, 3:], initial_state=state),
     ]
     targets = [5, Logit((4,), minus=(2,)), Feature(coder, 3), Direction(vector, 2, -2), Direction(vector, 1, -1, "out"),
-               Head(1, E - 1, 3)]  # fmt: skip
+               Channel(1, E - 1, 3)]  # fmt: skip
     for frozen in runs:
         for target in targets:
             found = patch_effects(frozen, target=target, replace_by=[11, 7], positions=[2, 3], by_layer=True, batch=3)
@@ -110,7 +110,7 @@ def test_means_leave_out_the_token_itself():
 def test_what_is_refused():
     model, tokens = random_model(1, "mamba"), random_tokens(1, length=4)
     for message, arguments in {
-        "FrozenModel of a prompt": (model, None, 3),
+        "give a model and a prompt": (model, None, 3),
         "expected one prompt, got 2": (model, tokens.repeat(2, 1), 3),
         "no target": (model, tokens, None),
     }.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits import Direction, FrozenModel, Head, Logit, attribute, build_graph, patch_effects
+from circuits import Channel, Direction, FrozenModel, Logit, attribute, build_graph, patch_effects
 from hooked_mamba.state import ModelState
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
@@ -14,7 +14,7 @@ from tests.circuits.test_attribution import coders_for
 
 def targets_of(model):
     vector = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
-    return [Logit(3, minus=2), Direction(vector, 0, 3, "out"), Head(model.cfg.n_layers - 1, 1, 4)]
+    return [Logit(3, minus=2), Direction(vector, 0, 3, "out"), Channel(model.cfg.n_layers - 1, 1, 4)]
 
 
 @pytest.mark.parametrize("start", ["empty", "padded", "with a past"])
@@ -75,7 +75,7 @@ def test_gradients_of_the_real_model(family):
     step = 1e-5
 
     def logit_from(scale):
-        other = ModelState(tuple(type(layer)(*(part * scale for part in layer)) for layer in past))
+        other = ModelState(tuple(layer.map(lambda part: part * scale) for layer in past))
         with torch.no_grad():
             return float(model(tokens, initial_state=other)[0, -1, 3])
 
@@ -121,7 +121,7 @@ def test_what_is_refused(unchecked):
         with pytest.raises(ValueError, match="that sum to 1"):
             FrozenModel(model, tokens, selection=shares)
     coder = SparseCoder(mambacoder_config(0, model.cfg.d_model, 12, architecture="topk", k=2, target="local"), seed=0)
-    with pytest.raises(ValueError, match="has no hybrid layers, and layer 0 is one"):
+    with pytest.raises(ValueError, match="has no split layers, and layer 0 is one"):
         FrozenModel(model, tokens, [coder.double()], selection="half")
     with pytest.raises(ValueError, match="takes a run with selection 'none'"):
         patch_effects(FrozenModel(model, tokens, selection="half"), target=3, replace_by=1)

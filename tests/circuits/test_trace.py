@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import Feature, FrozenModel, Head, Logit, PathOptions, attribute, trace_paths
-from circuits.published import OptionedModel
+from circuits import Channel, Feature, FrozenModel, Logit, PathOptions, attribute, trace_paths
+from circuits.published import optioned
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Replay, array
@@ -30,7 +30,7 @@ def runs(seed, family):
         "padded": FrozenModel(model, tokens, attention_mask=mask),
         "going on": FrozenModel(model, tokens[:, 1:], initial_state=state),
         "block": FrozenModel(model, tokens, coders_for(model, skip=True), attention_mask=mask),
-        "hybrid": FrozenModel(model, tokens, coders_for(model, "local"), attention_mask=mask),
+        "split": FrozenModel(model, tokens, coders_for(model, "local"), attention_mask=mask),
         "mixed": FrozenModel(model, tokens, coders_for(model, "local")[:1]),
     }
 
@@ -41,7 +41,7 @@ def weights_of(paths):
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "hybrid", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
 def test_exact_paths_are_those_of_attribute(name, family):
     frozen, row = runs(5, family)[name], 1
     ones = {i: torch.ones(frozen.length, frozen.model.cfg.E, dtype=torch.float64) for i in range(2)}
@@ -58,7 +58,7 @@ def test_exact_paths_are_those_of_attribute(name, family):
     second = weights_of(found.paths[1])
     nodes = [path.nodes[-1] for path in found.paths[0] if path.nodes[-1].kind in ("head", "feature")]
     for node in nodes[:: max(1, len(nodes) // 5)]:
-        inner = Head(node.layer, node.index, node.position)
+        inner = Channel(node.layer, node.index, node.position)
         if node.kind == "feature":
             inner = Feature(frozen.coded[node.layer].coder, node.index, node.position)
         parts = attribute(frozen, targets=inner, nodes=ones)
@@ -84,20 +84,20 @@ def test_all_paths_to_their_ends_sum_to_the_target(family):
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "hybrid", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
 def test_options_at_their_defaults_are_the_exact_method(name, family):
     frozen = runs(6, family)[name]
-    optioned = OptionedModel(frozen, PathOptions())
-    targets = [Logit(3), Logit(5, 2, minus=2), Head(1, 2, 2)]
+    by_options = optioned(frozen, PathOptions())
+    targets = [Logit(3), Logit(5, 2, minus=2), Channel(1, 2, 2)]
     for target in targets:
-        one, other = (trace_paths(run, target, k=30, length=3, row=1) for run in (frozen, optioned))
+        one, other = (trace_paths(run, target, k=30, length=3, row=1) for run in (frozen, by_options))
         for layer, heads in one.heads.items():
             assert torch.allclose(heads, other.heads[layer], atol=1e-10)
         for mine, theirs in zip(one.paths, other.paths, strict=True):
             # Of equal ones any may come first, and rounding decides which of those that are nothing are listed.
             sizes = [[abs(path.weight) for path in paths if abs(path.weight) > 1e-12] for paths in (mine, theirs)]
             assert np.allclose(*sizes, rtol=0, atol=1e-10)
-    one, other = (attribute(run, targets=targets) for run in (frozen, optioned))
+    one, other = (attribute(run, targets=targets) for run in (frozen, by_options))
     assert torch.allclose(one.embeddings, other.embeddings, atol=1e-10)
     for part in ("heads", "token_heads", "features", "biases", "initial"):
         for layer, values in getattr(one, part).items():
@@ -242,7 +242,7 @@ def test_what_is_refused(unchecked):
         trace_paths(FrozenModel(model, tokens, selection="half"), Logit(3), preset="mambacoder")
 
 
-@pytest.mark.parametrize("name", ["block", "hybrid"])
+@pytest.mark.parametrize("name", ["block", "split"])
 def test_beside_features_stand_the_heads_of_the_whole_mixer(name):
     coded = runs(5, "mamba")[name]
     alone = FrozenModel(coded.model, coded.tokens, attention_mask=coded.mask.long())

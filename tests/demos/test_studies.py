@@ -15,7 +15,6 @@ from demos.studies.report import Report, Section, Table, layer_map, render
 from demos.tour.measure import load
 from hooked_mamba import analysis as an
 from hooked_mamba.analysis.tasks import Prompts
-from hooked_mamba.scan_view import hidden_attention
 from tests.demos.test_tour import Tags
 
 TINY = Options(model="tinystories-4l", prompts=4, steps=3, samples=2)
@@ -102,9 +101,7 @@ def test_latim_takes_silu_as_additive(either):
     layer, l = 1, tokens.shape[1]
     mixer = either.blocks[layer].mixer
     E, taps = either.cfg.E, mixer.conv1d.weight[:, 0]
-    alpha = hidden_attention(cache.scan_view(layer), [l - 1])[0, :, 0].repeat_interleave(
-        cache.scan_view(layer).u.shape[3], 0
-    )
+    alpha = cache.scan_view(layer).rows([l - 1])[0, :, 0].repeat_interleave(cache.scan_view(layer).u.shape[3], 0)
     sent = torch.zeros(l, E, dtype=torch.double)
     for j in range(l):
         for s in range(j, min(l, j + taps.shape[1])):

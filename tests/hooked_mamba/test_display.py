@@ -11,7 +11,7 @@ import torch
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig, utils
 from hooked_mamba import analysis as an
 from hooked_mamba.analysis.memory_probes import ReceptiveField, Saliency
-from hooked_mamba.analysis.rank_one_edit import Edit
+from hooked_mamba.analysis.rank_one_edit import RankOneEdit
 from hooked_mamba.display import Shown, table, value_html
 
 EVIL = "<script>alert('x')</script>&amp;"
@@ -83,7 +83,9 @@ def test_results_show_their_fields_and_escape_their_texts():
     assert {"CausalTrace", "restored", "0.25", "0.5", "0.75", "0.125"} <= set(texts)
 
 
-@pytest.mark.parametrize("kind", [an.LensReading, Edit, Saliency, ReceptiveField, an.CausalTrace, utils.AnswerToken])
+@pytest.mark.parametrize(
+    "kind", [an.LensReading, RankOneEdit, Saliency, ReceptiveField, an.CausalTrace, utils.AnswerToken]
+)
 def test_every_result_of_the_analysis_is_shown(kind):
     assert issubclass(kind, Shown)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_mamba.scan_view import hidden_attention, mean_hidden_attention, run_scan
 from tests.hooked_mamba.analysis.models import every_family, run
 from tests.hooked_mamba.tiny import relative
 
@@ -37,7 +36,7 @@ def test_rows_are_the_dense_matrix_and_give_y(family):
         view = cache.scan_view(layer)
         y = torch.einsum("bhts,bshp->bthp", alpha, view.u)
         assert relative(y.reshape(cache["y", layer].shape), cache["y", layer]) < 1e-12
-        assert relative(run_scan(view), y) < 1e-12
+        assert relative(view.out().y, y) < 1e-12
         assert relative(cache.hidden_attention(layer, average=True), alpha.mean(1)) < 1e-12
         some = [5, 0, 5, 2]
         assert relative(cache.hidden_attention(layer, [3, 1], some), alpha[:, [3, 1]][:, :, some]) < 1e-12
@@ -104,5 +103,5 @@ def test_large_steps_neither_overflow_nor_lose_the_diagonal():
     _, _, _, cache = run("mamba", torch.float32)
     view = cache.scan_view(0)
     huge = type(view)(view.u, view.dt * 1e4, view.A, view.B, view.C, view.D)
-    for alpha in (hidden_attention(huge), mean_hidden_attention(huge).unsqueeze(1)):
+    for alpha in (huge.rows(), huge.mean_rows().unsqueeze(1)):
         assert torch.isfinite(alpha).all()

@@ -1,0 +1,49 @@
+"""Packages whose names are imported when they are first asked for, so that `import` and `--help` come at once."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
+    """Name -> (module, name there) of the re-exports in the `__init__.pyi` beside an `__init__.py`.
+
+    The stub is what type checkers read; so the list of public names stands in one place.
+    """
+    tree = ast.parse(Path(init).with_suffix(".pyi").read_text(encoding="utf-8"))
+    found: dict[str, tuple[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return found
+
+
+def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> tuple[Callable[[str], Any], list[str]]:
+    """A package's `__getattr__` and `__all__`.
+
+    Parameters
+    ----------
+    package, init
+        Its `__name__` and `__file__`.
+    other
+        Asked for names that are neither in the stub nor modules of the package, such as those that changed.
+    """
+    names = names_from_stub(init)
+
+    def find(name: str) -> Any:
+        if name in names:
+            module, there = names[name]
+            home = importlib.import_module(module)
+            return getattr(home, there) if hasattr(home, there) else importlib.import_module(f"{module}.{there}")
+        if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        if other is not None:
+            return other(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find, sorted(names)
