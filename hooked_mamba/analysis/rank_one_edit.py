@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.display import Shown
+from hooked_mamba.layers import weights_of
 from hooked_mamba.renamed import renamed_in
 
 
@@ -40,7 +41,7 @@ class RankOneEdit(Shown):
     def apply(self, model: Any) -> Any:
         """A copy of the model with the edit in it."""
         edited = copy.deepcopy(model)
-        weight = edited.blocks[self.layer].mixer.out_proj.weight
+        weight, _ = weights_of(edited.blocks[self.layer].mixer.out_proj, "out_proj")
         with torch.no_grad():
             weight += self.delta.to(weight)
         return edited

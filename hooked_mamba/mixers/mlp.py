@@ -100,10 +100,10 @@ class MLP(Branch):
         return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
 
     def value_input(self) -> Project:
-        return projection(self.up_proj)
+        return projection(self.up_proj, where="up_proj")
 
     def value_output(self) -> Project:
-        return projection(self.down_proj)
+        return projection(self.down_proj, where="down_proj")
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

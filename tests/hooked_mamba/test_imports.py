@@ -19,7 +19,7 @@ MAY_IMPORT = {
 PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
-    {"config", "ops", "display"},
+    {"config", "ops", "display", "layers"},
     {"hooks"},
     {"state", "memory"},
     {"components"},
