@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Kind = TypeVar("Kind", bound=type)
 
+
+def loadable(cls: Kind) -> Kind:
+    """Let `torch.load(weights_only=True)` make this class, which holds tensors and does nothing."""
+    torch.serialization.add_safe_globals([cls])
+    return cls
+
+
+@loadable
 class LayerState(NamedTuple):
     """Memory of one Mamba mixer: all that later positions can learn of earlier ones."""
 
@@ -26,6 +35,7 @@ BranchState = tuple[Tensor, ...]
 Part = Callable[[Tensor], Tensor]
 
 
+@loadable
 @dataclass(frozen=True)
 class BlockState:
     """Memory of one block: that of each branch, by its name. `state.ssm` is the `ssm` of the branch that has one."""
@@ -63,6 +73,9 @@ class BlockState:
             {name: type(state)(*map(fn, state)) if state else state for name, state in self.branches.items()}
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
+        return self.map(Tensor.clone)  # also of a pass with gradients, whose tensors deepcopy itself refuses
+
     def with_part(self, part: str, value: Tensor) -> BlockState:
         """The same memory with one part ("ssm") replaced in the branch that has it."""
         getattr(self, part)  # says what is wrong with the name
@@ -74,6 +87,7 @@ class BlockState:
         )
 
 
+@loadable
 @dataclass(frozen=True, init=False)
 class ModelState:
     """Memory of a model after some positions; give it back as `initial_state` to continue from there.
@@ -115,6 +129,9 @@ class ModelState:
     def clone(self) -> ModelState:
         """A copy that shares no memory."""
         return self._map(Tensor.clone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
+        return self.clone()
 
     def to(self, *args, **kwargs) -> ModelState:
         """Move, as `Tensor.to` does; the dtypes stay what each call makes of them."""

@@ -27,9 +27,10 @@ from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate
-from hooked_mamba.state import BranchState, Call
+from hooked_mamba.state import BranchState, Call, loadable
 
 
+@loadable
 class KVState(NamedTuple):
     """Memory of attention: the keys and values of all columns so far, padded ones included."""
 

@@ -23,9 +23,10 @@ from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.recurrent_config import RWKV7Config
-from hooked_mamba.state import BranchState, Call
+from hooked_mamba.state import BranchState, Call, loadable
 
 
+@loadable
 class ShiftState(NamedTuple):
     """Memory of a channel mix."""
 

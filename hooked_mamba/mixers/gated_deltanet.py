@@ -30,12 +30,13 @@ from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hoo
 from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.recurrent_config import DeltaNetConfig
-from hooked_mamba.state import BranchState, Call, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, loadable, with_history, zero_padding
 
 LENGTH_EPS = 1e-6
 """Added to the sum of squares of q' and k', inside the root."""
 
 
+@loadable
 class DeltaNetState(NamedTuple):
     """Memory of a gated DeltaNet mixer."""
 

@@ -35,7 +35,7 @@ from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.recurrent_config import RWKV7Config
-from hooked_mamba.state import BranchState, Call, zero_padding
+from hooked_mamba.state import BranchState, Call, loadable, zero_padding
 
 DECAY = math.exp(-0.5)
 """e^{-1/2}: decays lie between exp(-e^{-1/2}) = 0.545 and 1."""
@@ -44,6 +44,7 @@ MIXES = ("r", "w", "k", "v", "a", "g")
 """What the token shift makes an input of its own for."""
 
 
+@loadable
 class RWKVState(NamedTuple):
     """Memory of a time mix."""
 

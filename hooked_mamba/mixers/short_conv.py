@@ -16,9 +16,10 @@ from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import ShortConvConfig
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.state import BranchState, Call, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, loadable, with_history, zero_padding
 
 
+@loadable
 class ConvState(NamedTuple):
     """Memory of a convolution alone."""
 
