@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import nn
 
+from hooked_mamba.hooks.elsewhere import meant_by
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.hooks.sited import DECLARED, aliases_of, rows_of
@@ -156,6 +157,11 @@ def match_names(names_filter: NamesFilter, names: Sequence[str], resolve: Callab
         return found
     if isinstance(names_filter, str):
         names_filter = [names_filter]
+    if not isinstance(names_filter, Iterable):
+        raise TypeError(
+            "a names_filter is a name, a glob such as 'blocks.*.mixer.hook_dt', a list of these, or a function of a"
+            f" name: got {type(names_filter).__name__}: {names_filter!r}"
+        )
     chosen: dict[str, None] = {}
     for pattern in names_filter:
         if not isinstance(pattern, str):
@@ -187,7 +193,11 @@ def unknown_name(name: str, names: Sequence[str]) -> HookNameError:
         near = [*difflib.get_close_matches(name, here, n=2, cutoff=0.5), *near]
     suggestions = list(dict.fromkeys([*same_site[:1], *near]))[:3]
     blocks = {SiteName.parse(n).block for n in names} - {None}
+    meant = meant_by(name, names, None if block is None or not here else f"blocks.{block}.")
+    if meant is not None:
+        suggestions = [meant[1]] if meant[1] else []
     hint = f"; nearest: {', '.join(suggestions)}" if suggestions else ""
+    hint = f": {meant[0]}{hint}" if meant is not None else hint
     return HookNameError(
         f"no hook site is named {name!r}{hint}. The model has {len(names)} sites in {len(blocks)} blocks;"
         " model.hook_dict lists them"

@@ -33,6 +33,19 @@ class Hook:
     def __post_init__(self) -> None:
         self.by_keyword = _takes_hook_by_keyword(self.fn)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the function takes a tensor and a hook point; unknown of builtins, which are let through."""
+        try:
+            signature = inspect.signature(self.fn)
+        except (TypeError, ValueError):
+            return True
+        try:
+            signature.bind(None, hook=None) if self.by_keyword else signature.bind(None, None)
+        except TypeError:
+            return False
+        return True
+
     def __call__(self, value: Tensor, hook_point: HookPoint) -> Any:
         return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
 
@@ -106,6 +119,11 @@ class HookPoint(nn.Module):
         if not callable(hook):
             raise TypeError(f"a hook at {self.name} must be a function fn(tensor, hook), got {type(hook).__name__}")
         entry = Hook(hook, is_permanent, level)
+        if not entry.fits:
+            raise TypeError(
+                f"a hook at {self.name} is called as fn(tensor, hook), and {getattr(hook, '__name__', hook)!s} does not"
+                " take these two arguments"
+            )
         hooks = self._hooks(dir)
         hooks.insert(0, entry) if prepend else hooks.append(entry)
         return entry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -256,6 +258,7 @@ class HookedRoot(SitedModule):
         Any, ActivationCache
             The model's output and an :class:`ActivationCache`; cached tensors are detached.
         """
+        self._check_arguments(model_kwargs)
         select = PositionSelect(pos_slice)
         points = self.points_of(names_filter if names_filter is not None else self.default_names())
         model_args, model_kwargs = self.prepared(points, select, device, model_args, model_kwargs, incl_bwd)
@@ -316,6 +319,18 @@ class HookedRoot(SitedModule):
         """The arguments of the forward pass that fills a cache; a model that knows its shapes refuses one that cannot
         fit, and hands on what it has worked out for that."""
         return model_args, model_kwargs
+
+    def _check_arguments(self, given: dict[str, Any]) -> None:
+        """Refuse a keyword that neither `run_with_cache` nor `forward` has, with the nearest one."""
+        taken = inspect.signature(self.forward).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            return
+        for name in given:
+            if name not in taken:
+                mine = [p for p in inspect.signature(self.run_with_cache).parameters if not p.startswith("model_")]
+                near = difflib.get_close_matches(name, [*mine, *taken], n=1)
+                hint = f"; did you mean {near[0]}=?" if near else ""
+                raise TypeError(f"run_with_cache got an unexpected keyword argument {name!r}{hint}")
 
     def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
         """Which columns of a prepared call are real, b l; None where all are."""
