@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -23,6 +25,17 @@ def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+class LazyPackage(ModuleType):
+    """A package some of whose names are those of modules in it too (`circuits.faithfulness`): the name wins.
+
+    Importing a module binds it in its package, which would hide the name from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in self.__dict__.get("__all__", ())):
+            super().__setattr__(name, value)
+
+
 def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> tuple[Callable[[str], Any], list[str]]:
     """A package's `__getattr__` and `__all__`.
 
@@ -34,6 +47,7 @@ def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> 
         Asked for names that are neither in the stub nor modules of the package, such as those that changed.
     """
     names = names_from_stub(init)
+    sys.modules[package].__class__ = LazyPackage
 
     def find(name: str) -> Any:
         if name in names:
