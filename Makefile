@@ -4,7 +4,7 @@ RUN := .venv/bin/python -m
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies case-study docs test test-all bench lint format
+.PHONY: help install demo studies case-study stranger docs test test-all bench lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -20,13 +20,16 @@ studies: .venv/.installed ## repeat six published experiments; writes out/studie
 case-study: .venv/.installed ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
 	$(RUN) demos.hunger
 
+stranger: .venv/.stranger ## look inside a package's trained classifier; writes out/stranger/index.html
+	$(RUN) demos.stranger
+
 docs: .venv/.installed ## build the documentation; open out/site/index.html (offline)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 test: .venv/.installed ## the tests, without those that take minutes
 	$(RUN) pytest $(PARALLEL)
 
-test-all: .venv/.installed ## the slow tests as well
+test-all: .venv/.installed .venv/.stranger ## the slow tests as well
 	$(RUN) pytest $(PARALLEL) --hypothesis-profile=many -m "not gpu and not peer"
 
 bench: .venv/.installed .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)
@@ -43,6 +46,10 @@ format: .venv/.installed ## rewrite the code as `make lint` wants it
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+.venv/.stranger: .venv/.installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[stranger]'
 	touch $@
 
 PEERS := .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target

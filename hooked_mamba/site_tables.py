@@ -27,8 +27,9 @@ def branch_table(kind: str) -> str:
 
 
 def all_tables() -> dict[str, str]:
-    """Title -> table: the stream first, then every kind of branch."""
-    return {"Stream": stream_table()} | {cls.title: branch_table(kind) for kind, cls in KINDS.items() if cls.title}
+    """Title -> table: the stream first, then every kind of branch that comes with this package."""
+    mine = {kind: cls for kind, cls in KINDS.items() if cls.__module__.startswith("hooked_mamba.")}
+    return {"Stream": stream_table()} | {cls.title: branch_table(kind) for kind, cls in mine.items() if cls.title}
 
 
 def _table(rows: Iterable[tuple[str, Site]]) -> str:
