@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import DEFAULT_MODEL, ModelOption, load_model, new_app, reports_errors
+from hooked_mamba.cli import DEFAULT_MODEL, ModelOption, new_app, reports_errors
 
 app = new_app("circuit")
 
@@ -41,6 +41,7 @@ def circuit(
     from circuits.files import save_graph
     from circuits.targets import Logit
     from circuits.viewer import about_features, circuit_page
+    from hooked_mamba.models import load_model
     from saes.command_parts import load_coders, note_other_weights
 
     if minus is not None and target is None:

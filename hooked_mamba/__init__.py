@@ -1,16 +1,11 @@
-"""hooked-mamba: look inside state-space models."""
+"""hooked-mamba: look inside state-space models. Its names stand in `__init__.pyi`."""
 
-from hooked_mamba.activation_cache import ActivationCache as ActivationCache
-from hooked_mamba.config import Mamba2Config as Mamba2Config
-from hooked_mamba.config import MambaConfig as MambaConfig
-from hooked_mamba.hooks.points import HookPoint as HookPoint
-from hooked_mamba.models import HookedHybrid as HookedHybrid
-from hooked_mamba.models import HookedMamba as HookedMamba
-from hooked_mamba.models import HookedMamba2 as HookedMamba2
-from hooked_mamba.models import HookedModel as HookedModel
-from hooked_mamba.models import HookedRWKV7 as HookedRWKV7
-from hooked_mamba.models import load_model as load_model
-from hooked_mamba.state import LayerState as LayerState
-from hooked_mamba.state import ModelState as ModelState
+from hooked_mamba.lazy import lazy
 
 __version__ = "0.1.0"
+
+__getattr__, __all__ = lazy(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

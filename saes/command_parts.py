@@ -8,8 +8,7 @@ from typing import Any
 
 import typer
 
-from hooked_mamba.cli import load_model
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
 from saes.model_hash import model_hash
@@ -66,7 +65,7 @@ def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -
     said = sorted({str(coder.cfg.model_name) for coder in coders.values()})
     if name is None and (len(said) != 1 or said[0] in ("None", "custom")):
         raise OptionError(f"which model to run: --model; the coders were trained on {', '.join(said)}")
-    model = load_model(name or said[0], device)
+    model = load_model(name or said[0], device=device)
     note_other_weights(coders, model, name or said[0])
     return model
 

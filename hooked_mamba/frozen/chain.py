@@ -121,6 +121,11 @@ class Chain:
         }
         return replace(self, pieces=(*self.pieces[:first], *pieces, *self.pieces[last:]), nodes=moved)
 
+    def with_output(self, factor: float) -> Chain:
+        """The same with its output times a factor."""
+        W, b = self.output.W * factor, self.output.b
+        return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
+
     # Backwards -------------------------------------------------------------------------------------------------
 
     def pull(

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
-from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, nemotron_h
+from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, lfm2, nemotron_h, zamba
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
@@ -27,7 +27,10 @@ HYBRIDS: dict[str, Any] = {
     "falcon_h1": falcon_h1,
     "granitemoehybrid": granite,
     "jamba": jamba,
+    "lfm2": lfm2,
     "nemotron_h": nemotron_h,
+    "zamba": zamba,
+    "zamba2": zamba,
 }
 """model_type of transformers -> the module that reads it."""
 

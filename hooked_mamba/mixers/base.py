@@ -27,8 +27,6 @@ class Branch(KeepsFloat32, LinearForm):
 
     kind: ClassVar[str] = ""
     """Its name among kinds of branches ("mamba"); a class without one is a base of others."""
-    title: ClassVar[str] = ""
-    """Its name in tables ("Mamba-1")."""
     config_class: ClassVar[type[BranchConfig]] = BranchConfig
     """What shapes it: the first argument of its constructor, the layer being the second."""
 

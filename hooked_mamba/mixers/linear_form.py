@@ -35,8 +35,8 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 class LinearForm(SitedModule):
     """The part of a branch about its linear form."""
 
-    title: ClassVar[str]
-
+    title: ClassVar[str] = ""
+    """Its name in tables ("Mamba-1")."""
     frozen_sites: tuple[str, ...] = ()
     """Sites that a run must cache for :meth:`frozen`, by their own names."""
     places: ClassVar[Mapping[str, str]] = {}
@@ -122,8 +122,7 @@ class LinearForm(SitedModule):
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
-        out_proj: Any = self.get_submodule("out_proj")
-        return out_proj.weight
+        return self.out_proj.weight
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""

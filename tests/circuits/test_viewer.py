@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from circuits import load_graph, prune
-from circuits.commands import app
 from circuits.viewer import circuit_page
+from hooked_mamba.cli.app import make_app
 from tests.circuits.test_graph import graph_of
 
+APP = make_app()
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\"'"
 
 
@@ -71,7 +72,7 @@ def test_what_is_known_of_features_is_shown():
 
 def test_the_command(tmp_path):
     arguments = ["I like to eat", "--target", " toast", "--budget", "8", "--out", str(tmp_path / "c.html")]
-    result = CliRunner().invoke(app, [*arguments, "--graph", str(tmp_path / "graph")])
+    result = CliRunner().invoke(APP, ["circuit", *arguments, "--graph", str(tmp_path / "graph")])
     assert result.exit_code == 0, result.output
     assert "all other paths" in result.output
     assert "nodes recover" in result.output
@@ -87,7 +88,7 @@ def test_the_commands_page_shows_what_features_mean(tmp_path):
     arguments = ["I like to eat", "--target", " toast", "--budget", "12", "--no-check", *coders]
     for more, word in (([], " eat"), (["--text", str(text)], " hungry")):
         page = tmp_path / "c.html"
-        result = CliRunner().invoke(app, [*arguments, *more, "--out", str(page)])
+        result = CliRunner().invoke(APP, ["circuit", *arguments, *more, "--out", str(page)])
         assert result.exit_code == 0, result.output
         data = data_of(page.read_text(encoding="utf-8"))
         nodes = [i for i, node in enumerate(data["nodes"]) if node["kind"] == "feature"]
@@ -101,7 +102,7 @@ def test_the_commands_page_shows_what_features_mean(tmp_path):
 def test_coders_of_other_weights_are_named(tmp_path):
     coders = ["--coder", "tinystories-4l-real/l2-mambacoder"]
     arguments = ["I like to eat", "--budget", "4", "--no-check", *coders, "--out", str(tmp_path / "c.html")]
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(APP, ["circuit", *arguments])
     assert result.exit_code == 0, result.output
     assert "note: l2-mambacoder was trained on other weights than those of tinystories-4l" in result.output
 
@@ -115,7 +116,7 @@ def test_the_commands_errors_are_one_line(tmp_path):
         (["a", "--text", "nothing.txt", "--out", out], "nothing.txt"),
         (["a", "--choose", "best", "--out", out], "'integrated'"),
     ):
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(APP, ["circuit", *arguments])
         assert result.exit_code == 2
         assert said in result.output
         assert "Traceback" not in result.output

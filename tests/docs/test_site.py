@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +18,7 @@ from docs.site.notebook_pages import shown
 from docs.site.reference import PAGES, exports, page
 from docs.site.repository import relink
 from tests.docs.blocks import ROOT
+from tests.docs.requests import Requests, requests_of
 
 SITE = ROOT / "docs" / "site"
 
@@ -89,28 +89,6 @@ def test_equations_become_mathml():
     assert re.findall(r'<math [^>]*display="(\w+)"', made) == ["inline", "block"]
     assert re.fullmatch(r"<p><math.*</math></p><math.*</math>", made)
     assert "&amp;" not in made  # the sign, not its name in HTML
-
-
-class Requests(HTMLParser):
-    """What a page makes a browser fetch: everything but links that a reader clicks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.frames: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        for name, value in attrs:
-            if name == "srcdoc":
-                self.frames.append(value or "")
-            if name in ("src", "srcset", "data", "poster") or (name == "href" and tag not in ("a", "base")):
-                self.found.append(value or "")
-
-
-def requests_of(text: str) -> list[str]:
-    parser = Requests()
-    parser.feed(text)
-    return parser.found + [one for frame in parser.frames for one in requests_of(frame)]
 
 
 def test_requests_are_seen():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,15 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import hooked_mamba
-from hooked_mamba import HookedMamba, cli
+from hooked_mamba import HookedMamba
+from hooked_mamba.cli import app as main
+from hooked_mamba.cli import base
 from hooked_mamba.loading.files import bundled_names
+from hooked_mamba.models import load_model
 from tests.hooked_mamba.saved import save_tiny
 
-APP = cli.make_app(plugins=())
+OURS = {"circuit": "circuits.commands:app", "explore": "saes.commands:explore_app", "sae": "saes.commands:app"}
+APP = main.make_app([EntryPoint(name, value, main.GROUP) for name, value in OURS.items()])
 
 
 def call(*arguments: str, app: typer.Typer = APP, input: str | None = None):
@@ -44,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 def test_help_names_every_command():
     result = call("--help")
     assert result.exit_code == 0
-    for name in ("Look inside", "cache", "demo", "models", "--version", "--install-completion"):
+    for name in ("Look inside", "cache", "circuit", "explore", "models", "sae", "--version", "--install-completion"):
         assert name in result.output
     assert call().exit_code == 2  # no command: help, and not a success
     assert call("--version").output.strip() == hooked_mamba.__version__
@@ -55,7 +58,7 @@ def test_the_shell_completes_commands_and_options(monkeypatch):
     for typed, expected in (("c", {"cache", "circuit"}), ("cache --si", {"--site"})):
         monkeypatch.setenv("COMP_WORDS", f"hooked-mamba {typed}")
         monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
-        result = CliRunner().invoke(cli.make_app(), [], prog_name="hooked-mamba")
+        result = CliRunner().invoke(main.make_app(), [], prog_name="hooked-mamba")
         assert set(result.output.split()) == expected
 
 
@@ -89,7 +92,7 @@ def test_cache_reads_standard_input_and_all_sites(folder):
 
 
 def test_markup_in_names_stays_text(tmp_path, capsys):
-    cli.console().print(cli.table("[red]x[/]", ("[b]",), [["[/nothing]"], ["\\[b]"]]))
+    base.console().print(base.table("[red]x[/]", ("[b]",), [["[/nothing]"], ["\\[b]"]]))
     shown = capsys.readouterr().out
     assert "[red]x[/]" in shown
     assert "[/nothing]" in shown
@@ -97,7 +100,7 @@ def test_markup_in_names_stays_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_models_of_either_family_are_told_by_their_files(family, tmp_path):
-    model = cli.load_model(str(save_tiny(tmp_path / "m", family)))
+    model = load_model(str(save_tiny(tmp_path / "m", family)))
     assert model.family == family
 
 
@@ -122,7 +125,7 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
 
 
 def test_what_is_no_mistake_of_the_users_is_not_hidden():
-    @cli.reports_errors
+    @base.reports_errors
     def faulty() -> None:
         raise AssertionError("ours")
 
@@ -131,15 +134,15 @@ def test_what_is_no_mistake_of_the_users_is_not_hidden():
 
 
 def test_keys_are_not_quoted_twice_and_empty_messages_say_their_kind():
-    assert cli.one_line(KeyError("no such\nthing")) == "no such thing"
-    assert cli.one_line(MemoryError()) == "MemoryError"
+    assert base.one_line(KeyError("no such\nthing")) == "no such thing"
+    assert base.one_line(MemoryError()) == "MemoryError"
 
 
 def test_ctrl_c_ends_without_a_traceback():
-    app = cli.new_app("test")
+    app = base.new_app("test")
 
     @app.command()
-    @cli.reports_errors
+    @base.reports_errors
     def wait() -> None:
         raise KeyboardInterrupt
 
@@ -147,32 +150,21 @@ def test_ctrl_c_ends_without_a_traceback():
     assert (result.exit_code, result.stderr) == (130, "stopped\n")
 
 
-def test_demo_is_the_tour(folder, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(importlib.import_module("demos.tour.__main__"), "main", seen.append)
-    assert call("demo", "-m", folder, "--out", tmp_path / "t.html", "--prompt", "a b").exit_code == 0
-    assert call("demo").exit_code == 0
-    assert seen[0] == ["--model", str(folder), "--out", str(tmp_path / "t.html"), "--prompt", "a b"]
-    assert seen[1] == ["--model", "tinystories-4l", "--out", str(Path("out/tour.html"))]
-
-
-def test_without_the_demos_it_says_where_they_are(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "demos" else found(name))
-    assert "clone it, and run `make demo`" in complaint(call("demo"))
+def test_demo_says_where_the_demos_are():
+    assert "clone the repository, and run `make demo`" in complaint(call("demo"))
 
 
 def test_other_packages_bring_commands(tmp_path, monkeypatch):
     (tmp_path / "guest.py").write_text(
-        "from hooked_mamba.cli import new_app\napp = new_app('guest', help='A guest.')\n"
+        "from hooked_mamba.cli.base import new_app\napp = new_app('guest', help='A guest.')\n"
         "@app.command()\ndef greet():\n    'Say hello.'\n    print('hello')\n@app.command()\ndef part(): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    entries = [EntryPoint("visit", "guest:app", cli.GROUP)] * 2 + [
-        EntryPoint("gone", "no_such_package.commands:app", cli.GROUP),
-        EntryPoint("odd", "guest:nothing", cli.GROUP),
+    entries = [EntryPoint("visit", "guest:app", main.GROUP)] * 2 + [
+        EntryPoint("gone", "no_such_package.commands:app", main.GROUP),
+        EntryPoint("odd", "guest:nothing", main.GROUP),
     ]
-    app = cli.make_app(entries)
+    app = main.make_app(entries)
     assert "visit" in call("--help", app=app).output
     assert call("visit", "greet", app=app).output == "hello\n"
     assert "the command 'gone' cannot be loaded" in complaint(call("gone", "x", "--flag", app=app))
@@ -180,15 +172,34 @@ def test_other_packages_bring_commands(tmp_path, monkeypatch):
     assert call("models", "--json", app=app).exit_code == 0
 
 
-def test_the_installed_package_declares_the_saes():
-    declared = {entry.name: entry.value for entry in entry_points(group=cli.GROUP)}
-    assert declared == {
-        "circuit": "circuits.commands:app",
-        "explore": "saes.commands:explore_app",
-        "sae": "saes.commands:app",
-    }
-    scripts = {entry.name: entry.value for entry in entry_points(group="console_scripts")}
-    assert scripts["hooked-mamba"] == "hooked_mamba.cli:main"
+def test_a_plugin_takes_no_name_of_ours():
+    app = main.make_app([EntryPoint("models", "no_such_package:app", main.GROUP)])
+    assert call("models", "--json", app=app).exit_code == 0
+
+
+COMMANDS = ["", "cache", "circuit", "explore", "models", "sae"]
+COMMANDS += [f"sae {name}" for name in ("train", "eval", "explore", "push", "pull", "list")]
+
+HELP = """
+import sys
+from typer.testing import CliRunner
+from importlib.metadata import EntryPoint
+from hooked_mamba.cli.app import GROUP, make_app
+
+places = {"circuit": "circuits.commands:app", "explore": "saes.commands:explore_app", "sae": "saes.commands:app"}
+app = make_app([EntryPoint(name, value, GROUP) for name, value in places.items()])
+for command in sys.argv[1:]:
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert result.exit_code == 0 and "Usage:" in result.output, (command, result.output)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_help_imports_nothing_heavy():
+    command = [sys.executable, "-c", HELP, *COMMANDS]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout.split()
+    assert "typer" in loaded
+    assert not {"torch", "numpy", "transformers", "plotly"} & set(loaded)
 
 
 @pytest.mark.slow

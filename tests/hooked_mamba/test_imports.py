@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [name for name in ("hooked_mamba", "saes", "circuits") if (ROOT / name).is_dir()]
-MAY_IMPORT = {"hooked_mamba": set(), "saes": {"hooked_mamba"}, "circuits": {"saes", "hooked_mamba"}}
-"""circuits -> saes -> hooked_mamba, never back."""
+MAY_IMPORT = {
+    "hooked_mamba": set(),
+    "saes": {"hooked_mamba"},
+    "circuits": {"saes", "hooked_mamba"},
+    "demos": {"circuits", "saes", "hooked_mamba"},
+}
+"""demos -> circuits -> saes -> hooked_mamba, never back."""
+
+PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
     {"config", "ops", "display"},

@@ -8,6 +8,7 @@ import torch
 
 from hooked_mamba.analysis import plots
 from hooked_mamba.analysis.lens import lens_labels, logit_lens, read_lens
+from tests.docs.requests import requests_of
 from tests.hooked_mamba.analysis.models import run
 
 
@@ -65,4 +66,4 @@ def test_html_needs_no_network(tmp_path):
     path = plots.save_html(plots.heatmap(torch.eye(2)), tmp_path / "map.html")
     text = path.read_text()
     assert "<html>" in text
-    assert 'src="http' not in text
+    assert requests_of(text) == []

@@ -38,3 +38,14 @@ def test_says_that_it_needs_a_gpu() -> None:
     done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_day_runs_dry(tmp_path: Path) -> None:
+    command = ["bash", "tests/benchmarks/gpu_day.sh", "--dry-run", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    steps = (tmp_path / "steps.log").read_text().splitlines()
+    assert [line.split(":")[0] for line in steps] == ["tests", "scan", "ssd", "model"]
+    assert "| tiny |" in (tmp_path / "model.log").read_text()

@@ -38,7 +38,15 @@ def ours(**fields) -> Callable[[Path], None]:
 
 
 def tensors(**changes) -> Callable[[Path], None]:
-    return lambda folder: retensor(folder / "sae_weights.safetensors", **changes)
+    def change(folder: Path) -> None:
+        try:
+            retensor(folder / "sae_weights.safetensors", **changes)
+        except KeyError as error:
+            if error.args == (torch.complex64,):
+                pytest.skip("this version of safetensors writes no complex numbers")
+            raise
+
+    return change
 
 
 def write(name: str, data: bytes | str) -> Callable[[Path], None]:

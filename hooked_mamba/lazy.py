@@ -1,0 +1,69 @@
+"""Packages whose names are imported when they are first asked for, so that `import` and `--help` come at once."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
+    """Name -> (module, name there) of the re-exports in the `__init__.pyi` beside an `__init__.py`.
+
+    The stub is what type checkers read; so the list of public names stands in one place.
+    """
+    tree = ast.parse(Path(init).with_suffix(".pyi").read_text(encoding="utf-8"))
+    found: dict[str, tuple[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return found
+
+
+class LazyPackage(ModuleType):
+    """A package in which a name that is both a module's and that of what the module holds means the latter.
+
+    The import system sets a module as an attribute of its package once it has been imported: `circuits.influence` would
+    be the module, and no longer the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType):
+            module, there = self.__dict__["_reexports"].get(name, ("", ""))
+            value = getattr(value, there) if module == value.__name__ else value
+        super().__setattr__(name, value)
+
+
+def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> tuple[Callable[[str], Any], list[str]]:
+    """A package's `__getattr__` and `__all__`.
+
+    Parameters
+    ----------
+    package, init
+        Its `__name__` and `__file__`.
+    other
+        Asked for names that are neither in the stub nor modules of the package, such as those that changed.
+    """
+    names = names_from_stub(init)
+    this = sys.modules[package]
+    this.__dict__["_reexports"] = names
+    this.__class__ = LazyPackage
+
+    def find(name: str) -> Any:
+        if name in names:
+            module, there = names[name]
+            if module == package:
+                return importlib.import_module(f"{package}.{there}")
+            return getattr(importlib.import_module(module), there)
+        if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        if other is not None:
+            return other(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find, sorted(names)
