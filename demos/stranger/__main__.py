@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("stranger.html")
 class Options:
     """How much the study does."""
 
-    train: int = 160
+    train: int = 96
     """Documents that probe and coder are fitted on."""
     test: int = 32
     """Documents that everything is judged on."""
@@ -37,7 +37,7 @@ class Options:
     """Ambiguous lines that are patched."""
     layer: int = 4
     """Whose entering stream the autoencoder is trained on."""
-    steps: int = 300
+    steps: int = 200
     """Its training."""
 
 
@@ -59,7 +59,7 @@ def study(model: HookedStranger, labels: list[str], options: Options) -> Report:
         same_section(model, test[:4]),
         task_section(model, labels, test),
         patching_section(model, labels, options.lines),
-        directions_section(model, labels, test[: max(4, len(test) // 2)]),
+        directions_section(model, labels, test[: max(4, len(test) // 4)]),
         probe_section(model, some[: len(some) // 2], test),
         coder_section(model, labels, options.layer, some, test, options.steps),
     ]

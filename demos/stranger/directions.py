@@ -53,7 +53,7 @@ def cut(model: HookedStranger, layers: list[int], directions: tuple[str, ...]) -
 def directions_section(model: HookedStranger, labels: list[str], some: list[Document]) -> Section:
     """Shares of the flow, a map, and accuracies with a direction cut."""
     n = model.cfg.n_layers
-    _, cache = model.run_with_cache(tokens_of(*(one.text for one in some[:4])), names_filter=SITES)
+    _, cache = model.run_with_cache(tokens_of(*(one.text for one in some[:2])), names_filter=SITES)
     length = len(some[0].text)
     distance = (torch.arange(length)[:, None] - torch.arange(length)).float()
     whole = accuracy(model, labels, some)
@@ -85,7 +85,7 @@ def directions_section(model: HookedStranger, labels: list[str], some: list[Docu
         "From the left, and from the right",
         "Each layer reads the text twice with the same weights. With dt, B and C held, what a position gets from every"
         " other is one number a channel, alpha[t,s], times that position's value u_s. Shares of |alpha u| over channels"
-        f" and four documents; the distance is the one within which half of what is not a position's own comes from."
+        f" and two documents; the distance is the one within which half of what is not a position's own comes from."
         " Then the scans are cut in one layer, so that they pass on a position's own value alone, and the accuracy"
         f" ({percent(whole)} on {len(some)} documents) changes by so many points.",
         Table(

@@ -18,19 +18,23 @@ from saes.splicing import splice
 from saes.training import train_sae
 
 
-def streams(model: HookedStranger, some: list[Document], site: str, at_once: int = 16) -> Float[Tensor, "n d"]:
-    """A site of all characters of documents."""
+def streams(model: HookedStranger, some: list[Document], at_once: int = 16) -> list[Float[Tensor, "n d"]]:
+    """The stream entering each layer, and leaving the last, at all characters of documents."""
+    n = model.cfg.n_layers
+    names = [*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post"]
     found = []
     for i in range(0, len(some), at_once):
         tokens = tokens_of(*(one.text for one in some[i : i + at_once]))
-        found.append(model.run_with_cache(tokens, names_filter=site)[1][site])
+        _, cache = model.run_with_cache(tokens, names_filter=names)
+        found.append([cache[name].flatten(0, 1) for name in names])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def entering(model: HookedStranger, some: list[Document], layer: int, at_once: int = 16) -> Float[Tensor, "n d"]:
+    """The stream entering one layer."""
+    batches = (some[i : i + at_once] for i in range(0, len(some), at_once))
+    found = [model(tokens_of(*(one.text for one in batch)), stop_at_layer=layer) for batch in batches]
     return torch.cat(found).flatten(0, 1)
-
-
-def sites(model: HookedStranger) -> list[str]:
-    """The stream entering each layer, and leaving the last."""
-    n = model.cfg.n_layers
-    return [f"blocks.{i}.hook_resid_pre" for i in range(n)] + [f"blocks.{n - 1}.hook_resid_post"]
 
 
 def balanced(found: Bool[Tensor, " n"], wanted: Bool[Tensor, " n"]) -> float:
@@ -56,15 +60,14 @@ def probe_section(model: HookedStranger, some: list[Document], test: list[Docume
     wanted, wanted_test = quoted_of(some), quoted_of(test)
     moved, moved_test = wanted.roll(1, 0), wanted_test.roll(1, 0)  # another document's marks
     rows = []
-    for site in sites(model):
-        x, x_test = streams(model, some, site), streams(model, test, site)
-        values = [
+    every = (streams(one, docs) for one in (model, random) for docs in (some, test))
+    for i, (x, x_test, other, other_test) in enumerate(zip(*every, strict=True)):
+        values = (
             probe(x, wanted.flatten(), x_test, wanted_test.flatten()),
-            probe(streams(random, some, site), wanted.flatten(), streams(random, test, site), wanted_test.flatten()),
+            probe(other, wanted.flatten(), other_test, wanted_test.flatten()),
             probe(x, moved.flatten(), x_test, moved_test.flatten()),
-        ]
-        layer = site.split(".")[1]
-        name = f"entering layer {layer}" if site.endswith("pre") else "leaving the last"
+        )
+        name = f"entering layer {i}" if i < model.cfg.n_layers else "leaving the last"
         rows.append([name, *(percent(value) for value in values)])
     return Section(
         "Something that it was never asked for",
@@ -109,9 +112,9 @@ def coder_section(
     coder = train(model, layer, some, steps)
     random = HookedStranger(model.cfg, seed=0)
     other = train(random, layer, some, steps)
-    x, x_test = streams(model, some, site), streams(model, test, site)
+    x, x_test = entering(model, some, layer), entering(model, test, layer)
     z, z_test = coder.encode(x) > 0, coder.encode(x_test) > 0
-    r, r_test = other.encode(streams(random, some, site)) > 0, other.encode(streams(random, test, site)) > 0
+    r, r_test = (other.encode(entering(random, docs, layer)) > 0 for docs in (some, test))
     middle = x.median(0).values
     signs, signs_test = (torch.cat([v > middle, v < middle], 1) for v in (x, x_test))
     traits: dict[str, Callable[[list[Document]], Tensor]] = {
