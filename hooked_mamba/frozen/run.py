@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain
-from hooked_mamba.frozen.linear import Gain
+from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.model.hooked_model import HookedModel
@@ -190,7 +190,7 @@ class Run:
     @cached_property
     def final_norm(self) -> Gain:
         """w / scale of the final norm."""
-        return Gain(at_least_fp32(self.model.ln_final.weight).detach() / self.cache["ln_final.hook_scale"])
+        return held_norm(self.model.ln_final, self.cache["ln_final.hook_scale"])
 
     def stages(self, layer: int) -> list[list[Part]]:
         """The parts of a block, stage by stage in the order of the forward pass."""
@@ -236,12 +236,19 @@ class Run:
             False: the norm's divisor is held.
         """
         final = layer == self.n_layers
-        behind = self.norm(layer).of(at).pull(covectors).covector
+        norm = self.norm(layer)
+        behind = norm.of(at).pull(covectors).covector
         if not differentiated:
             return behind
         x = self.resid(layer)[at]
+        x = centred(x) if isinstance(norm, Centred) else x
         scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
+
+    def norm_offset(self, layer: int, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """What a norm's own bias gives to a covector on what it gives; 0 of a norm without."""
+        norm = self.norm(layer)
+        return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
 
     def reading(
         self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
@@ -312,9 +319,8 @@ def frozen_branch(
     model: Any = cache.model
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
-    weight = at_least_fp32(getattr(block, read_by).weight).detach()
-    factor = weight / cache[f"blocks.{layer}.{read_by}.hook_scale"]
-    norm = Gain(scaled(factor, block.in_scales.get(name)))
+    scale_here = cache[f"blocks.{layer}.{read_by}.hook_scale"]
+    norm = held_norm(getattr(block, read_by), scale_here, block.in_scales.get(name))
     prefix = f"blocks.{layer}.{name}."
     chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
     scale = block.out_scales.get(name)
