@@ -8,8 +8,6 @@ Glossary
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -20,20 +18,10 @@ from hooked_mamba.components import Linear, LowRank, at_least_fp32, rms_normaliz
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate
 from hooked_mamba.state import BranchState, Call
-
-
-class KVState(NamedTuple):
-    """Memory of attention: the keys and values of all columns so far, padded ones included."""
-
-    k: Tensor
-    """Keys as the scores read them (turned, where there are positions), b m J c."""
-    v: Tensor
-    """Values, b m J c."""
-    real: Tensor
-    """Which columns hold real tokens, b m."""
 
 
 class Attention(Branch):
@@ -174,13 +162,6 @@ class Attention(Branch):
             self.q_norm_weight.fill_(1)
             self.k_norm_weight.fill_(1)
         self.o_proj.weight /= self.cfg.n_layers**0.5
-
-
-def remember(state: BranchState | None, new: KVState) -> KVState:
-    """The memory with this call's columns behind those before."""
-    if state is None:
-        return new
-    return KVState(*(torch.cat([before.to(after.dtype), after], 1) for before, after in zip(state, new, strict=True)))
 
 
 def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
