@@ -56,19 +56,30 @@ class KVState(_Columns):  # a subclass, since a named tuple has no attributes be
 
     buffer: Buffer | None = None
     """Where its columns stand; None: on their own, as of a state that was copied or of which rows were chosen."""
+    whole: bool | None = None
+    """Whether all columns are real; None: not looked at yet."""
+
+    def all_real(self) -> bool:
+        """Whether no column is padding."""
+        if self.whole is None:
+            self.whole = bool(self.real.all())
+        return self.whole
 
 
 def remember(state: Sequence[Tensor] | None, new: KVState) -> KVState:
     """The memory with this call's columns behind those before."""
     if state is None:
         return new
+    whole = isinstance(state, KVState) and state.all_real() and new.all_real()
     before = [t.to(like.dtype) for t, like in zip(state, new, strict=True)]
     if torch.is_grad_enabled():  # backward needs every call's columns as they were
-        return KVState(*(torch.cat([old, more], 1) for old, more in zip(before, new, strict=True)))
+        grown = KVState(*(torch.cat([old, more], 1) for old, more in zip(before, new, strict=True)))
+        grown.whole = whole
+        return grown
     buffer = getattr(state, "buffer", None)
     if buffer is None or buffer.end != state[0].shape[1] or not buffer.takes(new):
         length = before[0].shape[1]
         buffer = Buffer(before, max(length, 32) + new.k.shape[1])
     grown = KVState(*buffer.append(new))
-    grown.buffer = buffer
+    grown.buffer, grown.whole = buffer, whole
     return grown
