@@ -52,6 +52,8 @@ class Descent:
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, rows
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
+        self.carried: dict[str, Tensor] = {}
+        """Covectors on values that a lower layer makes for several above it, by name."""
         self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
     def run(self) -> Parts:
@@ -64,6 +66,7 @@ class Descent:
             for stage in reversed(frozen.stages(layer)):
                 above = V
                 for part in stage:
+                    V = V + self.from_carried(part)
                     V = V + self.through(part, self.join(above.clone(), "out", part))
                     for node in INSIDE:
                         V = V + self.from_inside(part, node)
@@ -131,6 +134,30 @@ class Descent:
         self.parts.biases[layer], self.parts.initial[layer] = bias, pulled.initial
         return chain.pull(pb, rows, start="p").below
 
+    def carry(self, pulled: Pulled) -> None:
+        """Add a branch's covectors on values that lower layers make to those of the layers above."""
+        for name, covector in pulled.carried.items():
+            self.carried[name] = self.carried[name] + covector if name in self.carried else covector
+
+    def from_carried(self, part: Part) -> Float[Tensor, "n l d"] | float:
+        """What all layers above pull from the stream below through a value that this branch made for them."""
+        chain = self.frozen.chain(part)
+        below: Tensor | float = 0.0
+        for name, node in chain.gives.items():
+            if name in self.carried:
+                covector = self.carried.pop(name)
+                self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
+                pulled = chain.pull(covector, self.rows, start=node)
+                self.constants(part, pulled)
+                below = below + pulled.below
+        return below
+
+    def constants(self, part: Part, pulled: Pulled) -> None:
+        """Add what biases and the memory before the first position give."""
+        parts = self.parts
+        parts.biases[part] = parts.biases[part] + pulled.bias if part in parts.biases else pulled.bias
+        parts.initial[part] = parts.initial[part] + pulled.initial if part in parts.initial else pulled.initial
+
     def keep(self, part: Part, pulled: Pulled) -> None:
         """Read a branch's share off."""
         chain, rows, nodes = self.frozen.chain(part), self.rows, self._nodes(part)
@@ -140,7 +167,8 @@ class Descent:
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[part] = (pulled.at["u"] * chain.u[rows])[:, source, channel]
-        self.parts.biases[part], self.parts.initial[part] = pulled.bias, pulled.initial
+        self.constants(part, pulled)
+        self.carry(pulled)
 
     def from_inside(self, part: Part, node: Stream) -> Float[Tensor, "n l d"] | float:
         """What targets on a node of this branch pull from the stream below."""
@@ -156,8 +184,8 @@ class Descent:
             pulled = self.frozen.pull_u(part, covector, self.rows)
         else:
             pulled = chain.pull(covector, self.rows, start=node)
-        self.parts.initial[part] = self.parts.initial[part] + pulled.initial
-        self.parts.biases[part] = self.parts.biases[part] + pulled.bias
+        self.constants(part, pulled)
+        self.carry(pulled)
         return pulled.below
 
     def _coded(self, part: Part) -> CodedLayer | None:

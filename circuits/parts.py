@@ -32,6 +32,9 @@ class Parts:
     """Layer -> b_dec."""
     errors: dict[int, Float[Tensor, "n l"]] = field(default_factory=dict)
     """Layer -> what the coder misses, at each position."""
+    carried: dict[str, Float[Tensor, "n l"]] = field(default_factory=dict)
+    """Name of a value that one layer makes for several above it (RWKV-7's "v_first") -> what they take of it, at each
+    position. It is another cut through the same paths, as heads are, and goes on to the embeddings."""
     biases: dict[Part, Float[Tensor, " n"]] = field(default_factory=dict)
     """Layer -> biases of projections and convolution."""
     initial: dict[Part, Float[Tensor, " n"]] = field(default_factory=dict)

@@ -60,6 +60,8 @@ class Pushed:
         """Layer -> of the stream entering it; n_layers: after the last block."""
         self.inner: dict[int, Tensor] = {}
         """Layer -> of u, in split layers of p, as the stream below makes it."""
+        self.carried: dict[str, Tensor] = {}
+        """Name -> of a value that a layer made for those above it."""
         for layer in range(frozen.n_layers):
             delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
             for stage in frozen.stages(layer):
@@ -72,6 +74,8 @@ class Pushed:
         """What a branch makes of a change of the stream that its stage reads."""
         frozen, changes, rows = self.frozen, self.changes, self.changes.rows
         chain = frozen.chain(part)
+        if chain.gives or chain.takes:
+            return self.with_carried(part, delta)
         if not isinstance(part, int):
             return chain.push(delta, rows)[0]
         coded = frozen.coded.get(part)
@@ -90,6 +94,21 @@ class Pushed:
         if changes.inside is not None:
             out = out + changes.inside(part, delta, False)
         return out  # type: ignore[return-value]  # a coder's skip or a mixer gave a tensor
+
+    def with_carried(self, part: Part, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        """The same of a branch that makes values for those above, or takes such."""
+        chain, changes, rows = self.frozen.chain(part), self.changes, self.changes.rows
+        held, added = self._here(part) if isinstance(part, int) else (None, None)
+        u, _ = chain.push(delta, rows, until="u")
+        for name, gain in chain.takes.items():
+            u = u + gain.of(rows).push(self.carried[name])
+        if isinstance(part, int):
+            self.inner[part] = u
+        u = u if held is None else u * held["u"]
+        u = u if added is None else u + added["u"]
+        self.carried |= dict.fromkeys(chain.gives, u)
+        out = changes.outs.get(part, 0.0) if isinstance(part, int) else 0.0
+        return out + chain.push(u, rows, start="u")[0]
 
     def _here(self, layer: int) -> tuple[Shares | None, Mapping[str, Tensor] | None]:
         """Shares and additions at u."""

@@ -66,10 +66,10 @@ class Logit:
 
     def covector(self, run: Run, row: int) -> Covector:
         position, n = run.column(self.position), run.n_layers
-        direction = self.of(run.model.unembed.weight.detach().t().to(run.dtype), run, row)
+        direction = self.of(run.unembedding, run, row)
         vector = run.behind_norm(n, direction, (row, position))
         value = self.of(run.logits[row, position].to(run.dtype), run, row)
-        return Covector("resid", n, position, vector, vector.new_zeros(()), value)
+        return Covector("resid", n, position, vector, run.norm_offset(n, direction), value)
 
     def of(self, logits: Float[Tensor, "... V"], run: Run, row: int = 0) -> Float[Tensor, "..."]:
         """This logit, or lead, of any logits of a row."""
@@ -151,6 +151,8 @@ class Feature:
         if coder.cfg.apply_b_dec_to_input:
             offset = offset - f @ coder.b_dec.detach().to(f.dtype)
         stream, layer, vector = run.reading(coder.cfg.in_site, row, position, f)
+        if run.place_of(coder.cfg.in_site).normed:
+            offset = offset + run.norm_offset(layer, f)
         x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
         value = coder.preact(x)[self.index].detach().to(f.dtype)
         return Covector(stream, layer, position, vector, offset, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -13,14 +12,11 @@ from torch import Tensor
 from hooked_mamba.decomposition import Labelled, ResidualDecomposition
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.selective import SelectiveScan
+from hooked_mamba.frozen.tokens import Source as Source
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.mixers.linear_form import Read
-
-Source = Literal["scan", "token"]
-"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
-convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 class SSMDecomposition(ResidualDecomposition):
@@ -174,7 +170,8 @@ class SSMDecomposition(ResidualDecomposition):
         W, b_out = output.W.t(), output.b
         if project_output_onto is not None:
             W = W @ project_output_onto.reshape(W.shape[1], -1).to(W.dtype)
-        gain = self.output_gain(layer)[:, queries]
+        out_of = self.model.mixer(layer).read_out(self.reader(layer))
+        gain = out_of.gain[:, queries]
         P, b, l = view.width, view.batch, view.length
         n = (l + 1) * b * len(queries) * W.shape[1]
         self._check_fits(n, view.dtype, "stack_source_results", "choose targets with pos_slice")
@@ -184,14 +181,21 @@ class SSMDecomposition(ResidualDecomposition):
         for first in range(0, view.n_lanes, step):
             lanes = slice(first, first + step)
             channels = slice(first * P, (first + step) * P)
-            alpha = rearrange(view.rows(queries, lanes=lanes), "b h q s -> b q s h 1")
-            if path is None:
-                values = alpha * view.u[:, None, :, lanes]
-            else:
-                values, constant = path.split_tokens(alpha, channels, P)
-                bias += (rearrange(constant, "b q h p -> b q (h p)") * gain[..., channels]) @ W[channels]
-            values = rearrange(values, "b q s h p -> b q s (h p)") * gain[:, :, None, channels]
-            out += rearrange(values @ W[channels], "b q s d -> s b q d")
+            ways = [(rearrange(view.rows(queries, lanes=lanes), "b h q s -> b q s h 1"), gain, out_of.centred)]
+            if out_of.beside is not None:
+                ways.append((_own_rows(ways[0][0], queries), out_of.beside[:, queries], False))
+            for alpha, factor, centres in ways:
+                if path is None:
+                    values, constant = alpha * view.u[:, None, :, lanes], None
+                else:
+                    values, constant = path.split_tokens(alpha, channels, P)
+                    constant = constant - constant.mean(-1, keepdim=True) if centres else constant
+                    bias += (rearrange(constant, "b q h p -> b q (h p)") * factor[..., channels]) @ W[channels]
+                values = values - values.mean(-1, keepdim=True) if centres else values
+                values = rearrange(values, "b q s h p -> b q s (h p)") * factor[:, :, None, channels]
+                out += rearrange(values @ W[channels], "b q s d -> s b q d")
+        if out_of.bias is not None:
+            bias = bias + out_of.bias[:, queries] @ W
         if b_out is not None:
             if project_output_onto is not None:
                 b_out = b_out @ project_output_onto.reshape(len(b_out), -1).to(W.dtype)
@@ -446,6 +450,13 @@ class SSMDecomposition(ResidualDecomposition):
             raise MemoryError(
                 f"{what} would take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {advice}"
             )
+
+
+def _own_rows(alpha: Float[Tensor, "b q s h 1"], queries: list[int]) -> Float[Tensor, "b q s h 1"]:
+    """Rows of the same shape in which each target reads itself alone."""
+    own = torch.zeros_like(alpha)
+    own[:, torch.arange(len(queries)), queries] = 1
+    return own
 
 
 def _positions(select: PositionSelect, length: int) -> list[int]:

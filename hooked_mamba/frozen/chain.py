@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -39,6 +39,17 @@ class Pulled:
     """What biases add."""
     initial: Float[Tensor, " n"]
     """What memory before the first position adds."""
+    carried: Mapping[str, Float[Tensor, "n l E"]] = field(default_factory=dict, kw_only=True)
+    """Name -> on a value that another layer made and this one mixes into u."""
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A second way from one node to another, beside the pieces between them: RWKV-7's bonus."""
+
+    start: str
+    end: str
+    gain: Gain
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,12 @@ class Chain:
     """From p to u."""
     values: Mapping[str, Float[Tensor, "b l E"]] = field(default_factory=dict)
     """Node -> what the run had there."""
+    bypass: Bypass | None = None
+    """A second way beside some of the pieces."""
+    takes: Mapping[str, Gain] = field(default_factory=dict)
+    """Name of a value that another layer made -> the factor with which it is added to u."""
+    gives: Mapping[str, str] = field(default_factory=dict)
+    """Name of a value that other layers take -> the node here at which it is made."""
 
     # What it is made of ----------------------------------------------------------------------------------------
 
@@ -121,6 +138,11 @@ class Chain:
         }
         return replace(self, pieces=(*self.pieces[:first], *pieces, *self.pieces[last:]), nodes=moved)
 
+    def with_output(self, factor: float) -> Chain:
+        """The same with its output times a factor."""
+        W, b = self.output.W * factor, self.output.b
+        return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
+
     # Backwards -------------------------------------------------------------------------------------------------
 
     def pull(
@@ -151,24 +173,42 @@ class Chain:
         met: dict[str, Tensor] = {}
         biases: list[Tensor] = []
         initial: list[Tensor] = []
+        carried = self.carried(v, rows) if start == "u" else {}
+        beside: Tensor | None = None
+        bypass = self.bypass
         place = len(self.pieces) if start is None else self.nodes[start]
         met |= {} if start is None else {start: v}
         for i in reversed(range(0 if until is None else self.nodes[until], place)):
+            if bypass is not None and i + 1 == self.nodes[bypass.end]:
+                beside = bypass.gain.of(rows).pull(v).covector
             back = self.pieces[i].of(rows).pull(v)
             v = back.covector
+            if beside is not None and bypass is not None and i == self.nodes[bypass.start]:
+                v = v + beside
             biases += [] if back.bias is None else [back.bias]
             initial += [] if back.initial is None else [back.initial]
             for name in reversed([name for name, at in self.nodes.items() if at == i]):
                 met[name] = v
                 if through is not None and name in through:
                     v = v * through[name]
+                if name == "u":
+                    carried = self.carried(v, rows)
         none = v.new_zeros(len(v))
         # The lowest bias comes first: the order decides how the sum is rounded.
-        return Pulled(v, met, _summed([*biases[-1:], *biases[:-1]], none), _summed(initial, none).to(none.dtype))
+        bias = _summed([*biases[-1:], *biases[:-1]], none)
+        return Pulled(v, met, bias, _summed(initial, none).to(none.dtype), carried=carried)
+
+    def carried(self, v: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> dict[str, Float[Tensor, "n l E"]]:
+        """Covectors on u as ones on the values that other layers made."""
+        return {name: gain.of(rows).pull(v).covector for name, gain in self.takes.items()}
 
     def pull_own(self, v: Float[Tensor, "n l d"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l E"]:
         """The covector on p of what a position's own input gives it, and nothing from other positions."""
-        return self.output.pull(v).covector * self.own()[rows]
+        return self.here().pull(v, rows, until="p").below
+
+    def here(self) -> Chain:
+        """The same with nothing moved between positions."""
+        return replace(self, pieces=tuple(piece.here() for piece in self.pieces))
 
     # Forwards --------------------------------------------------------------------------------------------------
 
@@ -201,6 +241,7 @@ class Chain:
             The change of the output (or at `until`), and at the nodes on the way, before shares and additions.
         """
         met: dict[str, Tensor] = {}
+        beside: Tensor | None = None
         last = len(self.pieces) if until is None else self.nodes[until]
         for i in range(self.nodes[start] if start else 0, last):
             for name in [name for name, at in self.nodes.items() if at == i and name != start]:
@@ -209,16 +250,30 @@ class Chain:
                     delta = delta * through[name]
                 if add is not None and name in add:
                     delta = delta + add[name]
-            delta = self.pieces[i].of(rows).push(delta)
+            delta, beside = self._step("push", i, delta, beside, rows)
         return delta, met
 
     def apply(self, x: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
         """The whole affine map of the stream, biases and memory included: the value at each node, and "out"."""
         found: dict[str, Tensor] = {}
-        for i, piece in enumerate(self.pieces):
+        beside: Tensor | None = None
+        for i in range(len(self.pieces)):
             found |= {name: x for name, at in self.nodes.items() if at == i}
-            x = piece.apply(x)
+            x, beside = self._step("apply", i, x, beside)
         return found | {"out": x}
+
+    def _step(
+        self, step: Literal["push", "apply"], i: int, x: Tensor, beside: Tensor | None, rows: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(what piece i makes of x, what waits on the second way)."""
+        bypass = self.bypass
+        if bypass is not None and i == self.nodes[bypass.start]:
+            beside = (bypass.gain if rows is None else bypass.gain.of(rows)).push(x)
+        piece = self.pieces[i] if rows is None else self.pieces[i].of(rows)
+        x = piece.push(x) if step == "push" else piece.apply(x)
+        if bypass is not None and beside is not None and i + 1 == self.nodes[bypass.end]:
+            return x + beside, None
+        return x, beside
 
     def of(self, rows: Any, scan_of: tuple[Chain, Any] | None = None) -> Chain:
         """The chain at n rows of the run; with `scan_of` the scan is that of another run, at rows of that."""
@@ -229,7 +284,11 @@ class Chain:
                 theirs.of(others) if isinstance(theirs, Mix) else mine
                 for mine, theirs in zip(pieces, other.pieces, strict=True)
             ]
-        return replace(self, pieces=tuple(pieces))
+        bypass, takes = self.bypass, {name: gain.of(rows) for name, gain in self.takes.items()}
+        if bypass is not None:
+            gain = bypass.gain.of(rows) if scan_of is None else scan_of[0].bypass.gain.of(scan_of[1])  # type: ignore[union-attr]
+            bypass = replace(bypass, gain=gain)
+        return replace(self, pieces=tuple(pieces), bypass=bypass, takes=takes)
 
     def own(self) -> Float[Tensor, "b l E"]:
         """The factor by which each channel's own input p passes at its own position, up to the output's weights."""
@@ -241,14 +300,11 @@ class Chain:
 
     def push_own(self, p: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l d"]:
         """What inputs p add to the output at their own position (no bias in it)."""
-        return self.output.push(p * self.own()[rows])
+        return self.here().push(p, rows, start="p")[0]
 
     def push_across(self, p: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n l d"]:
         """What inputs p add to the output at other positions than their own (no bias in it)."""
-        written = p
-        for piece in self.between("p")[:-1]:
-            written = piece.of(rows).push(written)
-        return self.output.push(written - p * self.own()[rows])
+        return self.push(p, rows, start="p")[0] - self.push_own(p, rows)
 
 
 def _summed(parts: list[Tensor], none: Tensor) -> Tensor:

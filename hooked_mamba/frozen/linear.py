@@ -48,6 +48,10 @@ class Piece(ABC):
     def pull(self, v: Tensor) -> Back:
         """A covector on the output as one on the input."""
 
+    def here(self) -> Piece:
+        """What it does within one position, with nothing from others; default: it is that already."""
+        return self
+
     def diagonal(self) -> Tensor:
         """The factor by which a channel's value passes at its own position, b l e or what broadcasts to it.
 
@@ -81,10 +85,10 @@ class Gain(Piece):
     """A factor for each number: a gate, a norm's w / scale, 0 at padding."""
 
     factor: Float[Tensor, "..."]
-    """b l e, or what broadcasts to it."""
+    """b l e, or what broadcasts to it; e where it is the same in all rows."""
 
     def of(self, rows: Any) -> Gain:
-        return Gain(self.factor[rows])
+        return self if self.factor.ndim < 2 else Gain(self.factor[rows])
 
     def push(self, x: Tensor) -> Tensor:
         return x * self.factor
@@ -94,6 +98,79 @@ class Gain(Piece):
 
     def diagonal(self) -> Tensor:
         return self.factor
+
+
+@dataclass(frozen=True)
+class Centred(Gain):
+    """A LayerNorm with its divisor held: (x - mean x) * factor + bias, over all channels or over equal groups."""
+
+    bias: Float[Tensor, " e"]
+    groups: int = 1
+
+    def of(self, rows: Any) -> Centred:
+        return Centred(self.factor[rows], self.bias, self.groups)
+
+    def push(self, x: Tensor) -> Tensor:
+        return centred(x, self.groups) * self.factor
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.push(x) + self.bias
+
+    def pull(self, v: Tensor) -> Back:
+        bias = (v @ self.bias.to(v.dtype)).sum(1) if v.ndim == 3 else None
+        return Back(centred(v * self.factor, self.groups), bias)
+
+    def diagonal(self) -> Tensor:
+        return Piece.diagonal(self)
+
+
+def centred(x: Float[Tensor, "... e"], groups: int = 1) -> Float[Tensor, "... e"]:
+    """x without its mean, over all channels or over each of equal groups."""
+    grouped = x.unflatten(-1, (groups, -1))
+    return (grouped - grouped.mean(-1, keepdim=True)).flatten(-2)
+
+
+def held_norm(norm: Any, scale: Float[Tensor, "b l 1"], factor: float | int | None = None) -> Gain:
+    """A norm of a block as a piece, with its divisor at a run's numbers.
+
+    Parameters
+    ----------
+    norm
+        RMSNorm or LayerNorm.
+    scale
+        The divisor.
+    factor
+        Of what the norm gives; None: 1.
+    """
+    weight = norm.weight.detach()
+    weight = (weight.to(scale.dtype) if factor is None else weight.to(scale.dtype) * factor) / scale
+    bias = getattr(norm, "bias", None)
+    if bias is None:
+        return Gain(weight)
+    bias = bias.detach().to(scale.dtype)
+    return Centred(weight, bias if factor is None else bias * factor)
+
+
+@dataclass(frozen=True)
+class Plus(Piece):
+    """Something held is added, which is followed on a way of its own."""
+
+    value: Float[Tensor, "b l e"]
+
+    def of(self, rows: Any) -> Plus:
+        return Plus(self.value[rows])
+
+    def push(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x + self.value
+
+    def pull(self, v: Tensor) -> Back:
+        return Back(v)
+
+    def diagonal(self) -> Tensor:
+        return torch.ones_like(self.value)
 
 
 @dataclass(frozen=True)
@@ -124,6 +201,9 @@ class Conv(Piece):
             back[:, first : first + l] += self.taps[:, K - 1 - k] * v
         initial = (back[:, : K - 1] * self.history).flatten(1).sum(1)
         return Back(back[:, K - 1 :], (v @ self.bias).sum(1), initial)
+
+    def here(self) -> Gain:
+        return Gain(self.diagonal())
 
     def diagonal(self) -> Tensor:
         return self.taps[:, -1]
@@ -163,6 +243,9 @@ class Mix(Piece):
         if h0 is None or at_h0 is None:
             return Back(covector)
         return Back(covector, None, (at_h0 * h0).flatten(1).sum(1))
+
+    def here(self) -> Gain:
+        return Gain(self.diagonal())
 
     def diagonal(self) -> Tensor:
         return self.own() + self.skip()

@@ -17,10 +17,11 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain
-from hooked_mamba.frozen.linear import Gain
+from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.model.hooked_model import HookedModel
+from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
 
 Stream = Literal["resid", "out", "y", "u", "p"]
@@ -171,7 +172,15 @@ class Run:
         """w / scale of a block's first norm; n_layers: of the final one."""
         if layer == self.n_layers:
             return self.final_norm
-        return self.chain(self.stages(layer)[0][0]).norm
+        block = self.model.block(layer)
+        if not any(block.in_scales.get(name) for name in block.stages[0]):
+            return self.chain(self.stages(layer)[0][0]).norm
+        return Gain(at_least_fp32(block.norm.weight).detach() / self.cache[f"blocks.{layer}.norm.hook_scale"])
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d V"]:
+        """From what the final norm gives to logits, a factor of the logits included."""
+        return scaled(self.model.unembed.weight.detach().t().to(self.dtype), self.model.logit_multiplier)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -181,7 +190,7 @@ class Run:
     @cached_property
     def final_norm(self) -> Gain:
         """w / scale of the final norm."""
-        return Gain(at_least_fp32(self.model.ln_final.weight).detach() / self.cache["ln_final.hook_scale"])
+        return held_norm(self.model.ln_final, self.cache["ln_final.hook_scale"])
 
     def stages(self, layer: int) -> list[list[Part]]:
         """The parts of a block, stage by stage in the order of the forward pass."""
@@ -227,12 +236,19 @@ class Run:
             False: the norm's divisor is held.
         """
         final = layer == self.n_layers
-        behind = self.norm(layer).of(at).pull(covectors).covector
+        norm = self.norm(layer)
+        behind = norm.of(at).pull(covectors).covector
         if not differentiated:
             return behind
         x = self.resid(layer)[at]
+        x = centred(x) if isinstance(norm, Centred) else x
         scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
+
+    def norm_offset(self, layer: int, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """What a norm's own bias gives to a covector on what it gives; 0 of a norm without."""
+        norm = self.norm(layer)
+        return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
 
     def reading(
         self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
@@ -277,13 +293,17 @@ def frozen_sites(model: HookedModel, layer: int) -> list[str]:
     names = [f"{at}hook_resid_pre"] + [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
     names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
     for name, branch in block.branches.items():
-        names += [f"{at}{name}.{site}" for site in dict.fromkeys((*branch.frozen_sites, branch.out_site))]
-    return names
+        names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
+        names.append(out_site(model, layer, name))
+    return list(dict.fromkeys(names))
 
 
 def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
     """The site of what a branch adds to the stream."""
-    return f"blocks.{layer}.{branch}.{model.block(layer).branches[branch].out_site}"
+    block = model.block(layer)
+    if block.output_sites:
+        return f"blocks.{layer}.hook_{branch}_out"
+    return f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
 
 
 def norm_name(model: HookedModel, layer: int, branch: str) -> str:
@@ -299,7 +319,9 @@ def frozen_branch(
     model: Any = cache.model
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
-    weight = at_least_fp32(getattr(block, read_by).weight).detach()
-    norm = Gain(weight / cache[f"blocks.{layer}.{read_by}.hook_scale"])
+    scale_here = cache[f"blocks.{layer}.{read_by}.hook_scale"]
+    norm = held_norm(getattr(block, read_by), scale_here, block.in_scales.get(name))
     prefix = f"blocks.{layer}.{name}."
-    return block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
+    chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
+    scale = block.out_scales.get(name)
+    return chain if scale in (None, 1) else chain.with_output(scale)

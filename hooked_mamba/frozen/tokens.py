@@ -8,6 +8,7 @@ so token s sends sum_k alpha[t,s+k] sigma_{s+k} kappa[K-1-k] p_s to target t. Wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import causal_mix
+
+Source = Literal["scan", "token"]
+"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
+convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,28 @@ class TokenPath:
     @classmethod
     def silu(cls, conv: nn.Conv1d, p: Tensor, out: Tensor, u: Tensor) -> TokenPath:
         """SiLU of a convolution, from the run's inputs and outputs of the convolution, and u (any layout)."""
-        u = u.flatten(2)
-        E = u.shape[-1]
-        p, out = at_least_fp32(p[..., :E]), at_least_fp32(out[..., :E])
+        E = u.flatten(2).shape[-1]
+        bias = None if conv.bias is None else conv.bias[:E]
+        return cls.gated(conv.weight[:E, 0], bias, p[..., :E], out[..., :E], u)
+
+    @classmethod
+    def gated(cls, taps: Tensor, bias: Tensor | None, p: Tensor, out: Tensor, u: Tensor) -> TokenPath:
+        """The same from the taps E K and the bias of just the channels that become u."""
+        p, out, u = at_least_fp32(p), at_least_fp32(out), u.flatten(2)
         # At padding u is 0 whatever the convolution says.
         sigma = torch.where((u == 0) & (out != 0), torch.zeros_like(out), torch.sigmoid(out))
-        weight, bias = conv.weight[:E, 0], conv.bias
-        return cls(p, sigma, at_least_fp32(weight), at_least_fp32(weight.new_zeros(E) if bias is None else bias[:E]))
+        return cls(p, sigma, at_least_fp32(taps), at_least_fp32(taps.new_zeros(len(taps)) if bias is None else bias))
 
     @classmethod
     def straight(cls, u: Tensor) -> TokenPath:
         """No convolution: p is u."""
         u = at_least_fp32(u.flatten(2))
-        return cls(u, torch.ones_like(u), u.new_ones(u.shape[-1], 1), u.new_zeros(u.shape[-1]))
+        return cls.scaled(u, torch.ones_like(u))
+
+    @classmethod
+    def scaled(cls, p: Float[Tensor, "b l E"], factor: Float[Tensor, "b l E"]) -> TokenPath:
+        """No convolution: u is p times a held factor."""
+        return cls(p, factor, p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1]))
 
     def input_of(self, tokens: Bool[Tensor, "b l"]) -> Float[Tensor, "b l E"]:
         """The part of u that comes from chosen tokens, biases of the convolution left out."""
@@ -69,3 +83,41 @@ class TokenPath:
         for k in range(min(K, l)):
             through[:, :, : l - k] += taps[K - 1 - k] * reach[:, :, k:]
         return through * p, (reach * bias).sum(2)
+
+
+@dataclass(frozen=True)
+class ShiftedPath(TokenPath):
+    """RWKV's way, whose two taps are on what the weights read: p_t = own_t + earlier_t, of the tokens t and t - 1.
+
+    u_t = sigma_t p_t + first_t, in which first is the share of the first layer's value; it counts as of its position.
+    """
+
+    earlier: Float[Tensor, "b l E"]
+    """The part of p that the token before gives."""
+    first: Float[Tensor, "b l E"]
+    """The part of u that the first layer's value gives; 0 in the first layer."""
+
+    def mix(self, p: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
+        """Not defined.
+
+        Raises
+        ------
+        ValueError
+            A channel's input is already made of two tokens.
+        """
+        raise ValueError(
+            "here a value's input is made of two tokens before any channel is: use source='scan', whose sources are"
+            " the positions at which values enter the state"
+        )
+
+    def split_tokens(
+        self, alpha: Float[Tensor, "b q s h 1"], channels: slice, P: int
+    ) -> tuple[Float[Tensor, "b q s h p"], Float[Tensor, "b q h p"]]:
+        own, earlier, sigma, first = (
+            rearrange(v[..., channels], "b s (h p) -> b 1 s h p", p=P)
+            for v in (self.p - self.earlier, self.earlier, self.sigma, self.first)
+        )
+        sent = alpha * (sigma * own + first)
+        sent[:, :, :-1] += (alpha * sigma * earlier)[:, :, 1:]
+        before = (alpha * sigma * earlier)[:, :, 0]  # of a token before this call
+        return sent, torch.zeros_like(before)

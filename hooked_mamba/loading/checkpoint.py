@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.files import open_weights, resolve
-from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder
+from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import LazyState
+from hooked_mamba.loading.tensor_files import open_bin
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
@@ -29,8 +31,13 @@ class Checkpoint:
 
     @property
     def family(self) -> str:
-        """ "mamba" or "mamba2"."""
+        """ "mamba", "mamba2", "rwkv7" or "hybrid"."""
         return FORMATS[self.format].family
+
+    def find_tokenizer(self) -> Any:
+        """The tokenizer, where its kind is one that transformers does not read; None otherwise."""
+        find = FORMATS[self.format].find_tokenizer
+        return None if find is None else find(self.folder, self.cfg.d_vocab)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,9 +52,9 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
     Parameters
     ----------
     name_or_path
-        A bundled name, a local folder or a hub id.
+        A bundled name, a local folder or `.pth` file, or a hub id.
     family
-        "mamba" or "mamba2" to refuse the other one; None takes either.
+        "mamba", "mamba2", "rwkv7" or "hybrid" to refuse the others; None takes any.
     revision
         Branch, tag or commit of a hub id.
 
@@ -58,9 +65,12 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
     OSError
         The hub cannot be reached.
     """
-    folder = resolve(name_or_path, revision)
-    found, config = detect_folder(folder)
+    place = resolve(name_or_path, revision)
+    found, config = detect_folder(place)
     check_family(found.family, family, str(name_or_path))
-    cfg, state = found.to_ours(config, open_weights(folder, consolidated=found.name == "codestral"))
-    name = Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
-    return Checkpoint(dataclasses.replace(cfg, model_name=name), state, found.name, folder)
+    file = lone_file(place)
+    weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
+    cfg, state = found.to_ours(config, weights)
+    name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+    folder = place if place.is_dir() else place.parent
+    return Checkpoint(dataclasses.replace(cfg, model_name=name.removesuffix(".pth")), state, found.name, folder)

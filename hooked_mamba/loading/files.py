@@ -28,12 +28,12 @@ def bundled_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a bundled name, a local folder, or a hub id, looked for in this order.
+    """The folder of a checkpoint: a bundled name, a local folder (or `.pth` file), or a hub id, in this order.
 
     Parameters
     ----------
     name_or_path
-        "tiny-name", "path/to/folder" or "owner/name".
+        "tiny-name", "path/to/folder", "path/to/model.pth" or "owner/name".
     revision
         Branch, tag or commit of a hub id.
 
@@ -46,13 +46,17 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     name = str(name_or_path)
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".pth"):
         if revision is not None:
-            raise CheckpointError(f"{name!r} is a local folder and has no revisions; expected revision=None")
+            raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
         return folder
     bundled = ", ".join(bundled_names()) or "none"
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
-        what = "is a file; expected its folder" if folder.is_file() else "is no folder that is there, nor a hub id"
+        what = (
+            "is a file; expected its folder, or a .pth file"
+            if folder.is_file()
+            else "is no folder that is there, nor a hub id"
+        )
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
     return _download(name, revision, bundled)
 

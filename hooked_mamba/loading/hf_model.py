@@ -93,7 +93,12 @@ def to_hf_model(cfg: ModelConfig, state_dict: Mapping[str, Tensor], shapes: Mapp
     writable = dataclasses.replace(cfg, norm_groups=cfg.n_groups) if isinstance(cfg, Mamba2Config) else cfg
     form = format_for(cfg, "hf")
     config, state = form.from_ours(writable, state_dict)
-    model_class = getattr(transformers, config["architectures"][0])
+    model_class = getattr(transformers, config["architectures"][0], None)
+    if model_class is None:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no {config['architectures'][0]}; write files with"
+            " save_pretrained, which the package that defines it reads"
+        )
     fields = {name: value for name, value in config.items() if name != "model_type"}
     with parameters_on_meta():
         hf_model = model_class(model_class.config_class(**fields))

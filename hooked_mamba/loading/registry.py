@@ -12,15 +12,40 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.hybrid_config import HybridConfig
-from hooked_mamba.loading import codestral, hf_falcon_mamba, hf_mamba, hf_mamba2, raw_mamba, raw_mamba2
+from hooked_mamba.loading import (
+    codestral,
+    hf_falcon_mamba,
+    hf_mamba,
+    hf_mamba2,
+    hf_rwkv7,
+    raw_mamba,
+    raw_mamba2,
+    raw_rwkv7,
+)
 from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, lfm2, nemotron_h, zamba
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
+from hooked_mamba.loading.world_tokenizer import find_world_tokenizer
+from hooked_mamba.recurrent_config import RWKV7Config
 
-__all__ = ["CLASS_OF_FAMILY", "FORMATS", "Format", "check_family", "detect", "detect_folder", "format_for"]
+__all__ = [
+    "CLASS_OF_FAMILY",
+    "FORMATS",
+    "Format",
+    "check_family",
+    "detect",
+    "detect_folder",
+    "format_for",
+    "lone_file",
+]
 
-CLASS_OF_FAMILY = {"mamba": "HookedMamba", "mamba2": "HookedMamba2", "hybrid": "HookedHybrid"}
+CLASS_OF_FAMILY = {
+    "mamba": "HookedMamba",
+    "mamba2": "HookedMamba2",
+    "rwkv7": "HookedRWKV7",
+    "hybrid": "HookedHybrid",
+}
 
 HYBRIDS: dict[str, Any] = {
     "bamba": bamba,
@@ -48,6 +73,12 @@ class Format:
     """What `save_pretrained(format=)` calls it: "hf", "raw", or None for what is only read."""
     writes: Callable[[Any], bool] = lambda cfg: True
     """Whether it can hold a config of its class."""
+    raw_file: str = "pytorch_model.bin"
+    """The one file of the "raw" kind."""
+    has_config: bool = True
+    """Whether there is a config beside the weights."""
+    find_tokenizer: Callable[[Path | None, int], Any] | None = None
+    """(folder, rows of the embedding) -> the tokenizer, of a kind that transformers does not read; None without one."""
 
 
 def _no_mixer_norms(cfg: Any) -> bool:
@@ -57,6 +88,8 @@ def _no_mixer_norms(cfg: Any) -> bool:
 def _is(architecture: str) -> Callable[[Any], bool]:
     return lambda cfg: cfg.architecture == architecture
 
+
+WORLD: dict[str, Any] = {"find_tokenizer": find_world_tokenizer}
 
 FORMATS = {
     row.name: row
@@ -72,11 +105,23 @@ FORMATS = {
             Format(f"hf_{name}", "hybrid", HybridConfig, module.to_ours, module.from_ours, "hf", _is(name))
             for name, module in HYBRIDS.items()
         ),
+        Format("hf_rwkv7", "rwkv7", RWKV7Config, hf_rwkv7.to_ours, hf_rwkv7.from_ours, "hf", **WORLD),
+        Format(
+            "raw_rwkv7",
+            "rwkv7",
+            RWKV7Config,
+            raw_rwkv7.to_ours,
+            raw_rwkv7.from_ours,
+            "raw",
+            raw_file="model.pth",
+            has_config=False,
+            **WORLD,
+        ),
         Format("codestral", "mamba2", Mamba2Config, codestral.to_ours, codestral.from_ours),
     )
 }
 
-MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba"} | {
+MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba", "rwkv7": "hf_rwkv7"} | {
     name: f"hf_{name}" for name in HYBRIDS
 }
 LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2"}
@@ -127,6 +172,8 @@ def detect_folder(folder: Path) -> tuple[Format, dict[str, Any]]:
     only_consolidated = (folder / "consolidated.safetensors").is_file() and not (
         any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     )
+    if lone_file(folder) is not None:
+        return FORMATS["raw_rwkv7"], {}
     if has_params and (only_consolidated or not has_config):
         config = read_json(folder / "params.json")
     elif has_config:
@@ -135,6 +182,24 @@ def detect_folder(folder: Path) -> tuple[Format, dict[str, Any]]:
         present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise CheckpointError(f"{folder} has no config.json and no params.json; found {present}")
     return detect(config), config
+
+
+def lone_file(place: Path) -> Path | None:
+    """The `.pth` file that a path is, or that a folder without other weights holds.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds several.
+    """
+    if place.is_file():
+        return place if place.suffix == ".pth" else None
+    found = sorted(place.glob("*.pth"))
+    if not found or any(place.glob("*.safetensors")) or any(place.glob("pytorch_model*.bin")):
+        return None
+    if len(found) > 1:
+        raise CheckpointError(f"{place} holds {', '.join(path.name for path in found)}; give the path of one of them")
+    return found[0]
 
 
 def check_family(found: str, expected: str | None, name: str) -> None:
@@ -164,7 +229,7 @@ def format_for(cfg: ModelConfig, kind: str) -> Format:
     cfg
         The model's config.
     kind
-        "hf" (transformers) or "raw" (mamba_ssm).
+        "hf" (transformers' form) or "raw" (that of the authors' code).
 
     Raises
     ------

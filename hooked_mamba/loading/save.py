@@ -1,4 +1,4 @@
-"""Writing checkpoints that transformers or mamba_ssm reads, so that a crash leaves no half of one."""
+"""Writing checkpoints that transformers or the authors' own code reads, so that a crash leaves no half of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["save_checkpoint"]
 
 SHARD_BYTES = 5 * 10**9
 
-WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin|pth)(\.index\.json)?")
 """Files that an earlier save into the same folder may have left, and that a loader would prefer or mix in."""
 
 
@@ -52,7 +52,7 @@ def save_checkpoint(
         The model, under our names.
     format
         "hf": config.json and model.safetensors, in shards above `shard_bytes`, for transformers. "raw":
-        config.json and pytorch_model.bin, the one file mamba_ssm looks for.
+        what the authors' own code reads: config.json and pytorch_model.bin (mamba_ssm), or one file model.pth (RWKV).
     dtype
         dtype of the stored weights; None: as they are. Those of `float32` stay float32 in half precision.
     shard_bytes
@@ -75,13 +75,15 @@ def save_checkpoint(
     state = LazyState.of(state_dict)
     if dtype is not None:
         state = state.with_changed({name: _caster(target_dtype(name, dtype, float32)) for name in state})
-    config, named = format_for(cfg, format).from_ours(cfg, state)
+    form = format_for(cfg, format)
+    config, named = form.from_ours(cfg, state)
     if format == "hf":
         config["torch_dtype"] = str(state["embed.weight"].dtype).removeprefix("torch.")  # read by every release
         writers = _safetensors_writers(named, shard_bytes)
     else:
-        writers = {"pytorch_model.bin": lambda path: _write_bin(named, cfg.tie_embeddings, path)}
-    writers["config.json"] = lambda path: _write_json(config, path)
+        writers = {form.raw_file: lambda path: _write_bin(named, cfg.tie_embeddings, path)}
+    if form.has_config:
+        writers["config.json"] = lambda path: _write_json(config, path)
     _write_all(Path(folder).expanduser(), writers, also)
 
 

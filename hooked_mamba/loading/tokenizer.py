@@ -5,17 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hooked_mamba.loading.world_tokenizer import VOCABULARY, WorldTokenizer
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load_tokenizer(tokenizer: Any, folder: Path | None) -> Any:
-    """A tokenizer object as it is; a local path or hub id loaded; with None the folder's own, where it has one."""
+def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
+    """A tokenizer object as it is; a local path or hub id loaded; with None the checkpoint's own, where it has one.
+
+    Parameters
+    ----------
+    tokenizer
+        An object, a folder, a hub id, or the path of a world vocabulary (`.txt`).
+    folder
+        The checkpoint's.
+    own
+        A tokenizer of the checkpoint that was found already.
+    """
+    if tokenizer is None and own is not None:
+        return own
     if tokenizer is None:
         if folder is None or not any((folder / name).exists() for name in TOKENIZER_FILES):
             return None  # the model then takes token ids only, and says so when text comes
         tokenizer = folder
     if not isinstance(tokenizer, str | Path):
         return tokenizer
+    place = Path(tokenizer).expanduser()
+    if place.suffix == ".txt":
+        return WorldTokenizer.from_file(place)
+    if (place / VOCABULARY).is_file():
+        return WorldTokenizer.from_file(place / VOCABULARY)
     from transformers import AutoTokenizer  # slow to import, and token ids need none
 
     return AutoTokenizer.from_pretrained(str(tokenizer))

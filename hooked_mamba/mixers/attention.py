@@ -8,6 +8,8 @@ Glossary
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,10 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooked_mamba.components import Linear, LowRank, at_least_fp32, rms_normalize
+from hooked_mamba.frozen.linear import Project
+from hooked_mamba.frozen.pattern import Pattern
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.kv_state import KVState, remember
+from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
 from hooked_mamba.state import BranchState, Call
@@ -151,6 +157,35 @@ class Attention(Branch):
         weight, cfg = self.k_proj.weight, self.cfg
         empty = weight.new_zeros(batch, 0, cfg.n_key_value_heads, cfg.d_head, device=device)
         return KVState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=empty.device))
+
+    # The linear form: the pattern is held ------------------------------------------------------------------------
+
+    frozen_sites = ("hook_v", "hook_pattern")
+    places: ClassVar = {"u": "hook_v", "y": "hook_z"}
+
+    @property
+    def head_width(self) -> int:  # type: ignore[override]
+        return self.cfg.d_head
+
+    def held_scan(self, read: Read) -> Pattern:
+        v = of_queries(read("hook_v"), self.cfg.n_heads)
+        return Pattern(v, read("hook_pattern").to(v.dtype))
+
+    def token_path(self, read: Read) -> TokenPath:
+        return TokenPath.straight(of_queries(read("hook_v"), self.cfg.n_heads))
+
+    def value_input(self) -> Project:
+        """v's weights, those of a key-value head once for each of its query heads."""
+        own, c, Q = projection(self.v_proj), self.cfg.d_head, self.cfg.n_heads
+        W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
+        return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
+
+    def value_output(self) -> Project:
+        return projection(self.o_proj)
+
+    def memory(self, before: BranchState | None) -> Tensor | None:
+        """Values before the first position."""
+        return of_queries(before[1], self.cfg.n_heads) if before and before[1].shape[1] else None
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

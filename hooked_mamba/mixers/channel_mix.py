@@ -5,18 +5,22 @@ out = W_v relu(W_k (x + mu (x_{t-1} - x)))^2
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_mamba.components import Linear
+from hooked_mamba.components import Linear, at_least_fp32
+from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.linear import Gain, Project
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.mixers.token_shift import shifted
+from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.recurrent_config import RWKV7Config
 from hooked_mamba.state import BranchState, Call
 
@@ -64,6 +68,31 @@ class ChannelMix(Branch):
         x = self.hook_x_k(resid + self.x_k * (self.hook_shift(before) - resid))
         post = self.hook_post(F.relu(self.hook_pre(self.key(x))).square())
         return self.hook_out(self.value(post)), ShiftState(last)
+
+    # The linear form: one of the factors of relu(k)^2 = k relu(k) is held ---------------------------------------------
+
+    frozen_sites = ("hook_pre",)
+    places: ClassVar = {"p": "hook_pre", "u": "hook_post"}
+
+    def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
+        path = self.token_path(read)
+        pieces = held_shift(norm, self.x_k, self.value_input(), before[0] if before else None, mask, path.p)
+        nodes = {"p": len(pieces), "u": len(pieces) + 1, "y": len(pieces) + 1}
+        values = {"p": path.p, "u": path.p * path.sigma}
+        return Chain((*pieces, Gain(path.sigma), self.value_output()), nodes, path, values)
+
+    def token_path(self, read: Read) -> TokenPath:
+        pre = at_least_fp32(read("hook_pre"))
+        return TokenPath(pre, F.relu(pre), pre.new_ones(pre.shape[-1], 1), pre.new_zeros(pre.shape[-1]))
+
+    def value_input(self) -> Project:
+        return projection(self.key)
+
+    def value_output(self) -> Project:
+        return projection(self.value)
+
+    def write_weight(self) -> Float[Tensor, "d E"]:
+        return self.value.weight
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ShiftState:
         """Zeros, where the weights are; on "meta" their shapes alone."""

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba import ops
+from hooked_mamba.components import at_least_fp32
 from hooked_mamba.hooks.points import LazyHookPoint, StateHookPoint
 from hooked_mamba.mixers.states import all_states_through_hooks, linear_scan_through_hooks, scan_through_hooks
 from hooked_mamba.ops.interface import ScanOut, StateEdits
@@ -38,8 +39,8 @@ class DeltaInputs(NamedTuple):
         return DeltaInputs(*(part[:, t] for part in self))
 
     def write_at(self, t: list[int] | slice) -> Float[Tensor, "b s H V K"]:
-        """v k^T."""
-        return self.v[:, t].unsqueeze(-1) * self.k[:, t].unsqueeze(-2)
+        """v k^T, float32 at least, as the state is."""
+        return at_least_fp32(self.v[:, t]).unsqueeze(-1) * self.k[:, t].unsqueeze(-2)
 
     def read_out(self, S: Float[Tensor, "b s H V K"], t: list[int] | slice) -> Float[Tensor, "b s H V"]:
         """S r."""

@@ -11,7 +11,7 @@ Glossary
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from hooked_mamba import ops
 from hooked_mamba.components import Linear, at_least_fp32, conv_silu, silu, softplus
+from hooked_mamba.frozen.delta import DeltaScan
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
+from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.recurrent_config import DeltaNetConfig
 from hooked_mamba.state import BranchState, Call, with_history, zero_padding
@@ -121,6 +124,9 @@ class GatedDeltaNet(Branch):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.norm = HeadRMSNorm(H, cfg.value_dim, cfg.norm_eps)
         self.out_proj = Linear(cfg.E, d, bias=False)
+        self.value_rows, self.head_width = slice(cfg.conv_dim - cfg.E, cfg.conv_dim), cfg.value_dim
+        self.frozen_sites = (*type(self).frozen_sites, *["hook_conv"] * bool(cfg.d_conv))
+        self.frozen_sites += ("hook_gate",) if cfg.gate != "none" else ()
         self.add_sites()
 
     def site_rows(self) -> tuple[Site | Child, ...]:
@@ -201,11 +207,54 @@ class GatedDeltaNet(Branch):
             delta = strength * (v - recall) if self.hook_delta.wanted or self.hook_Bx.wanted else recall
             self.hook_recall.read(v.shape[1], lambda t: recall[:, t])
             self.hook_delta.read(v.shape[1], lambda t: delta[:, t])
-            self.hook_Bx.read(v.shape[1], lambda t: delta[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2))
+            self.hook_Bx.read(v.shape[1], x._replace(v=delta).write_at)
             return y, S
         recall = self.hook_recall(w.to(v.dtype) * ops.delta_scan(*x, h0=S).recall)
         delta = self.hook_delta(strength * (v - recall))
         return given_recall_through_hooks(x._replace(v=delta), None, S, self.hook_h, self.hook_Bx)
+
+    # The linear form: A_bar, q, k, beta, the gate and the norm's divisor are held ------------------------------------
+
+    frozen_sites = tuple(f"hook_{name}" for name in ("x_pre", "v", "q", "k", "A_bar", "beta")) + ("norm.hook_scale",)
+    places: ClassVar = {
+        "p": "hook_x_pre",
+        "u": "hook_v",
+        "y": "hook_y_scan",
+        "write": "hook_Bx",
+        "state": "hook_h",
+    }
+    vectors_site = "hook_y_gated"
+
+    def held_scan(self, read: Read) -> DeltaScan:
+        """The delta rule over v; beta is the strength of its writes."""
+        cfg = self.cfg
+        q, k, v, A_bar, beta = (read(f"hook_{name}") for name in ("q", "k", "v", "A_bar", "beta"))
+        q, k = (x.repeat_interleave(cfg.n_value_heads // cfg.n_key_heads, 2) for x in (q, k))
+        w = A_bar.unsqueeze(-1)
+        return DeltaScan(v, q, w, k, k, -w * beta.unsqueeze(-1) * k, beta)
+
+    def token_path(self, read: Read) -> TokenPath:
+        rows, u = self.value_rows, read("hook_v")
+        p = read("hook_x_pre")[..., rows]
+        if not self.cfg.d_conv:
+            p = at_least_fp32(p)
+            return TokenPath(p, torch.sigmoid(p), p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1]))
+        weight, bias = self.conv1d.weight[rows, 0], self.conv1d.bias
+        return TokenPath.gated(weight, None if bias is None else bias[rows], p, read("hook_conv")[..., rows], u)
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
+        """The gate, and the norm's weight and divisor of each head."""
+        gain = self.norm.weight / read("norm.hook_scale")
+        gate = 1 if self.cfg.gate == "none" else at_least_fp32(read("hook_gate"))
+        return (gain * gate).flatten(2)
+
+    def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
+        if before is None:
+            return super().history(before, path)
+        return at_least_fp32(before[0][..., self.value_rows])
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        return [("hook_conv", self.conv1d.bias)] if self.cfg.d_conv else []
 
     def empty_history(self, batch: int, device: torch.device | str | None = None) -> Float[Tensor, "b k C"]:
         """The convolution's inputs before the first position."""

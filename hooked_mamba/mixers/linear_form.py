@@ -10,6 +10,7 @@ nothing else. A branch with `in_proj` and `out_proj` that moves values by a scan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,21 @@ Read = Callable[[str], Tensor]
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 """Pairs (a site's own name in the branch, hook)."""
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """From a scan's y (and the value u beside it) to what the output's weights read, without a state's help.
+
+    gain * (y, or y without its head's mean) + bias + beside * u
+    """
+
+    gain: Float[Tensor, "b l E"]
+    bias: Float[Tensor, "b l E"] | None = None
+    beside: Float[Tensor, "b l E"] | None = None
+    """What each position's own value passes on beside the norm."""
+    centred: bool = False
+    """Whether a norm takes each head's mean away."""
 
 
 class LinearForm(SitedModule):
@@ -95,8 +111,14 @@ class LinearForm(SitedModule):
         """What every position's own input adds to the output, without biases and without other positions."""
         none = torch.ones((), device=read(self.site_at("u")).device)
         chain = self.frozen(read, None, None, Gain(none))  # p is known, so that no norm is asked for
-        own = (chain.p - chain.input_bias) * chain.own()
-        return chain.output.push(own).to(read(self.site_at("p")).dtype)
+        rows = torch.arange(chain.p.shape[0], device=chain.p.device)
+        return chain.push_own(self.own_input(read), rows).to(read(self.site_at("p")).dtype)
+
+    def own_input(self, read: Read) -> Float[Tensor, "b l E"]:
+        """p without its bias, and without what other positions give it."""
+        b = self.value_input().b
+        p = self.token_path(read).p
+        return p if b is None else p - b
 
     # Its parts -------------------------------------------------------------------------------------------------
 
@@ -111,6 +133,11 @@ class LinearForm(SitedModule):
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
         """What y is multiplied with before the output's weights; None: nothing."""
         return None
+
+    def read_out(self, read: Read) -> ReadOut:
+        """The whole of what comes after the scan; default: the gain alone."""
+        gain = self.output_gain(read)
+        return ReadOut(torch.ones_like(at_least_fp32(read(self.site_at("u")).flatten(2))) if gain is None else gain)
 
     def value_input(self) -> Project:
         """The weights that make p, float32 at least."""

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.components import Linear, LowRank, silu
+from hooked_mamba.components import Linear, LowRank, at_least_fp32, silu
+from hooked_mamba.frozen.linear import Project
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import Activation, MLPConfig
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.state import BranchState, Call
 
@@ -77,6 +80,30 @@ class MLP(Branch):
         else:
             post = act(self.hook_pre(up if self.cfg.adapter_rank is None else up + self.adapter(resid)))
         return self.hook_out(self.down_proj(self.hook_post(post))), ()
+
+    # The linear form: the activation is held as a factor ---------------------------------------------------------
+
+    @property
+    def frozen_sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("hook_pre", "hook_pre_linear", "hook_post") if self.cfg.gated else ("hook_pre", "hook_post")
+
+    @property
+    def places(self) -> dict[str, str]:  # type: ignore[override]
+        return {"p": "hook_pre_linear" if self.cfg.gated else "hook_pre", "u": "hook_post"}
+
+    def token_path(self, read: Read) -> TokenPath:
+        """act(pre) is the factor where the MLP is gated, act(pre) / pre where it is not."""
+        pre = at_least_fp32(read("hook_pre"))
+        factor = ACTIVATIONS[self.cfg.activation](pre)
+        if self.cfg.gated:
+            return TokenPath.scaled(at_least_fp32(read("hook_pre_linear")), factor)
+        return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
+
+    def value_input(self) -> Project:
+        return projection(self.up_proj)
+
+    def value_output(self) -> Project:
+        return projection(self.down_proj)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -13,21 +13,26 @@ Glossary
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooked_mamba import ops
 from hooked_mamba.components import HeadNorm, Linear, at_least_fp32
+from hooked_mamba.frozen.chain import Bypass, Chain
+from hooked_mamba.frozen.delta import DeltaScan
+from hooked_mamba.frozen.linear import Centred, Gain, Mix, Plus, Project
+from hooked_mamba.frozen.tokens import ShiftedPath
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
+from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.mixers.token_shift import shifted
+from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.recurrent_config import RWKV7Config
 from hooked_mamba.state import BranchState, Call, zero_padding
 
@@ -107,6 +112,9 @@ class RWKV7Mixer(Branch):
         self.k_a = nn.Parameter(torch.empty(d))
         self.r_k = nn.Parameter(torch.empty(H, K))
         self.norm = HeadNorm(H, K, cfg.norm_eps_of_heads)
+        self.head_width = K
+        if layer:
+            self.frozen_sites = (*type(self).frozen_sites, "hook_nu")
         self.add_sites()
 
     def _low_rank(self, name: str, rank: int, bias: bool = True) -> None:
@@ -195,6 +203,81 @@ class RWKV7Mixer(Branch):
             return y, S
         recall = self.hook_recall(unhooked_recall(x, S))
         return given_recall_through_hooks(x, recall, S, self.hook_h, self.hook_Bx)
+
+    # The linear form: r, w, k, kappa, a, nu, the gate and the norm's divisor are held --------------------------------
+
+    frozen_sites = (
+        *(f"hook_{name}" for name in ("shift", "r", "w", "k", "v", "v_pre", "kappa", "a", "gate")),
+        "norm.hook_scale",
+    )
+    places: ClassVar = {
+        "p": "hook_v_pre",
+        "u": "hook_v",
+        "y": "hook_y_scan",
+        "write": "hook_Bx",
+        "state": "hook_h",
+    }
+    vectors_site = "hook_y_gated"
+    norm_readers = tuple(f"{name}.weight" for name in ("receptance", "key", "value"))
+
+    def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
+        """v' through two taps, (1 - nu) and the first layer's value; the scan, the heads' norm, the bonus, the gate."""
+        path, scan = self.token_path(read), self.held_scan(read)
+        pieces = held_shift(norm, self.x_v, self.value_input(), before[0] if before else None, mask, path.p)
+        nodes = {"p": len(pieces)}
+        takes = {}
+        if self.layer:
+            pieces += [Gain(path.sigma), Plus(path.first)]
+            takes = {"v_first": Gain(1 - path.sigma)}
+        nodes["u"] = len(pieces)
+        pieces += [Mix(scan, self.memory(before))]
+        nodes["y"] = len(pieces)
+        weight, bias = (at_least_fp32(p.detach()) for p in (self.norm.weight, self.norm.bias))
+        per_channel = (weight.unflatten(0, (self.cfg.H, -1)) / read("norm.hook_scale")).flatten(2)
+        pieces += [Centred(per_channel, bias, self.cfg.H)]
+        nodes["normed"] = len(pieces)
+        pieces += [Gain(at_least_fp32(read("hook_gate"))), self.value_output()]
+        gives = {} if self.layer else {"v_first": "u"}
+        values = {"p": path.p, "u": scan.values}
+        bypass = Bypass("u", "normed", Gain(self.bonus(read)))
+        return Chain(tuple(pieces), nodes, path, values, bypass, takes, gives)
+
+    def bonus(self, read: Read) -> Float[Tensor, "b l E"]:
+        """sum_K r k r_k, once for each channel of its head."""
+        factor = (read("hook_r") * read("hook_k") * self.r_k).sum(-1)
+        return at_least_fp32(factor).repeat_interleave(self.cfg.K, 2)
+
+    def held_scan(self, read: Read) -> DeltaScan:
+        r, w, k, v, kappa, a = (read(f"hook_{name}") for name in ("r", "w", "k", "v", "kappa", "a"))
+        return DeltaScan(v, r, w, k, kappa, -a * kappa, torch.ones_like(w[..., 0]))
+
+    def token_path(self, read: Read) -> ShiftedPath:
+        """1 - nu of what two tokens make; the rest of v is the first layer's value."""
+        p, v = at_least_fp32(read("hook_v_pre").flatten(2)), at_least_fp32(read("hook_v").flatten(2))
+        earlier = at_least_fp32(self.value(self.x_v * read("hook_shift")))
+        share = torch.ones_like(p)
+        if self.layer:
+            share = 1 - at_least_fp32(read("hook_nu")).flatten(2)
+        straight = p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1])
+        return ShiftedPath(p, share, *straight, earlier, v - share * p)
+
+    def read_out(self, read: Read) -> ReadOut:
+        gate, scale = at_least_fp32(read("hook_gate")), read("norm.hook_scale")
+        per_channel = (self.norm.weight.unflatten(0, (self.cfg.H, -1)) / scale).flatten(2)
+        return ReadOut(gate * per_channel, gate * self.norm.bias, gate * self.bonus(read), centred=True)
+
+    def own_input(self, read: Read) -> Float[Tensor, "b l E"]:
+        path = self.token_path(read)
+        return path.p - path.earlier
+
+    def value_input(self) -> Project:
+        return projection(self.value)
+
+    def value_output(self) -> Project:
+        return projection(self.output)
+
+    def write_weight(self) -> Float[Tensor, "d E"]:
+        return self.output.weight
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> RWKVState:
         """Zeros, where the weights are; on "meta" their shapes alone."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.linear import Conv, Gain, Piece, Project
 from hooked_mamba.state import Padding, with_history
 
 
@@ -26,3 +30,29 @@ def shifted(
     if before is not None:  # without padding the history is not in it yet
         longer = torch.cat([before, longer], 1)
     return longer[:, :-1], after[:, 0]
+
+
+def held_shift(
+    norm: Gain, mu: Float[Tensor, " d"], read_by: Project, last: Float[Tensor, "b d"] | None, mask: Any, like: Tensor
+) -> list[Piece]:
+    """W (x + mu (x_{t-1} - x)) as pieces: the norm, two taps on each channel of what it gives, the weights.
+
+    Parameters
+    ----------
+    norm
+        Held.
+    mu
+        The mix.
+    read_by
+        The weights.
+    last
+        The normalised input before the first position; None: there was none.
+    mask
+        Real positions; None: all are.
+    like
+        A tensor with the rows of the batch, of the dtype that is computed in.
+    """
+    mu = at_least_fp32(mu.detach()).to(like.dtype)
+    history = like.new_zeros(like.shape[0], 1, len(mu)) if last is None else last.unsqueeze(1).to(like.dtype)
+    padding = [] if mask is None else [Gain(mask.unsqueeze(-1).to(like.dtype))]
+    return [norm, *padding, Conv(torch.stack([mu, 1 - mu], 1), torch.zeros_like(mu), history), read_by]

@@ -113,8 +113,8 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         Parameters
         ----------
         name_or_path
-            A bundled model ("tinystories-4l"), a local folder, or a Hugging Face hub id. The format (transformers'
-            mamba, mamba2, falcon_mamba; state-spaces' own; Codestral's) is found from the files.
+            A bundled model ("tinystories-4l"), a local folder, a `.pth` file of RWKV, or a Hugging Face hub id. The
+            format (transformers'; state-spaces', RWKV's and Codestral's own) is found from the files.
         revision
             Branch, tag or commit on the hub.
         dtype
@@ -140,7 +140,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         model = cls.empty(checkpoint.cfg)
         loading.load_into(model, checkpoint.state_dict, dtype=as_dtype(dtype) or torch.float32, device=device or "cpu")
         model.tie_weights()
-        model.tokenizer = load_tokenizer(tokenizer, checkpoint.folder)
+        model.tokenizer = load_tokenizer(
+            tokenizer, checkpoint.folder, checkpoint.find_tokenizer() if tokenizer is None else None
+        )
         return model.eval()
 
     @classmethod
@@ -180,8 +182,8 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         folder
             Made if need be.
         format
-            "hf" (safetensors) is read by transformers, "raw" (the one file mamba_ssm knows, pytorch_model.bin) by
-            state-spaces' mamba_ssm; both by `from_pretrained`.
+            "hf" (safetensors) is read by transformers (RWKV-7: by fla), "raw" by the authors' own code (mamba_ssm's
+            pytorch_model.bin, RWKV's one .pth file); both by `from_pretrained`.
         dtype
             Precision on disk; default: as they are.
         """
