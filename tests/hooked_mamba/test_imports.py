@@ -25,7 +25,7 @@ STRATA = (
     {"components"},
     {"scan_view", "token_sources"},
     {"mixers"},
-    {"decomposition", "ssm_decomposition", "weights"},
+    {"decomposition", "ssm_decomposition", "unit_decomposition", "weights"},
     {"activation_cache"},
     {"model"},
     {"models", "site_tables"},
