@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,12 +20,11 @@ from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Parts
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders
 from saes.sparse import Codes
-
-Source = Literal["scan", "token"]
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -20,9 +20,6 @@ from safetensors.torch import save as save_tensors
 from circuits.graph import KINDS, Graph, Node
 from circuits.influence import influence, scores
 from saes.durable import write_file
-
-if TYPE_CHECKING:
-    import networkx
 
 FORMAT = 1
 """Of graph.json."""
@@ -108,8 +105,8 @@ def _node(values: dict[str, Any]) -> Node:
     return Node(**values)
 
 
-def to_networkx(graph: Graph) -> networkx.DiGraph:
-    """A networkx graph; edges go from sources to targets and carry `weight`, nodes their fields and `influence`."""
+def to_networkx(graph: Graph) -> Any:
+    """A networkx.DiGraph; edges go from sources to targets and carry `weight`, nodes their fields and `influence`."""
     import networkx
 
     out = networkx.DiGraph(tokens=list(graph.tokens))

@@ -66,7 +66,7 @@ class Logit:
 
     def covector(self, run: Run, row: int) -> Covector:
         position, n = run.column(self.position), run.n_layers
-        direction = self.of(run.model.unembed.weight.detach().t().to(run.dtype), run, row)
+        direction = self.of(run.unembedding, run, row)
         vector = run.behind_norm(n, direction, (row, position))
         value = self.of(run.logits[row, position].to(run.dtype), run, row)
         return Covector("resid", n, position, vector, run.norm_offset(n, direction), value)

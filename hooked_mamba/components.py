@@ -154,6 +154,18 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class LowRank(nn.Module):
+    """W_b W_a x: what an adapter adds to a linear layer (Hu et al. 2021, arXiv:2106.09685)."""
+
+    def __init__(self, width_in: int, rank: int, width_out: int) -> None:
+        super().__init__()
+        self.a = Linear(width_in, rank, bias=False)
+        self.b = Linear(rank, width_out, bias=False)
+
+    def forward(self, x: Float[Tensor, "b l i"]) -> Float[Tensor, "b l o"]:
+        return self.b(self.a(x))
+
+
 class Embed(nn.Module):
     """Rows of the embedding matrix."""
 

@@ -153,6 +153,22 @@ class MambaConfig(SSMConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadedMambaConfig(MambaConfig):
+    """Mamba-1 whose channels are heads with their own dt, B and C (Zamba, arXiv:2405.16712)."""
+
+    n_heads: int = 2
+    """Heads G of E / G channels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("n_heads")
+        if self.E % self.n_heads:
+            raise ValueError(f"d_inner={self.E} is not a multiple of n_heads={self.n_heads}")
+        if self.mixer_norms:
+            raise ValueError("mixer_norms=True: heads with a selection of their own have no norms inside")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mamba2Config(SSMConfig):
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060)."""
 

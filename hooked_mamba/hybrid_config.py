@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hooked_mamba.config import BranchConfig, Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.config import BranchConfig, HeadedMambaConfig, Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.recurrent_config import DeltaNetConfig
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
@@ -15,6 +15,10 @@ Activation = Literal["silu", "gelu", "relu", "relu2"]
 
 Layout = tuple[tuple[tuple[str, ...], ...], ...]
 """Blocks of stages of branches: `((("mixer",), ("mlp",)), (("attn",), ("mlp",)))` is two blocks of two stages each."""
+
+
+SHARED = (("attn",), ("mlp",), ("mixer",))
+"""The layout of a block with a shared transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,15 @@ class AttentionConfig(BranchConfig):
     """Whether the projections to queries, keys and values have biases."""
     out_bias: bool = False
     """Whether the output projection has one."""
+    qk_norm_eps: float | None = None
+    """eps of RMS norms with weights on each head's query and key, before they turn (LFM2); None: there are none."""
+    d_in: int | None = None
+    """Width of the input. None: d_model."""
     d_out: int | None = None
     """Width of the output. None: d_model."""
+    adapter_rank: int | None = None
+    """Rank of an addition of low rank to the projections of queries, keys and values, each block its own (Zamba2);
+    None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +67,11 @@ class AttentionConfig(BranchConfig):
     def score_scale(self) -> float:
         """The factor of the scores."""
         return self.d_head**-0.5 if self.scale is None else self.scale
+
+    @property
+    def width_in(self) -> int:
+        """The width of the input."""
+        return self.d_model if self.d_in is None else self.d_in
 
     @property
     def width_out(self) -> int:
@@ -76,6 +92,8 @@ class MLPConfig(BranchConfig):
     """Factor of the gate before the activation (Falcon-H1)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
+    adapter_rank: int | None = None
+    """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +103,20 @@ class MLPConfig(BranchConfig):
     def width_in(self) -> int:
         """The width of the input."""
         return self.d_model if self.d_in is None else self.d_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig(BranchConfig):
+    """A gated causal convolution of a few taps, without a state behind it (LFM2)."""
+
+    d_conv: int = 3
+    """Taps K."""
+    bias: bool = False
+    """Whether the projections and the convolution have biases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("d_conv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +178,10 @@ class HybridConfig(ModelConfig):
     layout: Layout = ()
     """For each block its stages, for each stage the branches that read its norm. An entry is a name of `branches`, or
     "mlp=shared" for a branch called "mlp" in its block that is shaped by `branches["shared"]`."""
+    shared: tuple[int | None, ...] | None = None
+    """For each block the number of the transformer that stands in front of its mixer and that it shares with the other
+    blocks of this number (Zamba), None where there is none; such a block is laid out as attn, mlp, mixer. None: no
+    block has one."""
     in_scales: Mapping[str, float] = field(default_factory=dict)
     """Branch -> factor of what it reads; 1 where absent."""
     out_scales: Mapping[str, float] = field(default_factory=dict)
@@ -165,6 +201,15 @@ class HybridConfig(ModelConfig):
         object.__setattr__(self, "layout", layout)
         if len(layout) != self.n_layers:
             raise ValueError(f"layout has {len(layout)} blocks, expected n_layers={self.n_layers}")
+        if self.shared is not None:
+            object.__setattr__(self, "shared", tuple(self.shared))
+            if len(self.shared) != self.n_layers:
+                raise ValueError(f"shared has {len(self.shared)} entries, expected n_layers={self.n_layers}")
+            for i, number in enumerate(self.shared):
+                if number is not None and layout[i] != SHARED:
+                    raise ValueError(
+                        f"block {i} has the shared transformer {number}: expected {SHARED}, got {layout[i]}"
+                    )
         for i, block in enumerate(layout):
             parts = [branch_of(entry) for stage in block for entry in stage]
             names, keys = [name for name, _ in parts], {key for _, key in parts}
@@ -199,6 +244,16 @@ class HybridConfig(ModelConfig):
 
 
 BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
-    cls.__name__: cls for cls in (MambaConfig, Mamba2Config, DeltaNetConfig, AttentionConfig, MLPConfig, MoEConfig)
+    cls.__name__: cls
+    for cls in (
+        MambaConfig,
+        HeadedMambaConfig,
+        Mamba2Config,
+        DeltaNetConfig,
+        ShortConvConfig,
+        AttentionConfig,
+        MLPConfig,
+        MoEConfig,
+    )
 }
 """Configs of branches by name, for files."""

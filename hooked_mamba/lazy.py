@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -23,6 +25,20 @@ def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+class LazyPackage(ModuleType):
+    """A package in which a name that is both a module's and that of what the module holds means the latter.
+
+    The import system sets a module as an attribute of its package once it has been imported: `circuits.influence` would
+    be the module, and no longer the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType):
+            module, there = self.__dict__["_reexports"].get(name, ("", ""))
+            value = getattr(value, there) if module == value.__name__ else value
+        super().__setattr__(name, value)
+
+
 def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> tuple[Callable[[str], Any], list[str]]:
     """A package's `__getattr__` and `__all__`.
 
@@ -34,12 +50,16 @@ def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> 
         Asked for names that are neither in the stub nor modules of the package, such as those that changed.
     """
     names = names_from_stub(init)
+    this = sys.modules[package]
+    this.__dict__["_reexports"] = names
+    this.__class__ = LazyPackage
 
     def find(name: str) -> Any:
         if name in names:
             module, there = names[name]
-            home = importlib.import_module(module)
-            return getattr(home, there) if hasattr(home, there) else importlib.import_module(f"{module}.{there}")
+            if module == package:
+                return importlib.import_module(f"{package}.{there}")
+            return getattr(importlib.import_module(module), there)
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         if other is not None:

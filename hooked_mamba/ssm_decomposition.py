@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -13,14 +12,11 @@ from torch import Tensor
 from hooked_mamba.decomposition import Labelled, ResidualDecomposition, as_norm_reads
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.selective import SelectiveScan
+from hooked_mamba.frozen.tokens import Source as Source
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.mixers.linear_form import Read
-
-Source = Literal["scan", "token"]
-"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
-convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 class SSMDecomposition(ResidualDecomposition):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, kept
+from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from hooked_mamba.renamed import renamed_in
-from hooked_mamba.ssm_decomposition import Source
 from saes.coder import SparseCoder
 from saes.naming import check_fits, default_name
 from saes.splicing import check_features

@@ -25,8 +25,8 @@ from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, column_mask
 from hooked_mamba.analysis.cuts import Channels, Cut, StateChange
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
-from hooked_mamba.ssm_decomposition import Source
 from saes.coder import SparseCoder
 from saes.splicing import decoded_change
 from saes.steering import Amount

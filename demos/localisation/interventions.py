@@ -14,7 +14,7 @@ from demos.localisation.stats import Rate
 from hooked_mamba import HookedMamba, patching
 from hooked_mamba.analysis import knockout_sweep
 from hooked_mamba.analysis.tasks import Prompts
-from hooked_mamba.ssm_decomposition import Source
+from hooked_mamba.frozen.tokens import Source
 
 ROWS = 1024
 """Rows of one forward pass: prompts times edits that run side by side."""

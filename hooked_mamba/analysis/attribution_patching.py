@@ -18,7 +18,6 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric
 from hooked_mamba.analysis.patching import CleanValues, index_list
-from hooked_mamba.hooks.names import get_act_name
 
 _AXIS = {"pos": 1, "channel": 2, "head": 2, "head_index": 2, "state": -1}
 """Index axis -> axis of the activation."""
@@ -49,9 +48,9 @@ def attribution_patch(
     clean = CleanValues(model, clean_cache, activation_name, tokens.shape, index_axis_names)
     n_layers = model.cfg.n_layers
     if clean.by_state:
-        names = [get_act_name(f"h.{t}", i) for i in range(n_layers) for t in range(length)]
+        names = [model.act_name(f"h.{t}", i) for i in range(n_layers) for t in range(length)]
     else:
-        names = [get_act_name(activation_name, i) for i in range(n_layers)]
+        names = [model.act_name(activation_name, i) for i in range(n_layers)]
     metric, values, gradients = values_and_gradients(model, tokens, patching_metric, names, attention_mask)
 
     rows = []

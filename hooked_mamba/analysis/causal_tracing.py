@@ -16,7 +16,6 @@ from torch import Tensor
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Patch, run_patches
 from hooked_mamba.display import Shown
-from hooked_mamba.hooks.names import get_act_name
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def causal_trace(
         raise ValueError(f"samples and window must be 1 or more, got {samples} and {window}")
     token = model.to_single_token(answer) if isinstance(answer, str) else answer
     n_layers, length = model.cfg.n_layers, ids.shape[1]
-    names = [get_act_name(site, i) for i in range(n_layers)]
+    names = [model.act_name(site, i) for i in range(n_layers)]
     logits, clean = model.run_with_cache(ids, names_filter=names)
     blurred = position_mask(subject, 1, length, ids.device).unsqueeze(-1)
     scale = 3 * model.embed.weight.float().std() if noise is None else noise

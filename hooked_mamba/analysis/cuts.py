@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from hooked_mamba.analysis.columns import Columns, column_mask
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.scan import HeldScan
-from hooked_mamba.frozen.tokens import TokenPath
+from hooked_mamba.frozen.tokens import Source, TokenPath
 from hooked_mamba.ops.interface import StateEdits
-from hooked_mamba.ssm_decomposition import Source
 from hooked_mamba.state import Padding
 
 Channels = tuple[int, ...] | None

@@ -16,8 +16,8 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.decomposition import as_norm_reads
 from hooked_mamba.display import table
+from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.hooks.positions import PosSlice
-from hooked_mamba.ssm_decomposition import Source
 
 Token = str | int | Int[Tensor, "..."]
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hooked_mamba.analysis.captured import Positions, captured, channel_list, layer_list, padding_under_way
 from hooked_mamba.analysis.columns import Columns, columns_before, kept
 from hooked_mamba.analysis.cuts import Cut, Memory, Pass, changes_in, held, in_force, lost_reads, lost_writes
-from hooked_mamba.ssm_decomposition import Source
+from hooked_mamba.frozen.tokens import Source
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
-from hooked_mamba.hooks.names import get_act_name, split_state_point
+from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
@@ -164,7 +164,7 @@ def unit_axes(model: Any) -> list[str]:
 def placed_site(model: Any, name: str) -> PlacedSite:
     """What the first block that has a site of this short name declares of it."""
     layers = range(model.cfg.n_layers)
-    names = [get_act_name(name, layer) for layer in layers]
+    names = [model.act_name(name, layer) for layer in layers]
     base = [split_state_point(full) or (full, 0) for full in names]
     found = next((i for i in layers if base[i][0] in model.hook_dict), 0)
     return model.site(names[found])
@@ -184,14 +184,14 @@ class CleanValues:
     def site(self, index: Sequence[int]) -> str:
         """Full name of the patched site."""
         if self.by_state:
-            return get_act_name(f"h.{index[self.axes.index('pos')]}", index[0])
-        return get_act_name(self.name, index[0])
+            return self.model.act_name(f"h.{index[self.axes.index('pos')]}", index[0])
+        return self.model.act_name(self.name, index[0])
 
     def value(self, index: Sequence[int]) -> Tensor:
         """The clean activation there, with its batch axis."""
         if self.by_state:
             return self.states(index[0])[:, index[self.axes.index("pos")]]
-        value = self.cache[get_act_name(self.name, index[0])]
+        value = self.cache[self.name, index[0]]
         value = value if self.cache.has_batch_dim else value[None]
         if tuple(value.shape[:2]) != self.shape:
             raise ValueError(

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Metric, residuals
-from hooked_mamba.hooks.names import get_act_name
+from hooked_mamba.frozen.run import out_site
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def path_patch(
     b, length = tokens.shape
     n = model.cfg.n_layers
     entering = residuals(model, tokens, attention_mask)
-    names = ["hook_embed", *(get_act_name("out_proj", i) for i in range(n))]
+    names = ["hook_embed", *(out_site(model, i) for i in range(n))]
     _, corrupted = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
     where = position_mask(positions, b, length, tokens.device).unsqueeze(-1)
     changes = []
@@ -86,7 +86,7 @@ def path_patch(
         if receiver == n:
             logits = model(seen, start_at_layer=n, attention_mask=mask)
         else:
-            site = get_act_name(receiver_site, receiver)
+            site = model.act_name(receiver_site, receiver)
             _, arrived = model.run_with_cache(
                 seen,
                 start_at_layer=receiver,

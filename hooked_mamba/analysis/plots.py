@@ -124,7 +124,7 @@ def hidden_attention_figure(
     """
     model = cache.model
     chosen = range(model.cfg.n_layers) if layers is None else layers
-    unit = "head" if hasattr(model.cfg, "head_dim") else "channel"
+    unit = "channel" if model.mixer(0).head_width is None else "head"
     maps, names = [], []
     for i in chosen:
         maps.append(cache.hidden_attention(i, average=True))

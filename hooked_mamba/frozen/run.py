@@ -21,6 +21,7 @@ from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.model.hooked_model import HookedModel
+from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
 
 Stream = Literal["resid", "out", "y", "u", "p"]
@@ -171,7 +172,15 @@ class Run:
         """w / scale of a block's first norm; n_layers: of the final one."""
         if layer == self.n_layers:
             return self.final_norm
-        return self.chain(self.stages(layer)[0][0]).norm
+        block = self.model.block(layer)
+        if not any(block.in_scales.get(name) for name in block.stages[0]):
+            return self.chain(self.stages(layer)[0][0]).norm
+        return held_norm(block.norm, self.cache[f"blocks.{layer}.norm.hook_scale"])
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d V"]:
+        """From what the final norm gives to logits, a factor of the logits included."""
+        return scaled(self.model.unembed.weight.detach().t().to(self.dtype), self.model.logit_multiplier)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -203,6 +212,22 @@ class Run:
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
+        """A value that one layer made for several above it.
+
+        Raises
+        ------
+        KeyError
+            No layer makes it.
+        """
+        for layer in range(self.n_layers):
+            for stage in self.stages(layer):
+                for part in stage:
+                    chain = self.chain(part)
+                    if name in chain.gives:
+                        return chain.values[chain.gives[name]]
+        raise KeyError(f"no layer makes {name!r} for others")
 
     def channels_at(self, layer: int) -> Literal["u", "p"]:
         """The node at which a mixer's channels are followed: u, the value that enters memory."""
@@ -284,13 +309,17 @@ def frozen_sites(model: HookedModel, layer: int) -> list[str]:
     names = [f"{at}hook_resid_pre"] + [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
     names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
     for name, branch in block.branches.items():
-        names += [f"{at}{name}.{site}" for site in dict.fromkeys((*branch.frozen_sites, branch.out_site))]
-    return names
+        names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
+        names.append(out_site(model, layer, name))
+    return list(dict.fromkeys(names))
 
 
 def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
     """The site of what a branch adds to the stream."""
-    return f"blocks.{layer}.{branch}.{model.block(layer).branches[branch].out_site}"
+    block = model.block(layer)
+    if block.output_sites:
+        return f"blocks.{layer}.hook_{branch}_out"
+    return f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
 
 
 def norm_name(model: HookedModel, layer: int, branch: str) -> str:
@@ -306,6 +335,9 @@ def frozen_branch(
     model: Any = cache.model
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
-    norm = held_norm(getattr(block, read_by), cache[f"blocks.{layer}.{read_by}.hook_scale"])
+    scale = cache[f"blocks.{layer}.{read_by}.hook_scale"]
+    norm = held_norm(getattr(block, read_by), scale, block.in_scales.get(name))
     prefix = f"blocks.{layer}.{name}."
-    return block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
+    chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
+    factor = block.out_scales.get(name)
+    return chain if factor in (None, 1) else chain.with_output(factor)

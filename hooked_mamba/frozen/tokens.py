@@ -8,6 +8,7 @@ so token s sends sum_k alpha[t,s+k] sigma_{s+k} kappa[K-1-k] p_s to target t. Wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import causal_mix
+
+Source = Literal["scan", "token"]
+"""What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
+convolution. They differ, since u_s already mixes the tokens s-K+1..s."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class TokenPath:
     def straight(cls, u: Tensor) -> TokenPath:
         """No convolution: p is u."""
         u = at_least_fp32(u.flatten(2))
-        return cls(u, torch.ones_like(u), u.new_ones(u.shape[-1], 1), u.new_zeros(u.shape[-1]))
+        return cls.scaled(u, torch.ones_like(u))
+
+    @classmethod
+    def scaled(cls, p: Float[Tensor, "b l E"], factor: Float[Tensor, "b l E"]) -> TokenPath:
+        """No convolution: u is p times a held factor."""
+        return cls(p, factor, p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1]))
 
     def input_of(self, tokens: Bool[Tensor, "b l"]) -> Float[Tensor, "b l E"]:
         """The part of u that comes from chosen tokens, biases of the convolution left out."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.display import cache_html
-from hooked_mamba.hooks.names import get_act_name, unknown_name
+from hooked_mamba.hooks.names import unknown_name
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site_name import SiteName
 
@@ -159,7 +159,7 @@ class HookCache:
         layer = rest[0] if rest else None
         if isinstance(layer, int) and layer < 0:  # cache["resid_post", -1], as in TransformerLens
             layer += self.model.cfg.n_layers
-        return self.model.resolve(get_act_name(name.removesuffix("_grad"), layer, *rest[1:])) + grad
+        return self.model.act_name(name.removesuffix("_grad"), layer, *rest[1:]) + grad
 
     def _is_a_site(self, name: str) -> bool:
         return str(SiteName.parse(name).base) in self.model.hook_dict

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.hooks.cache import HookCache
-from hooked_mamba.hooks.names import NamesFilter, match_names, unalias, unknown_name
+from hooked_mamba.hooks.names import NamesFilter, get_act_name, match_names, unalias, unknown_name
 from hooked_mamba.hooks.points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site import PlacedSite
@@ -63,6 +63,18 @@ class HookedRoot(SitedModule):
             return f"{self._aliases[base]}{name.removeprefix(base)}"
         ours = self._local_aliases.get(site.base.local)
         return unalias(name) if ours is None else str(site.at(ours.place, ours.hook))
+
+    def act_name(self, name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+        """Full name of one of this model's sites from its short one: :func:`~hooked_mamba.hooks.names.get_act_name`,
+        which knows all models, with the branch that has such a site here. One that no site has comes back as it is."""
+        name = self.resolve(get_act_name(name, layer, layer_type))
+        site = SiteName.parse(name)
+        if layer_type is not None or site.layer is None or str(site.base) in self._hook_points:
+            return name
+        places = (other.place for other in map(SiteName.parse, self._hook_points) if other.hook == site.hook)
+        here = {str(site.at(place, site.hook).base): place for place in places if not place.endswith("norm")}
+        place = next((place for full, place in here.items() if full in self._hook_points), site.place)
+        return str(site.at(place, site.hook))
 
     def names_of(self, names_filter: NamesFilter) -> list[str]:
         """Full names that a filter (a name, glob, list or predicate) chooses, in computing order."""

@@ -47,6 +47,8 @@ def from_hf_model(hf_model: Any, family: str | None = None) -> tuple[ModelConfig
     cfg, state = found.to_ours(config, hf_model.state_dict())
     if isinstance(cfg, Mamba2Config) and not _norms_per_group(hf_model):
         cfg = dataclasses.replace(cfg, norm_groups=1)
+    if isinstance(cfg, HybridConfig):
+        cfg = _with_step_limit(cfg, hf_model)
     name = str(getattr(hf_model.config, "_name_or_path", "") or "custom")
     name = Path(name).name if Path(name).is_dir() else name  # a hub id stays, a folder's place is nobody's business
     return dataclasses.replace(cfg, model_name=name), state
@@ -56,6 +58,17 @@ def _norms_per_group(hf_model: Any) -> bool:
     """Whether a Mamba-2 of transformers takes its gated norm per group (releases before 5 did not)."""
     norms = [module for module in hf_model.modules() if type(module).__name__ == "MambaRMSNormGated"]
     return all(hasattr(norm, "group_size") for norm in norms)
+
+
+def _with_step_limit(cfg: HybridConfig, hf_model: Any) -> HybridConfig:
+    """The config with the clamp of dt that the object applies: some classes clamp by another field than files state."""
+    found = next((m.time_step_limit for m in hf_model.modules() if hasattr(m, "time_step_limit")), None)
+    mixer = cfg.branches.get("mixer")
+    if found is None or not isinstance(mixer, Mamba2Config):
+        return cfg
+    return dataclasses.replace(
+        cfg, branches={**cfg.branches, "mixer": dataclasses.replace(mixer, dt_limit=tuple(found))}
+    )
 
 
 def to_hf_model(cfg: ModelConfig, state_dict: Mapping[str, Tensor], shapes: Mapping[str, Shape] | None = None) -> Any:
@@ -108,6 +121,10 @@ def to_hf_model(cfg: ModelConfig, state_dict: Mapping[str, Tensor], shapes: Mapp
         for name, buffer in module.named_buffers(recurse=False):
             if name not in weights:
                 setattr(module, name, buffer.to(embeddings.device))
+    if isinstance(cfg, HybridConfig) and isinstance(mixer := cfg.branches.get("mixer"), Mamba2Config):
+        for module in hf_model.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = mixer.dt_limit
     stored = embeddings.dtype
     setattr(hf_model.config, "dtype" if hasattr(hf_model.config, "dtype") else "torch_dtype", stored)
     return hf_model.eval()

@@ -22,7 +22,7 @@ from hooked_mamba.loading import (
     raw_mamba2,
     raw_rwkv7,
 )
-from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, nemotron_h
+from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, lfm2, nemotron_h, zamba
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
@@ -52,7 +52,10 @@ HYBRIDS: dict[str, Any] = {
     "falcon_h1": falcon_h1,
     "granitemoehybrid": granite,
     "jamba": jamba,
+    "lfm2": lfm2,
     "nemotron_h": nemotron_h,
+    "zamba": zamba,
+    "zamba2": zamba,
 }
 """model_type of transformers -> the module that reads it."""
 

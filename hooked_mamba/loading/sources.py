@@ -69,6 +69,35 @@ class Rows(Source):
 
 
 @dataclass(frozen=True)
+class Reshaped(Source):
+    """The same numbers in another shape."""
+
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        if state[self.name].shape != self.theirs:
+            raise CheckpointError(f"{self.name} is {list(state[self.name].shape)}; expected {list(self.theirs)}")
+        return state[self.name].reshape(self.ours)
+
+    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
+        return {self.name: (0, 0, lambda: ours().reshape(self.theirs))}
+
+
+@dataclass(frozen=True)
+class Interleaved(Source):
+    """Rows in turns: every `count`-th is one of several weights, which stand one behind the other here."""
+
+    count: int
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([state[self.name][i :: self.count] for i in range(self.count)])
+
+    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
+        return {self.name: (0, 0, lambda: torch.stack(ours().chunk(self.count), 1).flatten(0, 1))}
+
+
+@dataclass(frozen=True)
 class Stacked(Source):
     """One tensor for each expert, in order."""
 

@@ -8,18 +8,22 @@ Glossary
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from hooked_mamba.components import Linear, at_least_fp32
+from hooked_mamba.components import Linear, LowRank, at_least_fp32, rms_normalize
+from hooked_mamba.frozen.linear import Project
+from hooked_mamba.frozen.pattern import Pattern
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate
 from hooked_mamba.state import BranchState, Call
@@ -45,6 +49,8 @@ class Attention(Branch):
     config_class = AttentionConfig
     growing = ("k", "v", "real")
     sites = (
+        Site("hook_q_pre", "b l Q c", "queries before their norm, where they have one"),
+        Site("hook_k_pre", "b l J c", "keys before their norm, where they have one"),
         Site("hook_q", "b l Q c", "queries, before positions"),
         Site("hook_k", "b l J c", "keys, before positions"),
         Site("hook_v", "b l J c", "values"),
@@ -60,16 +66,24 @@ class Attention(Branch):
     def __init__(self, cfg: AttentionConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        Q, J, c, d = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model
+        Q, J, c, d = cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.width_in
         self.q_proj = Linear(d, Q * c, bias=cfg.qkv_bias)
         self.k_proj = Linear(d, J * c, bias=cfg.qkv_bias)
         self.v_proj = Linear(d, J * c, bias=cfg.qkv_bias)
         self.o_proj = Linear(Q * c, cfg.width_out, bias=cfg.out_bias)
+        if cfg.qk_norm_eps is not None:
+            self.q_norm_weight = nn.Parameter(torch.ones(c))
+            self.k_norm_weight = nn.Parameter(torch.ones(c))
+        if cfg.adapter_rank is not None:
+            self.adapters = nn.ModuleDict(
+                {name: LowRank(d, cfg.adapter_rank, heads * c) for name, heads in (("q", Q), ("k", J), ("v", J))}
+            )
         self.add_sites()
 
     def site_rows(self) -> tuple[Site, ...]:
-        turned = ("hook_rot_q", "hook_rot_k") if not self.cfg.rotary_dim else ()
-        return tuple(row for row in type(self).sites if row.name not in turned)
+        absent: tuple[str, ...] = () if self.cfg.rotary_dim else ("hook_rot_q", "hook_rot_k")
+        absent += ("hook_q_pre", "hook_k_pre") if self.cfg.qk_norm_eps is None else ()
+        return tuple(row for row in type(self).sites if row.name not in absent)
 
     def sizes(self) -> dict[str, int]:
         cfg = self.cfg
@@ -80,13 +94,17 @@ class Attention(Branch):
         return ("attention heads Q × c", f"{cfg.n_heads} × {cfg.d_head}"), ("key-value heads J", cfg.n_key_value_heads)
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+        self, resid: Float[Tensor, "b l i"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], KVState]:
         cfg, call = self.cfg, Call() if call is None else call
         batch, length, _ = resid.shape
-        q = self.hook_q(rearrange(self.q_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head))
-        k = self.hook_k(rearrange(self.k_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head) * cfg.key_multiplier)
-        v = self.hook_v(rearrange(self.v_proj(resid), "b l (h c) -> b l h c", c=cfg.d_head))
+        q, k, v = (self.projected(name, resid) for name in ("q", "k", "v"))
+        if cfg.qk_norm_eps is not None:
+            q = rms_normalize(self.hook_q_pre(q), cfg.qk_norm_eps) * self.q_norm_weight
+            k = rms_normalize(self.hook_k_pre(k), cfg.qk_norm_eps) * self.k_norm_weight
+        q = self.hook_q(q)
+        k = self.hook_k(k if cfg.key_multiplier == 1 else k * cfg.key_multiplier)
+        v = self.hook_v(v)
         if cfg.rotary_dim:
             positions = call.positions(batch, length, resid.device)
             q = self.hook_rot_q(rotate(q, positions, cfg.rotary_dim, cfg.rotary_base))
@@ -100,6 +118,13 @@ class Attention(Branch):
             out = self.o_proj(rearrange(z, "b l h c -> b l (h c)"))
             self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
         return self.hook_out(out), memory
+
+    def projected(self, name: str, resid: Float[Tensor, "b l i"]) -> Float[Tensor, "b l h c"]:
+        """Queries, keys or values as the weights make them, split into heads."""
+        out = self.get_submodule(f"{name}_proj")(resid)
+        if self.cfg.adapter_rank is not None:
+            out = out + self.adapters[name](resid)
+        return rearrange(out, "b l (h c) -> b l h c", c=self.cfg.d_head)
 
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
@@ -142,13 +167,45 @@ class Attention(Branch):
         empty = weight.new_zeros(batch, 0, cfg.n_key_value_heads, cfg.d_head, device=device)
         return KVState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=empty.device))
 
+    # The linear form: the pattern is held ------------------------------------------------------------------------
+
+    frozen_sites = ("hook_v", "hook_pattern")
+    places: ClassVar = {"u": "hook_v", "y": "hook_z"}
+
+    @property
+    def head_width(self) -> int:  # type: ignore[override]
+        return self.cfg.d_head
+
+    def held_scan(self, read: Read) -> Pattern:
+        v = of_queries(read("hook_v"), self.cfg.n_heads)
+        return Pattern(v, read("hook_pattern").to(v.dtype))
+
+    def token_path(self, read: Read) -> TokenPath:
+        return TokenPath.straight(of_queries(read("hook_v"), self.cfg.n_heads))
+
+    def value_input(self) -> Project:
+        """v's weights, those of a key-value head once for each of its query heads."""
+        own, c, Q = projection(self.v_proj), self.cfg.d_head, self.cfg.n_heads
+        W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
+        return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
+
+    def value_output(self) -> Project:
+        return projection(self.o_proj)
+
+    def memory(self, before: BranchState | None) -> Tensor | None:
+        """Values before the first position."""
+        return of_queries(before[1], self.cfg.n_heads) if before and before[1].shape[1] else None
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random weights: Kaiming-uniform, the output scaled down by the root of the number of blocks."""
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+        for linear in (module for module in self.modules() if isinstance(module, Linear)):
             uniform_fan_in(linear.weight, linear.in_features, generator)
             if linear.bias is not None:
                 linear.bias.zero_()
+        if self.cfg.qk_norm_eps is not None:
+            self.q_norm_weight.fill_(1)
+            self.k_norm_weight.fill_(1)
         self.o_proj.weight /= self.cfg.n_layers**0.5
 
 

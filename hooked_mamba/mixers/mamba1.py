@@ -20,7 +20,7 @@ from hooked_mamba.components import Linear, at_least_fp32, conv_silu, linear, rm
 from hooked_mamba.config import MambaConfig
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import TokenPath
-from hooked_mamba.hooks.site import Site
+from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Hooks, Read
 from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
@@ -38,7 +38,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
     place = "mixer"
     config_class = MambaConfig
     keep_float32 = ("A_log", "D", "dt_proj.bias")
-    sites = (
+    sites: ClassVar[tuple[Site | Child, ...]] = (
         Site("hook_in_proj", "b l 2E", "whole projection, before the split"),
         Site("hook_x_pre", "b l E", "convolution input"),
         Site("hook_z", "b l E", "gate branch, before SiLU"),

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.components import Linear, silu
+from hooked_mamba.components import Linear, LowRank, at_least_fp32, silu
+from hooked_mamba.frozen.linear import Project
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import Activation, MLPConfig
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.state import BranchState, Call
 
@@ -49,6 +52,8 @@ class MLP(Branch):
             self.gate_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
         self.up_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
         self.down_proj = Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
+        if cfg.adapter_rank is not None:
+            self.adapter = LowRank(cfg.width_in, cfg.adapter_rank, (1 + cfg.gated) * cfg.d_mlp)
         self.add_sites()
 
     def site_rows(self) -> tuple[Site, ...]:
@@ -61,21 +66,49 @@ class MLP(Branch):
         return (("neurons F", self.cfg.d_mlp),)
 
     def forward(
-        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+        self, resid: Float[Tensor, "b l i"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
         act = ACTIVATIONS[self.cfg.activation]
+        up = self.up_proj(resid)
         if self.cfg.gated:
             pre = self.gate_proj(resid)
+            if self.cfg.adapter_rank is not None:
+                more_pre, more_up = self.adapter(resid).chunk(2, -1)
+                pre, up = pre + more_pre, up + more_up
             pre = self.hook_pre(pre if self.cfg.gate_multiplier == 1 else pre * self.cfg.gate_multiplier)
-            post = act(pre) * self.hook_pre_linear(self.up_proj(resid))
+            post = act(pre) * self.hook_pre_linear(up)
         else:
-            post = act(self.hook_pre(self.up_proj(resid)))
+            post = act(self.hook_pre(up if self.cfg.adapter_rank is None else up + self.adapter(resid)))
         return self.hook_out(self.down_proj(self.hook_post(post))), ()
+
+    # The linear form: the activation is held as a factor ---------------------------------------------------------
+
+    @property
+    def frozen_sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("hook_pre", "hook_pre_linear", "hook_post") if self.cfg.gated else ("hook_pre", "hook_post")
+
+    @property
+    def places(self) -> dict[str, str]:  # type: ignore[override]
+        return {"p": "hook_pre_linear" if self.cfg.gated else "hook_pre", "u": "hook_post"}
+
+    def token_path(self, read: Read) -> TokenPath:
+        """act(pre) is the factor where the MLP is gated, act(pre) / pre where it is not."""
+        pre = at_least_fp32(read("hook_pre"))
+        factor = ACTIVATIONS[self.cfg.activation](pre)
+        if self.cfg.gated:
+            return TokenPath.scaled(at_least_fp32(read("hook_pre_linear")), factor)
+        return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
+
+    def value_input(self) -> Project:
+        return projection(self.up_proj)
+
+    def value_output(self) -> Project:
+        return projection(self.down_proj)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random weights: Kaiming-uniform, the output scaled down by the root of the number of blocks."""
-        for linear in (m for m in self.children() if isinstance(m, Linear)):
+        for linear in (m for m in self.modules() if isinstance(m, Linear)):
             uniform_fan_in(linear.weight, linear.in_features, generator)
             if linear.bias is not None:
                 linear.bias.zero_()

@@ -215,11 +215,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         self.tokenizer, self.default_padding_side = found, default_padding_side
 
     def state_dict_for_files(self) -> dict[str, Tensor]:
-        """Weights by name, a tied unembedding left out."""
-        weights = {name: value.detach() for name, value in self.state_dict().items()}
-        if self.cfg.tie_embeddings:
-            del weights["unembed.weight"]
-        return weights
+        """Weights by name; one that several places share (a tied unembedding) stands under its first name alone."""
+        first = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
+        return {name: value.detach() for name, value in self.state_dict().items() if name in first}
 
     # Running -------------------------------------------------------------------------------------------------
 
@@ -258,7 +256,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             Blocks from the first to before the second; negative ones count from the end. With `stop_at_layer` the
             residual stream b l d that would enter that block is returned, whatever `return_type`.
         tokens
-            The tokens behind a residual input, needed for its loss.
+            The tokens behind a residual input, needed for its loss, and by blocks that read the embedding (Zamba).
         attention_mask
             b l, 1 for real tokens and 0 for padding at either end.
         initial_state, return_state
@@ -286,6 +284,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if start_at_layer is None:
             assert tokens is not None  # found above
             resid = self.embed_tokens(tokens)
+        carry = self.carried(carry, resid if start_at_layer is None else None, tokens)
         resid, state = self.run_blocks(resid, layers, initial_state, padding, carry)
         out: Any = resid
         if stop_at_layer is None:
@@ -307,6 +306,12 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         return model_html(self)
 
     # Helpers -------------------------------------------------------------------------------------------------
+
+    def carried(
+        self, carry: Mapping[str, Tensor] | None, embedded: Tensor | None, tokens: Tensor | None
+    ) -> Mapping[str, Tensor] | None:
+        """What every block of a pass may read beside the stream; `embedded` is None where the pass starts later."""
+        return carry
 
     def _output(
         self,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from hooked_mamba.hybrid_config import HybridConfig, branch_of
 from hooked_mamba.mixers.attention import Attention
 from hooked_mamba.mixers.base import Branch, branch_class
 from hooked_mamba.mixers.gated_deltanet import GatedDeltaNet
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
+from hooked_mamba.mixers.mamba1_heads import HeadedMamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.mixers.mlp import MLP
 from hooked_mamba.mixers.moe import MoE
+from hooked_mamba.mixers.short_conv import ShortConv
 from hooked_mamba.model.hooked_model import HookedModel
+from hooked_mamba.model.shared_block import SharedBlock
 from hooked_mamba.model.stack import Block, Stages
 
-BRANCHES = (Mamba1Mixer, Mamba2Mixer, GatedDeltaNet, Attention, MLP, MoE)
+BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
 """What may stand in the blocks of a hybrid here; further kinds join by being defined."""
 
 
@@ -40,4 +46,23 @@ class HookedHybrid(HookedModel):
         stages = cls.stages(cfg, layer)
         shapes = dict(branch_of(entry) for stage in cfg.layout[layer] for entry in stage)
         branches = {name: branch_class(cfg.branches[key])(cfg.branches[key], layer) for name, key in shapes.items()}
+        if cfg.shared is not None and cfg.shared[layer] is not None:
+            return SharedBlock(cfg, branches)
         return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True)
+
+    def tie_weights(self) -> None:
+        super().tie_weights()
+        first: dict[int, SharedBlock] = {}
+        for block, number in zip(self.blocks, self.cfg.shared or (), strict=False):
+            if number is not None and isinstance(block, SharedBlock) and first.setdefault(number, block) is not block:
+                block.share_with(first[number])
+
+    def carried(
+        self, carry: Mapping[str, Tensor] | None, embedded: Tensor | None, tokens: Tensor | None
+    ) -> Mapping[str, Tensor] | None:
+        """The embedding, where blocks read it; a pass that starts later makes it from its tokens."""
+        if self.cfg.shared is None or (carry is not None and "embed" in carry):
+            return carry
+        if embedded is None and tokens is not None:
+            embedded = self.embed_tokens(tokens.to(self.device))
+        return carry if embedded is None else {**(carry or {}), "embed": embedded}

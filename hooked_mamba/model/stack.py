@@ -109,6 +109,14 @@ class Block(SitedModule):
         """Branches by name, in computing order."""
         return {name: getattr(self, name) for stage in self.stages for name in stage}
 
+    @property
+    def written(self) -> dict[str, str]:
+        """Branch -> the site, within the block, of what it adds to the stream; their sum is what the block adds."""
+        return {
+            name: f"hook_{name}_out" if self.output_sites else f"{name}.{branch.out_site}"
+            for name, branch in self.branches.items()
+        }
+
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BlockState]:
@@ -132,6 +140,9 @@ class Block(SitedModule):
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:
         """The empty memory of every branch."""
         return BlockState({name: branch.initial_state(batch, device) for name, branch in self.branches.items()})
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Random weights of what is neither norm nor branch: here there is nothing."""
 
 
 def scaled(x: Tensor, factor: float | None) -> Tensor:
@@ -241,6 +252,7 @@ class Stack(SitedModule):
             block = self.block(i)
             for name in block.norm_names:
                 reset_norm(getattr(block, name))
+            block.reset_own(generator)
             for branch in block.branches.values():
                 branch.reset_parameters(generator)
         for norm in (self.ln_final, *([self.ln_embed] if self.norms_embedding else [])):

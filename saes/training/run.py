@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.hooks.names import get_act_name, unalias
+from hooked_mamba.frozen.run import out_site
 from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
@@ -61,7 +61,7 @@ def coder_config(
         raise OptionError(f"layer {layer} is out of range: the model has {model.cfg.n_layers}")
     fields: dict[str, Any] = {}
     if site is not None:
-        read = predicted = unalias(get_act_name(site, layer))
+        read = predicted = model.act_name(site, layer)
         for key in ("reads", "target"):
             if key in spec:
                 raise OptionError(f'"{key}" is for MambaCoders, which have no "site"')
@@ -71,7 +71,7 @@ def coder_config(
         if reads not in sites:
             raise OptionError(f"reads must be 'normalized' or 'resid', got {reads!r}{near(str(reads), list(sites))}")
         block = f"blocks.{layer % model.cfg.n_layers}."
-        read, predicted = block + sites[reads], f"{block}mixer.hook_out_proj"
+        read, predicted = block + sites[reads], out_site(model, layer % model.cfg.n_layers)
         fields = {"reads": reads, "target": spec.get("target", "block")}
     else:
         raise OptionError('a coder needs a "site" (SAE) or a "layer" (MambaCoder)')

@@ -11,11 +11,17 @@ from __future__ import annotations
 import contextlib
 import io
 import runpy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+
+from hooked_mamba.hooks import names
+from hooked_mamba.hooks.sited import DECLARED
+from hooked_mamba.mixers.base import KINDS
+from hooked_mamba.model.hooked_model import MODELS
 
 ROOT = Path(__file__).parents[2]
 SEPARATOR = "\x1e"
@@ -66,6 +72,20 @@ def blocks_of(path: Path) -> list[Block]:
     return blocks
 
 
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Kinds of branches and models that are defined inside are not known to the package afterwards."""
+    kinds, models, count = dict(KINDS), dict(MODELS), len(DECLARED)
+    try:
+        yield
+    finally:
+        for registry, before in ((KINDS, kinds), (MODELS, models)):
+            registry.clear()
+            registry.update(before)
+        del DECLARED[count:]
+        names._declared.cache_clear()
+
+
 def run_blocks(path: Path, folder: Path) -> list[str]:
     """Run a file's blocks as one program, whose lines keep their numbers; what each of them printed."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -77,6 +97,6 @@ def run_blocks(path: Path, folder: Path) -> list[str]:
     script.write_text("\n".join(program) + "\n", encoding="utf-8")
     printed = io.StringIO()
     # Each page as if alone: in a folder of its own, and with gradients on, which an earlier page may have switched off.
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), torch.set_grad_enabled(True):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), torch.set_grad_enabled(True), forgotten():
         runpy.run_path(str(script))
     return printed.getvalue().split(SEPARATOR)[1:]

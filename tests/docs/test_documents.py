@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from demos.notebooks.rounded import alike
-from hooked_mamba.hooks.names import declared
+from hooked_mamba.hooks.names import declared, is_declared
 from hooked_mamba.loading import bundled_names
 from hooked_mamba.loading.registry import FORMATS
 from hooked_mamba.site_tables import all_tables
@@ -41,6 +41,31 @@ def test_the_tables_of_sites_are_those_of_the_code():
     text = (ROOT / "docs" / "sites.md").read_text(encoding="utf-8")
     for title, table in all_tables().items():
         assert f"### {title}\n\n{table}\n" in text
+
+
+def test_the_page_on_mixers_adds_one_in_fewer_than_60_lines():
+    page = ROOT / "docs" / "adding-a-mixer.md"
+    block = blocks_of(page)[0]
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines()[block.start : block.end] if line.strip()]
+    classes = [line.split("(")[0] for line in lines if line.startswith("class ")]
+    assert classes == ["class ToyConfig", "class ToyState", "class ToyMixer", "class HookedToy"]
+    assert len(lines) < 60
+    nav = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "- adding-a-mixer.md\n" in nav
+    assert "(adding-a-mixer.md)" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+
+
+def test_what_a_page_defines_is_forgotten(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(
+        "```python\nfrom hooked_mamba.hooks.names import is_declared\nfrom hooked_mamba.hooks.site import Site\n"
+        "from hooked_mamba.mixers.base import Branch\n\n\nclass Mine(Branch):\n"
+        "    kind, title, place = 'mine', 'Mine', 'mine'\n    sites = (Site('hook_mine', 'b l d', 'all'),)\n\n\n"
+        "print(is_declared('blocks.0.mine.hook_mine'))\n```\n"
+    )
+    assert run_blocks(path, tmp_path) == ["True\n"]
+    assert not is_declared("blocks.0.mine.hook_mine")
+    assert "Mine" not in all_tables()
 
 
 def test_every_alias_is_documented_beside_its_site():

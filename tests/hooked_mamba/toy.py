@@ -41,7 +41,7 @@ class ToyMixer(Branch):
     places: ClassVar = {"u": "hook_v", "y": "hook_h"}
     norm_readers = ("in_proj.weight", "gate_proj.weight")
 
-    def __init__(self, cfg: SSMConfig) -> None:
+    def __init__(self, cfg: SSMConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         self.in_proj, self.gate_proj = Linear(cfg.d_model, cfg.E), Linear(cfg.d_model, cfg.E)

@@ -103,7 +103,7 @@ def test_the_documents_file_of_options_is_one(tmp_path):
     assert [spec.get("site") for spec in config.coders] == [None, "out_proj"]
     documented = set(re.findall(r"`hooked-mamba (sae )?(\w+)", text))
     app = get_command(cli.make_app())
-    commands = {("", name) for name in app.commands if name != "sae"}
+    commands = {("", name) for name, command in app.commands.items() if name != "sae" and not command.hidden}
     assert documented == commands | {("sae ", name) for name in app.commands["sae"].commands}
 
 

@@ -143,7 +143,7 @@ def test_sources_sum_to_the_mixers_output(kind, source):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_source_is_what_a_held_replay_says(kind):
-    """By source "scan": the mixer's output with one value alone. By "token", in layer 0: with one token's stream alone."""
+    """By source "scan": the mixer's output with one value alone; by "token", in layer 0, with one token's stream."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
     _, cache = model.run_with_cache(tokens)
     held = held_edits(model, tokens)

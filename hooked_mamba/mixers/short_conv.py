@@ -1,0 +1,89 @@
+"""The gated short convolution of LFM2 (arXiv:2511.23404): what a token takes from the few before it, and no more.
+
+B, C, x = W_in stream      y = C * conv(B * x)      out = W_out y
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_mamba.components import Linear, causal_conv1d
+from hooked_mamba.hooks.site import Site
+from hooked_mamba.hybrid_config import ShortConvConfig
+from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.state import BranchState, Call, with_history, zero_padding
+
+
+class ConvState(NamedTuple):
+    """Memory of a convolution alone."""
+
+    conv: Tensor
+    """Its last K - 1 inputs, b K-1 d."""
+
+
+class ShortConv(Branch):
+    """in_proj -> B x -> convolution -> C -> out_proj, with a hook point at every site."""
+
+    kind = "short_conv"
+    title = "Short convolution"
+    place = "mixer"
+    config_class = ShortConvConfig
+    sites = (
+        Site("hook_in_proj", "b l 3d", "whole projection, before the split: B, C, x"),
+        Site("hook_B", "b l d", "gate of the convolution's input"),
+        Site("hook_C", "b l d", "gate of its output"),
+        Site("hook_x", "b l d", "values, before their gate"),
+        Site("hook_x_pre", "b l d", "convolution input B x"),
+        Site("hook_conv", "b l d", "convolution output"),
+        Site("hook_y_gated", "b l d", "C times the convolution's output"),
+        Site("hook_out_proj", "b l d", "mixer output, into the residual stream"),
+    )
+    places: ClassVar = {}
+
+    def __init__(self, cfg: ShortConvConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        d = cfg.d_model
+        self.in_proj = Linear(d, 3 * d, bias=cfg.bias)
+        self.conv1d = nn.Conv1d(d, d, cfg.d_conv, groups=d, bias=cfg.bias)
+        self.out_proj = Linear(d, d, bias=cfg.bias)
+        self.add_sites()
+
+    def sizes(self) -> dict[str, int]:
+        return {"d": self.cfg.d_model}
+
+    def facts(self) -> tuple[tuple[str, object], ...]:
+        return (("convolution taps K", self.cfg.d_conv),)
+
+    def forward(
+        self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
+    ) -> tuple[Float[Tensor, "b l d"], ConvState]:
+        padding = None if call is None else call.padding
+        (past,) = self.initial_state(len(resid)) if state is None else state
+        B, C, x = self.hook_in_proj(self.in_proj(resid)).chunk(3, -1)
+        B, C, x = self.hook_B(B), self.hook_C(C), self.hook_x(x)
+        x = self.hook_x_pre(zero_padding(padding)(B * x))
+        x, before, history = with_history(x, past, padding)
+        y = self.hook_conv(causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, history=before)[:, -len(C[0]) :])
+        return self.hook_out_proj(self.out_proj(self.hook_y_gated(C * y))), ConvState(history)
+
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> ConvState:
+        """Zeros in front of the first position, where the weights are; on "meta" their shape alone."""
+        cfg = self.cfg
+        return ConvState(self.in_proj.weight.new_zeros(batch, cfg.d_conv - 1, cfg.d_model, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: Kaiming-uniform, the output scaled down by the root of the number of blocks."""
+        for linear in (self.in_proj, self.out_proj):
+            uniform_fan_in(linear.weight, linear.in_features, generator)
+            if linear.bias is not None:
+                linear.bias.zero_()
+        for parameter in self.conv1d.parameters():
+            uniform_fan_in(parameter, self.cfg.d_conv, generator)
+        self.out_proj.weight /= self.cfg.n_layers**0.5
