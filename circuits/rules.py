@@ -154,9 +154,10 @@ def pull_anew(
     chain = run.chain(part)
     # A value that another layer made; only what is asked of the gradient needs its numbers.
     given = {name: run.carried_value(name)[rows].detach().requires_grad_() for name in chain.takes}
-    shaped = {name: value.unflatten(-1, (chain.scan.n_lanes, -1)) for name, value in given.items()}
-    call = Call(None if mask is None else Padding.from_mask(mask.long(), mask.shape), None, shaped)
+    padding = None if mask is None else Padding.from_mask(mask.long(), mask.shape)
     with torch.enable_grad(), captured(model, [prefix + site for site in sites]) as cache:
+        carry = {name: value.unflatten(-1, (chain.scan.n_lanes, -1)) for name, value in given.items()}
+        call = Call(padding, None, carry)
         leaf = run.entering(part)[rows].detach().requires_grad_()
         memory = _with_gradient(run.before[layer][name], rows)
         hooks = [(f"{prefix}{u_site}", stopping(through))] if through is not None else []

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import Channel, Direction, Logit, attribute
+from circuits import Channel, Direction, FrozenModel, Logit, attribute, patch_effects
+from circuits.push import Changes, Pushed
 from hooked_mamba.analysis import direct_logit_attribution, knockout, source_logit_attribution
 from hooked_mamba.analysis.memory_probes import receptive_field, write_survival
 from hooked_mamba.frozen.run import Run
@@ -253,3 +254,53 @@ def test_tokens_cannot_be_knocked_out_of_two_taps():
     model, tokens = bare("rwkv7"), tokens_for(length=LENGTH)
     with pytest.raises(ValueError, match="source='scan'"), knockout(model, [2], [5], layers=[0]):
         model(tokens)
+
+
+# Through whole models ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pushed_forwards_is_pulled_back(kind):
+    """Each embedding taken away from the frozen model changes a logit by minus what it is said to add."""
+    model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
+    frozen, target = FrozenModel(model, tokens), Logit(3)
+    found = attribute(frozen, targets=target)
+    stream = frozen.resid(0)
+    taken = torch.zeros(LENGTH, *stream.shape[1:], dtype=torch.float64)
+    for s in range(LENGTH):
+        taken[s, s] = -stream[0, s]
+    pushed = Pushed(frozen, Changes(torch.zeros(LENGTH, dtype=torch.long), streams={0: taken}))
+    assert relative(pushed.read(target.covector(frozen, 0)), -found.embeddings[0]) < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_gradient_is_the_gradient(kind):
+    model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
+    found = attribute(FrozenModel(model, tokens, selection="gradient"), targets=Logit(3))
+    stream = model.run_with_cache(tokens, names_filter="blocks.0.hook_resid_pre")[1]["blocks.0.hook_resid_pre"]
+    for s in range(LENGTH):
+        only = np.zeros_like(stream.numpy())
+        only[:, s] = stream[:, s]
+        moved = equations(model, tokens, {"blocks.0.hook_resid_pre": lambda v, d=only: v + 1j * reference.STEP * d})
+        expected = float(reference.derivative(moved.logits[0, -1, 3]))
+        assert abs(expected - float(found.embeddings[0, s])) < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_selection_and_gate_sum_to_a_patch(kind):
+    model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
+    found = patch_effects(FrozenModel(model, tokens), target=Logit(3), replace_by=5, positions=[1, 4])
+    for i, s in enumerate((1, 4)):
+        other = tokens.clone()
+        other[0, s] = 5
+        true = equations(model, tokens).logits[0, -1, 3] - equations(model, other).logits[0, -1, 3]
+        for split in (found.forward, found.reverse):
+            assert abs(float(split.total[i]) - true) < EXACT
+            assert float(split.selection[i].abs()) > 1e-6
+
+
+@pytest.mark.parametrize("rule", ["half", "shares"])
+def test_rules_that_mean_nothing_here(rule):
+    model, tokens = bare("rwkv7"), tokens_for(rows=1, length=LENGTH)
+    with pytest.raises(ValueError, match="not defined for .*RWKV-7"):
+        attribute(FrozenModel(model, tokens, selection=rule), targets=Logit(3))
