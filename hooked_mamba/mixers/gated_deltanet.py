@@ -226,7 +226,7 @@ class GatedDeltaNet(Branch):
         q, k, v, A_bar, beta = (read(f"hook_{name}") for name in ("q", "k", "v", "A_bar", "beta"))
         q, k = (x.repeat_interleave(cfg.n_value_heads // cfg.n_key_heads, 2) for x in (q, k))
         w = A_bar.unsqueeze(-1)
-        return DeltaScan(v, q, w, k, k, -w * beta.unsqueeze(-1) * k, beta)
+        return DeltaScan(v, q, w, k, k, -w * beta.unsqueeze(-1) * k, beta, removes_decayed=True)
 
     def token_path(self, read: Read) -> TokenPath:
         rows, u = self.value_rows, read("hook_v")

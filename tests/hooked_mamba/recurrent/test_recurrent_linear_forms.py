@@ -302,5 +302,5 @@ def test_value_selection_and_gate_sum_to_a_patch(kind):
 @pytest.mark.parametrize("rule", ["half", "shares"])
 def test_rules_that_mean_nothing_here(rule):
     model, tokens = bare("rwkv7"), tokens_for(rows=1, length=LENGTH)
-    with pytest.raises(ValueError, match="not defined for .*RWKV-7"):
+    with pytest.raises(ValueError, match=r"not defined for .*RWKV-7"):
         attribute(FrozenModel(model, tokens, selection=rule), targets=Logit(3))
