@@ -49,7 +49,8 @@ class DeltaScan(HeldScan):
     def _with(self, u: Float[Tensor, "n l h P"], change: Callable[[Tensor], Tensor]) -> DeltaScan:
         """Other values, and all that is held passed through a function."""
         names = ("r", "w", "k", "a", "b", "strength")
-        return replace(self, u=u, **{name: change(getattr(self, name)) for name in names})
+        held: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, u=u, **held)
 
     def out(
         self,
