@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from circuits.frozen_mixer import FrozenMixer
 from jaxtyping import Float
 from torch import Tensor
 
