@@ -122,6 +122,8 @@ class ResidualDecomposition:
     ) -> Float[Tensor, "component *batch_and_pos_out d"]:
         """What components of the residual stream are after a norm: x / scale * weight, the cached scale for all.
 
+        Of a LayerNorm its mean is taken away from each component; its bias belongs to none of them.
+
         Unlike TransformerLens' this multiplies by the norm's weight, so attributions sum to the logits whether norms
         are folded or not.
 
@@ -145,6 +147,7 @@ class ResidualDecomposition:
         if batch_slice is not None and has_batch:
             residual_stack = residual_stack[:, batch_slice]
         norm, name = self.norm_reading(upto, mlp_input)
+        residual_stack = as_norm_reads(norm, residual_stack)
         if recompute_ln:
             scale = (residual_stack.square().mean(-1, keepdim=True) + norm.eps).sqrt()
         else:
@@ -273,3 +276,8 @@ class ResidualDecomposition:
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice=pos_slice)
         return (stack, labels) if return_labels else stack
+
+
+def as_norm_reads(norm: Any, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """What a norm divides by its scale: x, of a LayerNorm (which has a bias) x without its mean."""
+    return x - x.mean(-1, keepdim=True) if getattr(norm, "bias", None) is not None else x

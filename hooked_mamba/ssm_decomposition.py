@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.decomposition import Labelled, ResidualDecomposition
+from hooked_mamba.decomposition import Labelled, ResidualDecomposition, as_norm_reads
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import Source as Source
@@ -476,7 +476,7 @@ class SSMDecomposition(ResidualDecomposition):
             scale = self.at(self[f"{name}.hook_scale"], pos_slice)
 
         def shown(v: Tensor) -> Tensor:
-            v = v * norm.weight.to(v.dtype) if apply_ln else v
+            v = as_norm_reads(norm, v) * norm.weight.to(v.dtype) if apply_ln else v
             return v if onto is None else v @ onto.reshape(v.shape[-1], -1).to(v.dtype)
 
         return shown, scale

@@ -167,7 +167,7 @@ class LinearForm(SitedModule):
     def vectors(self, read: Read) -> Float[Tensor, "b l E"]:
         """What the output's weights read."""
         if self.vectors_site is not None:
-            return read(self.vectors_site)
+            return read(self.vectors_site).flatten(2)
         y, gain = read(self.site_at("y")).flatten(2), self.output_gain(read)
         return y if gain is None else y * gain
 
