@@ -38,9 +38,10 @@ class HookedHybrid(HookedModel):
 
     def _build(self, cfg: Any, tokenizer: Any) -> None:
         if self.architectures and isinstance(cfg, self.config_class) and cfg.architecture not in self.architectures:
+            kinds = " or ".join(map(repr, self.architectures))
             raise TypeError(
-                f"{type(self).__name__} takes a config of architecture {' or '.join(map(repr, self.architectures))}, got"
-                f" {cfg.architecture!r}: use HookedHybrid or load_model"
+                f"{type(self).__name__} takes a config of architecture {kinds}, got {cfg.architecture!r}: use"
+                " HookedHybrid or load_model"
             )
         super()._build(cfg, tokenizer)
         self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
