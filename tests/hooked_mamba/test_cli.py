@@ -186,7 +186,6 @@ import sys
 from typer.testing import CliRunner
 from importlib.metadata import EntryPoint
 from hooked_mamba.cli.app import GROUP, make_app
-from tests.kinds import MAMBA
 
 places = {"circuit": "circuits.commands:app", "explore": "saes.commands:explore_app", "sae": "saes.commands:app"}
 app = make_app([EntryPoint(name, value, GROUP) for name, value in places.items()])
