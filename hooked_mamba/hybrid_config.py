@@ -45,6 +45,8 @@ class AttentionConfig(BranchConfig):
     """Whether the output projection has one."""
     qk_norm_eps: float | None = None
     """eps of RMS norms with weights on each head's query and key, before they turn (LFM2); None: there are none."""
+    output_gate: bool = False
+    """Whether z is multiplied with sigmoid(W_gate x) before the output projection (Qwen3-Next)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
     d_out: int | None = None
@@ -92,6 +94,8 @@ class MLPConfig(BranchConfig):
     """Factor of the gate before the activation (Falcon-H1)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
+    output_gate: bool = False
+    """Whether the output is multiplied with sigmoid(w . x), one number a position (Qwen3-Next's shared expert)."""
     adapter_rank: int | None = None
     """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 

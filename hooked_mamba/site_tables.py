@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import hooked_mamba.models  # noqa: F401  # every kind of branch is defined
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import rows_of
 from hooked_mamba.mixers.base import KINDS
 from hooked_mamba.model.stack import Block, Stack
+
+MIXERS = "hooked_mamba.mixers."
+"""Where the package's own branches are defined."""
 
 HEAD = "| site | shape | what it is |\n|---|---|---|"
 
@@ -27,9 +31,9 @@ def branch_table(kind: str) -> str:
 
 
 def all_tables() -> dict[str, str]:
-    """Title -> table: the stream first, then every kind of branch that comes with this package."""
-    mine = {kind: cls for kind, cls in KINDS.items() if cls.__module__.startswith("hooked_mamba.")}
-    return {"Stream": stream_table()} | {cls.title: branch_table(kind) for kind, cls in mine.items() if cls.title}
+    """Title -> table: the stream first, then every kind of branch that the package has, by title."""
+    ours = {cls.title: kind for kind, cls in KINDS.items() if cls.title and cls.__module__.startswith(MIXERS)}
+    return {"Stream": stream_table()} | {title: branch_table(ours[title]) for title in sorted(ours)}
 
 
 def _table(rows: Iterable[tuple[str, Site]]) -> str:

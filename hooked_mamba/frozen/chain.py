@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.frozen.linear import Gain, Mix, Piece, Project
+from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
@@ -253,13 +253,24 @@ class Chain:
             delta, beside = self._step("push", i, delta, beside, rows)
         return delta, met
 
-    def apply(self, x: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
-        """The whole affine map of the stream, biases and memory included: the value at each node, and "out"."""
+    def apply(self, x: Float[Tensor, "n l d"], given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The whole affine map of the stream, biases and memory included: the value at each node, and "out".
+
+        Parameters
+        ----------
+        given
+            Values that other layers made, by name; those absent are the run's own.
+        """
+        given = given or {}
         found: dict[str, Tensor] = {}
         beside: Tensor | None = None
         for i in range(len(self.pieces)):
             found |= {name: x for name, at in self.nodes.items() if at == i}
-            x, beside = self._step("apply", i, x, beside)
+            taken = [name for name in self.takes if name in given]
+            if isinstance(self.pieces[i], Plus) and taken:
+                x = x + self.takes[taken[0]].push(given[taken[0]])
+            else:
+                x, beside = self._step("apply", i, x, beside)
         return found | {"out": x}
 
     def _step(

@@ -175,7 +175,7 @@ class Run:
         block = self.model.block(layer)
         if not any(block.in_scales.get(name) for name in block.stages[0]):
             return self.chain(self.stages(layer)[0][0]).norm
-        return Gain(at_least_fp32(block.norm.weight).detach() / self.cache[f"blocks.{layer}.norm.hook_scale"])
+        return held_norm(block.norm, self.cache[f"blocks.{layer}.norm.hook_scale"])
 
     @property
     def unembedding(self) -> Float[Tensor, "d V"]:
@@ -212,6 +212,22 @@ class Run:
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
+        """A value that one layer made for several above it.
+
+        Raises
+        ------
+        KeyError
+            No layer makes it.
+        """
+        for layer in range(self.n_layers):
+            for stage in self.stages(layer):
+                for part in stage:
+                    chain = self.chain(part)
+                    if name in chain.gives:
+                        return chain.values[chain.gives[name]]
+        raise KeyError(f"no layer makes {name!r} for others")
 
     def channels_at(self, layer: int) -> Literal["u", "p"]:
         """The node at which a mixer's channels are followed: u, the value that enters memory."""
@@ -319,9 +335,9 @@ def frozen_branch(
     model: Any = cache.model
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
-    scale_here = cache[f"blocks.{layer}.{read_by}.hook_scale"]
-    norm = held_norm(getattr(block, read_by), scale_here, block.in_scales.get(name))
+    scale = cache[f"blocks.{layer}.{read_by}.hook_scale"]
+    norm = held_norm(getattr(block, read_by), scale, block.in_scales.get(name))
     prefix = f"blocks.{layer}.{name}."
     chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
-    scale = block.out_scales.get(name)
-    return chain if scale in (None, 1) else chain.with_output(scale)
+    factor = block.out_scales.get(name)
+    return chain if factor in (None, 1) else chain.with_output(factor)

@@ -22,7 +22,17 @@ from hooked_mamba.loading import (
     raw_mamba2,
     raw_rwkv7,
 )
-from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, lfm2, nemotron_h, zamba
+from hooked_mamba.loading.hybrids import (
+    bamba,
+    falcon_h1,
+    gated_deltanet,
+    granite,
+    jamba,
+    lfm2,
+    nemotron_h,
+    qwen3,
+    zamba,
+)
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
@@ -50,10 +60,16 @@ CLASS_OF_FAMILY = {
 HYBRIDS: dict[str, Any] = {
     "bamba": bamba,
     "falcon_h1": falcon_h1,
+    "gated_deltanet": gated_deltanet,
     "granitemoehybrid": granite,
     "jamba": jamba,
     "lfm2": lfm2,
     "nemotron_h": nemotron_h,
+    "qwen3_5": qwen3,
+    "qwen3_5_moe": qwen3,
+    "qwen3_5_moe_text": qwen3,
+    "qwen3_5_text": qwen3,
+    "qwen3_next": qwen3,
     "zamba": zamba,
     "zamba2": zamba,
 }

@@ -73,6 +73,11 @@ class LinearForm(SitedModule):
     rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
 
+    @property
+    def moves_values(self) -> bool:
+        """Whether it says how values move between positions, see :meth:`held_scan`."""
+        return type(self).held_scan is not LinearForm.held_scan
+
     # The whole -------------------------------------------------------------------------------------------------
 
     def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
@@ -162,7 +167,7 @@ class LinearForm(SitedModule):
     def vectors(self, read: Read) -> Float[Tensor, "b l E"]:
         """What the output's weights read."""
         if self.vectors_site is not None:
-            return read(self.vectors_site)
+            return read(self.vectors_site).flatten(2)
         y, gain = read(self.site_at("y")).flatten(2), self.output_gain(read)
         return y if gain is None else y * gain
 

@@ -66,3 +66,18 @@ class HookedHybrid(HookedModel):
         if embedded is None and tokens is not None:
             embedded = self.embed_tokens(tokens.to(self.device))
         return carry if embedded is None else {**(carry or {}), "embed": embedded}
+
+
+class HookedDeltaNet(HookedHybrid):
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) as the package fla builds it: the mixer, then an MLP.
+
+    A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "gated_deltanet".
+    """
+
+    def _build(self, cfg: Any, tokenizer: Any) -> None:
+        if getattr(cfg, "architecture", "gated_deltanet") != "gated_deltanet":
+            raise TypeError(
+                f"HookedDeltaNet takes a config of architecture 'gated_deltanet', got {cfg.architecture!r}: use"
+                " HookedHybrid or load_model"
+            )
+        super()._build(cfg, tokenizer)

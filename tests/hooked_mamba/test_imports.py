@@ -29,7 +29,7 @@ STRATA = (
     {"scan_view", "token_sources"},
     {"mixers"},
     {"decomposition"},
-    {"ssm_decomposition", "weights"},
+    {"unit_decomposition", "ssm_decomposition", "weights"},
     {"activation_cache"},
     {"model"},
     {"models", "site_tables"},
