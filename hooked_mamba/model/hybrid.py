@@ -31,10 +31,17 @@ class HookedHybrid(HookedModel):
     family = "hybrid"
     config_class = HybridConfig
     branch_classes: ClassVar[dict[str, type[Branch]]] = {}
+    architecture: ClassVar[str | None] = None
+    """The one architecture that a subclass takes; None: any."""
     cfg: HybridConfig
 
     def _build(self, cfg: Any, tokenizer: Any) -> None:
         super()._build(cfg, tokenizer)
+        if self.architecture not in (None, cfg.architecture):
+            raise TypeError(
+                f"{type(self).__name__} takes a config of architecture {self.architecture!r}, got"
+                f" {cfg.architecture!r}: use HookedHybrid or load_model"
+            )
         self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
 
     @classmethod
@@ -74,10 +81,4 @@ class HookedDeltaNet(HookedHybrid):
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "gated_deltanet".
     """
 
-    def _build(self, cfg: Any, tokenizer: Any) -> None:
-        if getattr(cfg, "architecture", "gated_deltanet") != "gated_deltanet":
-            raise TypeError(
-                f"HookedDeltaNet takes a config of architecture 'gated_deltanet', got {cfg.architecture!r}: use"
-                " HookedHybrid or load_model"
-            )
-        super()._build(cfg, tokenizer)
+    architecture = "gated_deltanet"
