@@ -155,7 +155,7 @@ class Generation:
                 )
                 columns(step.shape[1])
                 row = logits[:, -1] if made else logits[torch.arange(len(tokens)), last]
-                row = row.clone()
+                row = row.to(tokens.device, copy=True)
                 row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
                 seen = seen_mask = None
                 if freq_penalty:  # the whole text so far, made anew at every step: only where somebody counts it
@@ -194,7 +194,7 @@ class Generation:
             rows = (
                 logits[:, -1] if len(logits) != len(last) or padding is None else logits[torch.arange(len(new)), last]
             )
-            rows = rows.clone()
+            rows = rows.to(tokens.device, copy=True)
             rows[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
             return rows, state
 
