@@ -105,6 +105,11 @@ class Block(SitedModule):
         return {"d": self.cfg.d_model}
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return getattr(self, self.norm_names[0]).weight.device
+
+    @property
     def branches(self) -> dict[str, Branch]:
         """Branches by name, in computing order."""
         return {name: getattr(self, name) for stage in self.stages for name in stage}
@@ -220,14 +225,20 @@ class Stack(SitedModule):
         call = Call(padding, None if state is None else state.seen, dict(carry or {}))
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
-            resid, states[i] = self.blocks[i](resid, states[i], call)
+            device, before = self.block(i).device, states[i]
+            if device != resid.device:
+                resid, call = resid.to(device), call.to(device)
+            if before is not None and any(part.device != device for part in before):
+                before = before.map(lambda part, device=device: part.to(device))  # type: ignore[misc]
+            resid, states[i] = self.blocks[i](resid, before, call)
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""
-        return self.hook_logits(scaled(self.unembed(self.ln_final(resid)), self.logit_multiplier))
+        normed = self.ln_final(resid.to(self.ln_final.weight.device))
+        return self.hook_logits(scaled(self.unembed(normed.to(self.unembed.weight.device)), self.logit_multiplier))
 
     def block(self, layer: int) -> Block:
         """One block."""
