@@ -48,7 +48,8 @@ class HookedHybrid(HookedModel):
         branches = {name: branch_class(cfg.branches[key])(cfg.branches[key], layer) for name, key in shapes.items()}
         if cfg.shared is not None and cfg.shared[layer] is not None:
             return SharedBlock(cfg, branches)
-        return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True)
+        after = layer in cfg.norm_after
+        return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True, norm_after=after)
 
     def tie_weights(self) -> None:
         super().tie_weights()
