@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hooked_mamba.config import BranchConfig, HeadedMambaConfig, Mamba2Config, MambaConfig, ModelConfig
-from hooked_mamba.recurrent_config import DeltaNetConfig
+from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
 """silu(x), the erf form of gelu(x), max(x, 0), max(x, 0)^2."""
@@ -262,6 +262,7 @@ BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
         HeadedMambaConfig,
         Mamba2Config,
         DeltaNetConfig,
+        Mamba3Config,
         ShortConvConfig,
         AttentionConfig,
         MLPConfig,

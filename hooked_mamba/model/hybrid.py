@@ -14,6 +14,7 @@ from hooked_mamba.mixers.gated_deltanet import GatedDeltaNet
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba1_heads import HeadedMamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
+from hooked_mamba.mixers.mamba3 import Mamba3Mixer
 from hooked_mamba.mixers.mlp import MLP
 from hooked_mamba.mixers.moe import MoE
 from hooked_mamba.mixers.short_conv import ShortConv
@@ -21,7 +22,7 @@ from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.shared_block import SharedBlock
 from hooked_mamba.model.stack import Block, Stages
 
-BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
+BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, Mamba3Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
 """What may stand in the blocks of a hybrid here; further kinds join by being defined."""
 
 
