@@ -145,6 +145,8 @@ class Call:
     """Real tokens of each row before this call; None: 0."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
+    turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
 
     def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
         """How many real tokens stand before each column of its row: what a position embedding counts."""

@@ -8,7 +8,7 @@ Glossary
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,11 @@ from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.mixers.rope import rotate
+from hooked_mamba.mixers.rope import rotate, turn_of
 from hooked_mamba.state import BranchState, Call
-
-
-class KVState(NamedTuple):
-    """Memory of attention: the keys and values of all columns so far, padded ones included."""
-
-    k: Tensor
-    """Keys as the scores read them (turned, where there are positions), b m J c."""
-    v: Tensor
-    """Values, b m J c."""
-    real: Tensor
-    """Which columns hold real tokens, b m."""
 
 
 class Attention(Branch):
@@ -112,10 +102,11 @@ class Attention(Branch):
         k = self.hook_k(k if cfg.key_multiplier == 1 else k * cfg.key_multiplier)
         v = self.hook_v(v)
         if cfg.rotary_dim:
-            positions = call.positions(batch, length, resid.device)
-            q = self.hook_rot_q(rotate(q, positions, cfg.rotary_dim, cfg.rotary_base))
-            k = self.hook_rot_k(rotate(k, positions, cfg.rotary_dim, cfg.rotary_base))
-        memory = remember(state, KVState(k, v, real_columns(call, batch, length, resid.device)))
+            turn = turn_of(call, q, cfg.rotary_dim, cfg.rotary_base)
+            q, k = self.hook_rot_q(rotate(q, turn)), self.hook_rot_k(rotate(k, turn))
+        new = KVState(k, v, real_columns(call, batch, length, resid.device))
+        new.whole = call.padding is None
+        memory = remember(state, new)
         z = self.hook_z(self.mix(q, memory, call))
         if cfg.output_gate:
             z = self.hook_z_gated(z * self.hook_gate(torch.sigmoid(self.projected("gate", resid))))
@@ -143,7 +134,7 @@ class Attention(Branch):
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
         length, m = q.shape[1], memory.k.shape[1]
-        seen = visible(memory.real, length) if call.padding is not None or not bool(memory.real.all()) else None
+        seen = None if memory.all_real() else visible(memory.real, length)
         if self.hook_attn_scores.edited or self.hook_pattern.edited:
             everything = slice(None)
             scores = self.hook_attn_scores(self.scores(q, memory, everything))
@@ -224,13 +215,6 @@ class Attention(Branch):
             self.q_norm_weight.fill_(1)
             self.k_norm_weight.fill_(1)
         self.o_proj.weight /= self.cfg.n_layers**0.5
-
-
-def remember(state: BranchState | None, new: KVState) -> KVState:
-    """The memory with this call's columns behind those before."""
-    if state is None:
-        return new
-    return KVState(*(torch.cat([before.to(after.dtype), after], 1) for before, after in zip(state, new, strict=True)))
 
 
 def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:

@@ -73,6 +73,11 @@ class LinearForm(SitedModule):
     rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
 
+    @property
+    def moves_values(self) -> bool:
+        """Whether it says how values move between positions, see :meth:`held_scan`."""
+        return type(self).held_scan is not LinearForm.held_scan
+
     # The whole -------------------------------------------------------------------------------------------------
 
     def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:

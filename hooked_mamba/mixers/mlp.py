@@ -38,6 +38,7 @@ class MLP(Branch):
     title = "MLP"
     place = "mlp"
     config_class = MLPConfig
+    vectors_site = "hook_post"
     sites = (
         Site("hook_pre", "b l F", "neurons before the activation; where the MLP is gated, those of the gate"),
         Site("hook_pre_linear", "b l F", "the other factor of a gated MLP"),

@@ -34,7 +34,15 @@ class HookedHybrid(HookedModel):
     branch_classes: ClassVar[dict[str, type[Branch]]] = {}
     cfg: HybridConfig
 
+    architectures: ClassVar[tuple[str, ...]] = ()
+    """Which families of checkpoints the class is for; () for all."""
+
     def _build(self, cfg: Any, tokenizer: Any) -> None:
+        if self.architectures and isinstance(cfg, self.config_class) and cfg.architecture not in self.architectures:
+            raise TypeError(
+                f"{type(self).__name__} takes a config of architecture {' or '.join(map(repr, self.architectures))}, got"
+                f" {cfg.architecture!r}: use HookedHybrid or load_model"
+            )
         super()._build(cfg, tokenizer)
         self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
 
@@ -76,10 +84,4 @@ class HookedDeltaNet(HookedHybrid):
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "gated_deltanet".
     """
 
-    def _build(self, cfg: Any, tokenizer: Any) -> None:
-        if getattr(cfg, "architecture", "gated_deltanet") != "gated_deltanet":
-            raise TypeError(
-                f"HookedDeltaNet takes a config of architecture 'gated_deltanet', got {cfg.architecture!r}: use"
-                " HookedHybrid or load_model"
-            )
-        super()._build(cfg, tokenizer)
+    architectures = ("gated_deltanet",)

@@ -19,20 +19,26 @@ MAY_IMPORT = {
 PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
-    {"config", "hybrid_config", "recurrent_config", "ops", "display", "renamed", "lazy"},
+    {"config", "ops", "display", "lazy", "renamed"},
+    {"recurrent_config"},
+    {"hybrid_config"},
     {"hooks"},
     {"state", "memory"},
     {"components"},
     {"frozen"},
-    {"mixers", "scan_view", "token_sources"},
-    {"decomposition", "ssm_decomposition", "weights"},
+    {"scan_view", "token_sources"},
+    {"mixers"},
+    {"decomposition"},
+    {"unit_decomposition", "ssm_decomposition", "weights"},
     {"activation_cache"},
     {"model"},
     {"models", "site_tables"},
     {"frozen.run"},
-    {"analysis", "patching", "utils"},
+    {"analysis"},
+    {"patching", "utils"},
 )
-"""config, ops <- hooks <- components <- frozen <- mixers <- models <- runs <- analysis; each module in one."""
+"""Each part of hooked_mamba in one, none of which imports a later one. frozen.run, a model's run of a prompt, stands
+above models; the pieces that it is made of stand below mixers, which say what they are made of."""
 
 ABOVE_ALL = {"cli"}
 """Commands may use everything."""
@@ -62,7 +68,8 @@ def is_module(name: str) -> bool:
 
 
 def imports_of(path: Path) -> list[str]:
-    """Full names of the modules that a file imports anywhere in it, for types alone too."""
+    """Full names of the modules that a file imports anywhere in it, under TYPE_CHECKING as well: whoever reads a file
+    needs those too."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -80,10 +87,10 @@ IMPORTS = {name_of(path): imports_of(path) for path in FILES}
 
 
 def part_of(module: str) -> str:
-    """mixers of hooked_mamba.mixers.mamba1; a run stands above the models, by itself."""
-    if module == "hooked_mamba.frozen.run":
-        return "frozen.run"
-    return module.split(".")[1] if "." in module else ""
+    """mixers of hooked_mamba.mixers.mamba1; two names where STRATA places a module apart from its folder."""
+    _, *names = module.split(".")
+    apart = ".".join(names[:2])
+    return apart if any(apart in parts for parts in STRATA) else ".".join(names[:1])
 
 
 def stratum(part: str) -> int | None:
@@ -131,6 +138,12 @@ def test_loading_knows_only_config_and_tensors():
             )
         elif part_of(other) == "loading":
             assert part_of(module) in {"model", "models", *ABOVE_ALL}, f"{module} imports {other}"
+
+
+def test_imports_for_types_count(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text("from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from saes.coder import SAE\n")
+    assert imports_of(path) == ["typing", "saes.coder"]
 
 
 def test_ops_know_nothing_of_models():
