@@ -40,8 +40,8 @@ class HookedHybrid(HookedModel):
     def _build(self, cfg: Any, tokenizer: Any) -> None:
         if self.architectures and isinstance(cfg, self.config_class) and cfg.architecture not in self.architectures:
             raise TypeError(
-                f"{type(self).__name__} takes a config of architecture {' or '.join(map(repr, self.architectures))}, got"
-                f" {cfg.architecture!r}: use HookedHybrid or load_model"
+                f"{type(self).__name__} takes a config of architecture {' or '.join(map(repr, self.architectures))},"
+                f" got {cfg.architecture!r}: use HookedHybrid or load_model"
             )
         super()._build(cfg, tokenizer)
         self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
@@ -85,3 +85,12 @@ class HookedDeltaNet(HookedHybrid):
     """
 
     architectures = ("gated_deltanet",)
+
+
+class HookedMamba3(HookedHybrid):
+    """Mamba-3 (arXiv:2603.15569) with single input and output, one mixer a block.
+
+    A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "mamba3".
+    """
+
+    architectures = ("mamba3",)

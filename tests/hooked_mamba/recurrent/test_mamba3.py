@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import zlib
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_mamba import HookedHybrid
+from hooked_mamba import HookedHybrid, HookedMamba3, load_model
 from hooked_mamba.hybrid_config import HybridConfig
+from hooked_mamba.loading import CheckpointError
 from hooked_mamba.recurrent_config import Mamba3Config
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.recurrent import mamba3_oracle
@@ -166,3 +168,52 @@ def test_the_rate_has_no_default():
         Mamba3Config(**(usual | {"d_state": 3}), A_act="softplus")
     with pytest.raises(ValueError, match="do not fit"):
         Mamba3Config(**usual, n_groups=3, A_act="softplus")
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+def in_files(kind: str, **changes) -> HookedMamba3:
+    """Two layers, of architecture "mamba3"."""
+    fields = {**KINDS[kind], "use_bias": False, **changes}
+    mixer = Mamba3Config(d_model=6, n_layers=2, d_state=5, head_dim=3, **fields)
+    layout = ((("mixer",),),) * 2
+    stack = {"d_model": 6, "n_layers": 2, "d_vocab": 24, "tie_embeddings": kind == "plain", "architecture": "mamba3"}
+    return HookedMamba3(HybridConfig(**stack, branches={"mixer": mixer}, layout=layout), seed=0).eval()
+
+
+@pytest.mark.parametrize(("kind", "format"), [("plain", "raw"), ("all", "raw"), ("plain", "hf")])
+def test_files_both_ways(kind, format, tmp_path):
+    model, tokens = in_files(kind), tokens_for()
+    model.save_pretrained(tmp_path, format=format)
+    for loaded in (load_model(tmp_path), HookedMamba3.from_pretrained(tmp_path)):
+        assert loaded.cfg.branches == model.cfg.branches
+        assert torch.equal(loaded(tokens), model(tokens))
+    if format == "raw":
+        names = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+        assert names["backbone.layers.1.mixer.B_bias"].shape == (4, 1, 5)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["ssm_cfg"]["layer"] == "Mamba3"
+
+
+def test_a_raw_file_must_say_which_rate(tmp_path):
+    in_files("plain").save_pretrained(tmp_path, format="raw")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["ssm_cfg"]["A_act"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"two variants.*softplus.*heavy_tail"):
+        load_model(tmp_path)
+    config["ssm_cfg"] |= {"A_act": "softplus", "is_mimo": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is_mimo=True"):
+        load_model(tmp_path)
+
+
+def test_what_a_form_cannot_say(tmp_path):
+    with pytest.raises(CheckpointError, match="format='raw'"):
+        in_files("all").save_pretrained(tmp_path, format="hf")
+    with pytest.raises(CheckpointError, match="use_bias=True"):
+        in_files("plain", use_bias=True).save_pretrained(tmp_path, format="raw")
+    with pytest.raises(ValueError, match="linear form is not computed"):
+        model_of("plain").run_with_cache(tokens_for())[1].hidden_attention(0)
