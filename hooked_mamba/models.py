@@ -14,6 +14,7 @@ from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.model.hooked_model import MODELS, HookedModel
 from hooked_mamba.model.hybrid import HookedDeltaNet as HookedDeltaNet
 from hooked_mamba.model.hybrid import HookedHybrid as HookedHybrid
+from hooked_mamba.model.hybrid import HookedMamba3 as HookedMamba3
 from hooked_mamba.model.rwkv7 import HookedRWKV7 as HookedRWKV7
 
 HookedSSM = HookedModel

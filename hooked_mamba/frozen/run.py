@@ -173,6 +173,8 @@ class Run:
         if layer == self.n_layers:
             return self.final_norm
         block = self.model.block(layer)
+        if block.norm_after:
+            raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
         if not any(block.in_scales.get(name) for name in block.stages[0]):
             return self.chain(self.stages(layer)[0][0]).norm
         return held_norm(block.norm, self.cache[f"blocks.{layer}.norm.hook_scale"])
@@ -336,8 +338,13 @@ def frozen_branch(
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
     scale = cache[f"blocks.{layer}.{read_by}.hook_scale"]
-    norm = held_norm(getattr(block, read_by), scale, block.in_scales.get(name))
+    held, in_scale, factor = getattr(block, read_by), block.in_scales.get(name), block.out_scales.get(name)
     prefix = f"blocks.{layer}.{name}."
-    chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
-    factor = block.out_scales.get(name)
+    if block.norm_after:
+        unnormed = Gain(scaled(torch.ones_like(scale), in_scale))
+        chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, unnormed)
+        return chain.followed_by(held_norm(held, scale, factor))
+    chain = block.branches[name].frozen(
+        lambda site: cache[prefix + site], before, mask, held_norm(held, scale, in_scale)
+    )
     return chain if factor in (None, 1) else chain.with_output(factor)

@@ -55,6 +55,8 @@ class Block(SitedModule):
         Whether `hook_{branch}_out` holds what each branch adds.
     norm
         Made of a width and an eps, one for each stage.
+    norm_after
+        Whether the norms stand behind the branches, one in each stage: `stream += norm(branch(stream))`.
     """
 
     place = "block"
@@ -76,6 +78,7 @@ class Block(SitedModule):
         out_scales: Mapping[str, float] | None = None,
         output_sites: bool = False,
         norm: type[SitedModule] = RMSNorm,
+        norm_after: bool = False,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -83,7 +86,7 @@ class Block(SitedModule):
         self.stages = tuple(tuple(stage) for stage in stages)
         self.norm_names = tuple(f"norm{i}" if i > 1 else "norm" for i in range(1, len(self.stages) + 1))
         self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
-        self.output_sites = output_sites
+        self.output_sites, self.norm_after = output_sites, norm_after
         for name in self.norm_names:
             setattr(self, name, norm(cfg.d_model, cfg.eps))  # type: ignore[call-arg]
         for name, branch in branches.items():
@@ -95,9 +98,11 @@ class Block(SitedModule):
         rows: list[Site | Child] = [declared["hook_resid_pre"]]
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             rows += [declared["hook_resid_mid"]] if i else []
-            rows += [replace(declared["norm2" if i else "norm"], name=norm)]
+            here = [replace(declared["norm2" if i else "norm"], name=norm)]
+            rows += [] if self.norm_after else here
             for name in stage:
                 rows += [Child(name)]
+                rows += here if self.norm_after else []
                 rows += [declared[f"hook_{name}_out"]] if self.output_sites else []
         return (*rows, declared["hook_resid_post"])
 
@@ -131,11 +136,12 @@ class Block(SitedModule):
         after: dict[str, BranchState] = {}
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             resid = self.hook_resid_mid(resid) if i else resid
-            x = getattr(self, norm)(resid)
+            x = resid.to(self.norm.weight.dtype) if self.norm_after else getattr(self, norm)(resid)
             outs: list[Tensor] = []
             for name in stage:
                 before = None if state is None else state[name]
                 out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                out = getattr(self, norm)(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
                 outs.append(out)
