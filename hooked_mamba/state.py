@@ -212,6 +212,11 @@ class Padding:
         """The same on another device."""
         return Padding(self.mask.to(device), self.left.to(device), self.right.to(device))
 
+    @property
+    def ends(self) -> Int[Tensor, " b"]:
+        """Column behind each row's last real token: a position t < 0 of a row is its column ends + t."""
+        return self.mask.shape[1] - self.right
+
     def zero(self, x: Float[Tensor, "b l *rest"]) -> Float[Tensor, "b l *rest"]:
         """x with exact zeros at padded positions."""
         mask = self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2))

@@ -287,6 +287,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         padding = None
         if attention_mask is not None:
             padding = Padding.from_mask(attention_mask, (batch, length), self.device)
+        self.padding = padding
         if initial_state is not None:
             self.check_state(initial_state, batch)
 
@@ -370,8 +371,16 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         layers = self.layer_range(start, kwargs.get("stop_at_layer"))
         reached = [p for name, p in points.items() if (i := SiteName.parse(name).layer) is None or i in layers]
         where = torch.device(device) if device is not None else self.device
+        select.check_padding(self.mask_of(input, *rest, **kwargs))
         check_cache_fits(reached, shape, select, self.embed.weight.element_size(), where, copies=2 if incl_bwd else 1)
         return (input, *rest), kwargs
+
+    def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
+        given = model_kwargs.get("attention_mask")
+        if given is None or isinstance(given, Padding):
+            return None if given is None else given.mask
+        mask = torch.as_tensor(given, device=self.device).bool()
+        return None if bool(mask.all()) else mask
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from hooked_mamba.config import ModelConfig
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.states import padding_known
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
 
 Stages = Sequence[Sequence[str]]
@@ -140,7 +141,8 @@ class Block(SitedModule):
             outs: list[Tensor] = []
             for name in stage:
                 before = None if state is None else state[name]
-                out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                with padding_known(getattr(self, name), call):
+                    out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
                 out = getattr(self, norm)(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
@@ -218,6 +220,9 @@ class Stack(SitedModule):
         """Token ids to the start of the residual stream."""
         embedded = self.hook_embed(scaled(self.embed(self.hook_tokens(tokens)), self.embedding_multiplier))
         return self.ln_embed(embedded) if self.norms_embedding else embedded
+
+    padding: Padding | None = None
+    """Of the forward pass under way, or of the last one."""
 
     def run_blocks(
         self,
