@@ -8,6 +8,7 @@ from hooked_mamba.models import HookedDeltaNet as HookedDeltaNet
 from hooked_mamba.models import HookedHybrid as HookedHybrid
 from hooked_mamba.models import HookedMamba as HookedMamba
 from hooked_mamba.models import HookedMamba2 as HookedMamba2
+from hooked_mamba.models import HookedMamba3 as HookedMamba3
 from hooked_mamba.models import HookedModel as HookedModel
 from hooked_mamba.models import HookedRWKV7 as HookedRWKV7
 from hooked_mamba.models import load_model as load_model

@@ -118,7 +118,7 @@ class Chain:
     @property
     def output(self) -> Project:
         """What writes into the stream."""
-        return cast(Project, self.pieces[-1])
+        return next(piece for piece in reversed(self.pieces) if isinstance(piece, Project))
 
     @property
     def input_bias(self) -> Float[Tensor, " E"] | float:
@@ -142,6 +142,10 @@ class Chain:
         """The same with its output times a factor."""
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
+
+    def followed_by(self, piece: Piece) -> Chain:
+        """The same with a step behind its output."""
+        return replace(self, pieces=(*self.pieces, piece))
 
     # Backwards -------------------------------------------------------------------------------------------------
 
@@ -304,7 +308,7 @@ class Chain:
     def own(self) -> Float[Tensor, "b l E"]:
         """The factor by which each channel's own input p passes at its own position, up to the output's weights."""
         factor: Tensor | None = None
-        for piece in reversed(self.between("p")[:-1]):
+        for piece in reversed([piece for piece in self.between("p") if not isinstance(piece, Project)]):
             factor = piece.diagonal() if factor is None else factor * piece.diagonal()
         assert factor is not None  # sigma and taps are always there
         return factor

@@ -67,8 +67,8 @@ class Attention(Branch):
             self.gate_proj = Linear(d, Q * c, bias=cfg.qkv_bias)
             self.frozen_sites = (*type(self).frozen_sites, "hook_gate")
         if cfg.qk_norm_eps is not None:
-            self.q_norm_weight = nn.Parameter(torch.ones(c))
-            self.k_norm_weight = nn.Parameter(torch.ones(c))
+            self.q_norm_weight = nn.Parameter(torch.ones(Q * c if cfg.qk_norm_of_all else c))
+            self.k_norm_weight = nn.Parameter(torch.ones(J * c if cfg.qk_norm_of_all else c))
         if cfg.adapter_rank is not None:
             self.adapters = nn.ModuleDict(
                 {name: LowRank(d, cfg.adapter_rank, heads * c) for name, heads in (("q", Q), ("k", J), ("v", J))}
@@ -96,8 +96,8 @@ class Attention(Branch):
         batch, length, _ = resid.shape
         q, k, v = (self.projected(name, resid) for name in ("q", "k", "v"))
         if cfg.qk_norm_eps is not None:
-            q = rms_normalize(self.hook_q_pre(q), cfg.qk_norm_eps) * self.q_norm_weight
-            k = rms_normalize(self.hook_k_pre(k), cfg.qk_norm_eps) * self.k_norm_weight
+            q = self.normed(self.hook_q_pre(q), self.q_norm_weight, cfg.qk_norm_eps)
+            k = self.normed(self.hook_k_pre(k), self.k_norm_weight, cfg.qk_norm_eps)
         q = self.hook_q(q)
         k = self.hook_k(k if cfg.key_multiplier == 1 else k * cfg.key_multiplier)
         v = self.hook_v(v)
@@ -117,6 +117,12 @@ class Attention(Branch):
             out = self.o_proj(rearrange(z, "b l h c -> b l (h c)"))
             self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
         return self.hook_out(out), memory
+
+    def normed(self, x: Float[Tensor, "b l h c"], weight: Tensor, eps: float) -> Float[Tensor, "b l h c"]:
+        """Queries or keys with an RMS norm of each head, or of all heads together."""
+        if not self.cfg.qk_norm_of_all:
+            return rms_normalize(x, eps) * weight
+        return (rms_normalize(x.flatten(2), eps) * weight).reshape(x.shape)
 
     def projected(self, name: str, resid: Float[Tensor, "b l i"]) -> Float[Tensor, "b l h c"]:
         """Queries, keys, values or gates as the weights make them, split into heads."""

@@ -126,7 +126,9 @@ class GatedDeltaNet(Branch):
         self.out_proj = Linear(cfg.E, d, bias=False)
         self.value_rows, self.head_width = slice(cfg.conv_dim - cfg.E, cfg.conv_dim), cfg.value_dim
         self.frozen_sites = (*type(self).frozen_sites, *["hook_conv"] * bool(cfg.d_conv))
-        self.frozen_sites += ("hook_gate",) if cfg.gate != "none" else ()
+        if cfg.gate != "none":
+            self.frozen_sites += ("hook_gate",)
+            self.norm_readers = (*type(self).norm_readers, "z_proj.weight")
         self.add_sites()
 
     def site_rows(self) -> tuple[Site | Child, ...]:
@@ -219,6 +221,7 @@ class GatedDeltaNet(Branch):
     # No "write": hook_Bx is what is written once the removal is done, and later removals do not see an edit of it.
     places: ClassVar = {"p": "hook_x_pre", "u": "hook_v", "y": "hook_y_scan", "state": "hook_h"}
     vectors_site = "hook_y_gated"
+    norm_readers: tuple[str, ...] = tuple(f"{name}.weight" for name in ("in_proj", "a_proj", "b_proj"))
 
     def held_scan(self, read: Read) -> DeltaScan:
         """The delta rule over v; beta is the strength of its writes."""

@@ -66,7 +66,7 @@ class LinearForm(SitedModule):
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
     """What B, C and dt are computed from, where there are any."""
-    norm_readers: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
+    norm_readers: tuple[str, ...] = ("in_proj.weight",)
     """Weights whose columns read the block's norm."""
     inner_norms: tuple[tuple[str, str], ...] = ()
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""

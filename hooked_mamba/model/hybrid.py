@@ -14,6 +14,7 @@ from hooked_mamba.mixers.gated_deltanet import GatedDeltaNet
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba1_heads import HeadedMamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
+from hooked_mamba.mixers.mamba3 import Mamba3Mixer
 from hooked_mamba.mixers.mlp import MLP
 from hooked_mamba.mixers.moe import MoE
 from hooked_mamba.mixers.short_conv import ShortConv
@@ -21,7 +22,7 @@ from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.shared_block import SharedBlock
 from hooked_mamba.model.stack import Block, Stages
 
-BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
+BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, Mamba3Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
 """What may stand in the blocks of a hybrid here; further kinds join by being defined."""
 
 
@@ -55,7 +56,8 @@ class HookedHybrid(HookedModel):
         branches = {name: branch_class(cfg.branches[key])(cfg.branches[key], layer) for name, key in shapes.items()}
         if cfg.shared is not None and cfg.shared[layer] is not None:
             return SharedBlock(cfg, branches)
-        return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True)
+        after = layer in cfg.norm_after
+        return Block(cfg, branches, stages, cfg.in_scales, cfg.out_scales, output_sites=True, norm_after=after)
 
     def tie_weights(self) -> None:
         super().tie_weights()
@@ -82,3 +84,12 @@ class HookedDeltaNet(HookedHybrid):
     """
 
     architecture = "gated_deltanet"
+
+
+class HookedMamba3(HookedHybrid):
+    """Mamba-3 (arXiv:2603.15569) with single input and output, one mixer a block.
+
+    A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "mamba3".
+    """
+
+    architecture = "mamba3"

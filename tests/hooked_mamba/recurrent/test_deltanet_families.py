@@ -10,9 +10,11 @@ import transformers
 from safetensors.torch import load_file
 
 from hooked_mamba import HookedDeltaNet, HookedHybrid, load_model
+from hooked_mamba.analysis import fold_norms
 from hooked_mamba.frozen.run import Run
 from hooked_mamba.loading import CheckpointError
-from tests.hooked_mamba.recurrent.models import build, equations, tokens_for
+from hooked_mamba.loading.registry import detect
+from tests.hooked_mamba.recurrent.models import bare, build, equations, tokens_for
 from tests.hooked_mamba.tiny import relative
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -47,6 +49,8 @@ CASES = {
     "qwen3_next": ("Qwen3Next", EXPERTS | {"mlp_only_layers": [1], "rope_parameters": POSITIONS}),
     "qwen3_next, dense": ("Qwen3Next", {"num_experts": 0, "rope_parameters": POSITIONS, "attention_bias": True}),
     "qwen3_5": ("Qwen3_5", {"tie_word_embeddings": True, "rope_parameters": POSITIONS | {"mrope_section": [1, 1, 0]}}),
+    "olmo_hybrid": ("OlmoHybrid", {"rope_parameters": None}),
+    "olmo_hybrid, turned": ("OlmoHybrid", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
     "qwen3_5_moe": ("Qwen3_5Moe", EXPERTS | {"rope_parameters": POSITIONS | {"mrope_section": [1, 1, 0]}}),
 }
 
@@ -62,7 +66,7 @@ def theirs(case: str):
     """A tiny float64 model of transformers, every weight drawn away from 0 and 1."""
     name, fields = CASES[case]
     config_class = getattr(transformers, f"{name}Config", None)
-    if name != "Qwen3Next":
+    if name.startswith("Qwen3_5"):
         config_class = getattr(transformers, f"{name}TextConfig")
     torch.manual_seed(0)
     hf = getattr(transformers, f"{name}ForCausalLM")(config_class(**COMMON, **fields))
@@ -98,7 +102,7 @@ def test_chunks_are_one_pass(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5", "olmo_hybrid"])
 def test_branches_are_their_chains(case):
     """The gate of attention and that of the shared expert are gains, the pattern and the delta rule are held."""
     model, tokens = HookedHybrid.from_hf(theirs(case)).double(), tokens_for(length=6)
@@ -194,3 +198,23 @@ def test_errors(tmp_path):
             load_model(tmp_path)
     with pytest.raises(TypeError, match="architecture 'gated_deltanet', got 'hybrid'"):
         HookedDeltaNet(build("deltanet").cfg)
+
+
+@pytest.mark.parametrize("kind", ["deltanet", "deltanet-bare", "deltanet-sigmoid"])
+def test_norms_are_folded_into_all_that_read_them(kind):
+    model, tokens = bare(kind), tokens_for()
+    folded = fold_norms(model)
+    assert relative(folded(tokens), model(tokens)) < EXACT
+    assert bool((folded.blocks[0].norm.weight == 1).all())
+
+
+def test_kimi_is_refused_with_the_reason():
+    with pytest.raises(CheckpointError, match=r"'kimi_linear' is not supported: .*MLA"):
+        detect({"model_type": "kimi_linear", "hidden_size": 8})
+
+
+def test_norms_that_cannot_be_folded():
+    with pytest.raises(ValueError, match="LayerNorms"):
+        fold_norms(build("rwkv7"))
+    with pytest.raises(ValueError, match="behind their branches"):
+        fold_norms(HookedHybrid.from_hf(theirs("olmo_hybrid")))
