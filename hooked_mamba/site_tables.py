@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import rows_of
 from hooked_mamba.mixers.base import KINDS
+from hooked_mamba.model.shared_block import SharedBlock
 from hooked_mamba.model.stack import Block, Stack
+from hooked_mamba.models import HookedModel as HookedModel  # every kind of branch is defined once this is imported
 
 HEAD = "| site | shape | what it is |\n|---|---|---|"
 
@@ -20,6 +22,11 @@ def stream_table() -> str:
     return _table([*top[:first], *block, *top[first:]])
 
 
+def shared_table() -> str:
+    """The sites that a block with a shared transformer has outside of its branches."""
+    return _table((f"blocks.{{i}}.{name}", row) for name, row in rows_of(SharedBlock))
+
+
 def branch_table(kind: str) -> str:
     """The sites of one kind of branch, such as "mamba"."""
     cls = KINDS[kind]
@@ -28,7 +35,9 @@ def branch_table(kind: str) -> str:
 
 def all_tables() -> dict[str, str]:
     """Title -> table: the stream first, then every kind of branch."""
-    return {"Stream": stream_table()} | {cls.title: branch_table(kind) for kind, cls in KINDS.items() if cls.title}
+    return {"Stream": stream_table(), "Blocks with a shared transformer": shared_table()} | {
+        cls.title: branch_table(kind) for kind, cls in KINDS.items() if cls.title
+    }
 
 
 def _table(rows: Iterable[tuple[str, Site]]) -> str:
