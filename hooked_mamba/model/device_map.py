@@ -144,8 +144,8 @@ def _filled(sizes: Mapping[str, int], devices: Devices, shared: Mapping[str, str
             total = sum(sizes.values())
             held = ", ".join(f"{name} with {free / 2**30:.1f} GiB" for name, free in devices.items()) or "no device"
             raise MemoryError(
-                f"the weights take {total / 2**30:.1f} GiB and there is {held}: everything before {part} fits, the other"
-                f" {missing / 2**30:.1f} GiB do not; use a smaller dtype or more devices"
+                f"the weights take {total / 2**30:.1f} GiB and there is {held}: everything before {part} fits, the"
+                f" other {missing / 2**30:.1f} GiB do not; use a smaller dtype or more devices"
             )
         places[part] = device
         left[device] -= size

@@ -66,8 +66,9 @@ def run(sizes: Sizes) -> Section:
     b, l = sizes.grad_shape
     section = Section(
         "Hybrids",
-        f"Random weights at the shapes of Falcon-H1-90M and Granite-4-H-350M, {b} x {l}, the same in both libraries. A step"
-        " reads one token behind the prompt. Errors: largest difference of a logit from transformers' by the largest.",
+        f"Random weights at the shapes of Falcon-H1-90M and Granite-4-H-350M, {b} x {l}, the same in both libraries. A"
+        " step reads one token behind the prompt. Errors: largest difference of a logit from transformers', by the"
+        " largest.",
     )
     for name, config in configs(sizes).items():
         _compare(section, name, config, sizes)
