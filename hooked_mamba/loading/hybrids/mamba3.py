@@ -58,8 +58,8 @@ def raw_config_of(config: Mapping[str, Any]) -> HybridConfig:
     if act not in ("softplus", "heavy_tail"):
         raise CheckpointError(
             f"{what} has A_act={act!r}: two variants of Mamba-3 have been published under the same names of weights,"
-            ' and no file says which it was trained with. Write "A_act": "softplus" (mamba_ssm 2.3.2) or "heavy_tail" (its'
-            " main branch since June 2026: 1 + x above 0, 1 / (1 - x) below) into ssm_cfg of config.json"
+            ' and no file says which it was trained with. Write "A_act": "softplus" (mamba_ssm 2.3.2) or "heavy_tail"'
+            " (its main branch since June 2026: 1 + x above 0, 1 / (1 - x) below) into ssm_cfg of config.json"
         )
     allowed = {"is_mimo": (False,), "A_act": ("softplus", "heavy_tail")}
     fields = read_ssm_cfg(config, FIELDS, allowed, UNUSED, what)
