@@ -162,7 +162,7 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
         weight = torch.tensor(list(given), dtype=frozen.dtype)
     elif all(isinstance(t, Logit) and t.minus is None for t in targets):
         p = frozen.logits[0].softmax(-1)
-        weight = torch.stack([p[frozen.column(t.position), frozen.token_id(t.token)] for t in targets])
+        weight = torch.stack([p[frozen.column(t.position, 0), frozen.token_id(t.token)] for t in targets])
     else:
         weight = torch.ones(len(targets), dtype=frozen.dtype)
     return (weight / weight.sum()).cpu()
@@ -202,7 +202,7 @@ def _assemble(
     kept = sorted([*traced, *ends])
     top = frozen.n_layers
     first = [
-        Node("target", top, frozen.column(t.position), i, float(value), name=t.label)
+        Node("target", top, frozen.column(t.position, 0), i, float(value), name=t.label)
         for i, (t, value) in enumerate(zip(targets, values, strict=True))
     ]
     inner = []

@@ -146,7 +146,7 @@ def _metric(frozen: FrozenModel, target: Target) -> Metric:
         )
 
     def measure(logits: Tensor) -> Tensor:
-        at = logits[:, frozen.column(target.position)]
+        at = logits[:, frozen.column(target.position, 0)]
         value = target.of(at, frozen)
         return value - torch.logsumexp(at, -1) if target.minus is None else value
 

@@ -96,8 +96,8 @@ def integrated_gradients(
 
 
 def _read(frozen: FrozenModel, target: Logit, logits: Float[Tensor, "b l V"]) -> Float[Tensor, " b"]:
-    at = logits[:, frozen.column(target.position)]
-    return torch.stack([target.of(at[row], frozen, row) for row in range(frozen.batch)])
+    at = frozen.columns(target.position)
+    return torch.stack([target.of(logits[row, at[row]], frozen, row) for row in range(frozen.batch)])
 
 
 def _embedding_gradients(

@@ -131,7 +131,7 @@ def patch_effects(
         raise ValueError("no replacement: give a token, or several")
     if positions is not None and not len(positions):
         raise ValueError("no position: name at least one token to replace, or None for all")
-    columns = [frozen.column(t) for t in (range(frozen.length) if positions is None else positions)]
+    columns = [frozen.column(t, 0) for t in (range(frozen.length) if positions is None else positions)]
     if positions is None and frozen.mask is not None:
         columns = [t for t in columns if bool(frozen.mask[0, t])]
     padded = [t for t in columns if frozen.mask is not None and not frozen.mask[0, t]]

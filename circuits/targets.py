@@ -52,7 +52,7 @@ class Logit:
         Ids, or texts of one token each; a tuple has one for each row of the batch. A list of several for `minus`
         stands for their mean.
     position
-        Where it is read; negative ones count from the last column.
+        Where it is read; negative ones count from each row's last real token.
     """
 
     token: int | str | tuple[int | str, ...]
@@ -65,7 +65,7 @@ class Logit:
         return f"logit {self.token!r}{less}@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
-        position, n = run.column(self.position), run.n_layers
+        position, n = run.column(self.position, row), run.n_layers
         direction = self.of(run.unembedding, run, row)
         vector = run.behind_norm(n, direction, (row, position))
         value = self.of(run.logits[row, position].to(run.dtype), run, row)
@@ -111,7 +111,7 @@ def top_logits(run: Run, p: float | int = 0.95, most: int = 10, position: int = 
     """
     if not 0 < p <= 1 or most < 1:
         raise ValueError(f"p must be above 0 and at most 1, and most at least 1; got p={p}, most={most}")
-    probabilities = run.logits[row, run.column(position)].softmax(-1)
+    probabilities = run.logits[row, run.column(position, row)].softmax(-1)
     best = probabilities.topk(min(most, len(probabilities)))
     count = int((best.values.cumsum(0) < p).sum()) + 1
     return [Logit(_named(run, int(token)), position) for token in best.indices[:count]]
@@ -143,7 +143,7 @@ class Feature:
         return f"{kind}{'' if cfg.layer is None else cfg.layer}[{self.index}]@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
-        coder, position = self.coder, run.column(self.position)
+        coder, position = self.coder, run.column(self.position, row)
         if not 0 <= self.index < coder.cfg.d_sae:
             raise IndexError(f"feature {self.index} is out of range: this coder has {coder.cfg.d_sae}")
         f = coder.W_enc[:, self.index].detach().to(run.dtype)
@@ -172,7 +172,7 @@ class Channel:
         return f"mixer{self.layer}[{self.channel}]@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
-        position = run.column(self.position)
+        position = run.column(self.position, row)
         if not 0 <= self.layer < run.n_layers:
             raise IndexError(f"layer {self.layer} is out of range: there are {run.n_layers}")
         stream, chain = run.channels_at(self.layer), run.chain(self.layer)
@@ -199,7 +199,7 @@ class Direction:
         return f"{self.name}{self.layer}@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
-        n, position = run.n_layers, run.column(self.position)
+        n, position = run.n_layers, run.column(self.position, row)
         layer = self.layer + (n + (self.stream == "resid")) * (self.layer < 0)
         if not 0 <= layer < n + (self.stream == "resid"):
             raise IndexError(f"layer {self.layer} is out of range for a model of {n} layers")

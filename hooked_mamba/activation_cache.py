@@ -20,4 +20,6 @@ class ActivationCache(HookCache, UnitDecomposition):
         The model that made them.
     has_batch_dim
         False once :meth:`remove_batch_dim` was called.
+    mask
+        b l, True at the real tokens of a padded batch; None where all are real.
     """

@@ -64,6 +64,8 @@ class ModelConfig(BranchConfig):
     """Token put in front when `prepend_bos` is asked for. The tokenizer's own wins where it has one."""
     eos_token_id: int | None = None
     """Token at which generation stops. The tokenizer's own wins where it has one."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further tokens at which it stops, where a config names several."""
     pad_token_id: int | None = None
     """Token that fills padded positions; it is masked, so its value changes nothing."""
     model_name: str = "custom"
@@ -72,6 +74,7 @@ class ModelConfig(BranchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("d_vocab")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.d_vocab_unpadded is not None and not 1 <= self.d_vocab_unpadded <= self.d_vocab:
             raise ValueError(
                 f"d_vocab_unpadded must be from 1 to d_vocab={self.d_vocab}, got {self.d_vocab_unpadded!r}"

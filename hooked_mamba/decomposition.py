@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.hooks.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PosSlice
 
 Labelled = Tensor | tuple[Tensor, list[str]]
 """A stack, and with `return_labels=True` the names of its components."""
@@ -23,6 +23,7 @@ class ResidualDecomposition:
 
     model: Any
     has_batch_dim: bool
+    selected: Any
 
     def __getitem__(self, key: Any) -> Tensor:
         raise KeyError(key)
@@ -191,7 +192,7 @@ class ResidualDecomposition:
                 )
             directions = directions - other
         stack = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
-        has_positions = PositionSelect(pos_slice).keeps_axis
+        has_positions = self.selected(pos_slice).keeps_axis
         if directions.ndim == 2 and has_positions and stack.ndim == 4:
             directions = directions.unsqueeze(-2)  # one token a row, at all its positions
         return (stack * directions.to(stack.dtype)).sum(-1)
@@ -214,7 +215,7 @@ class ResidualDecomposition:
 
     def at(self, value: Tensor, pos_slice: PosSlice) -> Tensor:
         """Chosen positions of a cached value."""
-        select = PositionSelect(pos_slice)
+        select = self.selected(pos_slice)
         return select.apply(value) if self.has_batch_dim else select.apply(value[None])[0]
 
     def logit_directions(self, tokens: str | int | Tensor) -> Tensor:

@@ -43,12 +43,13 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
+    device_map: Any = None,
 ) -> HookedModel:
     """The model of a bundled name, a folder or a hub id, of the class that its files call for.
 
     Parameters
     ----------
-    name_or_path, revision, dtype, device, tokenizer
+    name_or_path, revision, dtype, device, tokenizer, device_map
         As in :meth:`HookedModel.from_pretrained`. Each file is opened once.
 
     Raises
@@ -59,4 +60,6 @@ def load_model(
         The hub cannot be reached.
     """
     checkpoint = loading.load_checkpoint(name_or_path, revision=revision)
-    return MODELS[checkpoint.family].from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer)
+    return MODELS[checkpoint.family].from_checkpoint(
+        checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map
+    )

@@ -173,7 +173,7 @@ class SSMDecomposition(ResidualDecomposition):
         view, path = self.scan_view(layer), self.token_path(layer) if source == "token" else None
         if source not in ("scan", "token"):
             raise ValueError(f"source must be 'scan' or 'token', got {source!r}")
-        select = PositionSelect(pos_slice)
+        select = self.selected(pos_slice)
         queries = _positions(select, view.length)
         output = self.model.mixer(layer).value_output()
         W, b_out = output.W.t(), output.b
@@ -241,7 +241,7 @@ class SSMDecomposition(ResidualDecomposition):
         if layer is None:
             return torch.stack([self.compute_ssm_state(i, time_step) for i in range(self.model.cfg.n_layers)])
         view, mixer = self.scan_view(layer), self.model.mixer(layer)
-        select = PositionSelect(time_step)  # type: ignore[arg-type]
+        select = self.selected(time_step, "time_step")
         queries = _positions(select, view.length)
         at = sorted(set(queries))
         states = view.out(states_at=at).states
@@ -317,7 +317,7 @@ class SSMDecomposition(ResidualDecomposition):
         """
         view = self.scan_view(layer, branch)
         lanes = [channels] if isinstance(channels, int) else channels
-        select = PositionSelect(queries)
+        select = self.selected(queries, "queries")
         at = _positions(select, view.length)
         if average:
             alpha = view.mean_rows(at, lanes=lanes, include_skip=include_skip)

@@ -148,6 +148,12 @@ class Call:
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
 
+    def to(self, device: torch.device) -> Call:
+        """The same for blocks that are on another device."""
+        seen = None if self.seen is None else self.seen.to(device)
+        padding = None if self.padding is None else self.padding.to(device)
+        return Call(padding, seen, {name: value.to(device) for name, value in self.carry.items()})
+
     def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
         """How many real tokens stand before each column of its row: what a position embedding counts."""
         if self.padding is None:
@@ -201,6 +207,15 @@ class Padding:
                 " a state-space model cannot skip a position inside a sequence, remove the token instead"
             )
         return cls(mask, left, length - left - real)
+
+    def to(self, device: torch.device) -> Padding:
+        """The same on another device."""
+        return Padding(self.mask.to(device), self.left.to(device), self.right.to(device))
+
+    @property
+    def ends(self) -> Int[Tensor, " b"]:
+        """Column behind each row's last real token: a position t < 0 of a row is its column ends + t."""
+        return self.mask.shape[1] - self.right
 
     def zero(self, x: Float[Tensor, "b l *rest"]) -> Float[Tensor, "b l *rest"]:
         """x with exact zeros at padded positions."""

@@ -86,7 +86,7 @@ def _hook(
             new = at_least_fp32(whole) + (new - y)
         new = new.to(value.dtype)
         batch, length = value.shape[:2]
-        mask = column_mask(positions, batch, length, columns_before(model), value.device)
+        mask = column_mask(positions, batch, length, columns_before(model), value.device, padding.padding)
         if site.startswith("blocks.") and padding.padding is not None:
             real = padding.padding.mask
             mask = real if mask is None else mask & real

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits.interventions.edits import Intervention, OfCoder, OfState, ScaleEmbedding, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
+from hooked_mamba.analysis.captured import Padded, padding_under_way
 from hooked_mamba.analysis.columns import columns_before
 from hooked_mamba.analysis.cuts import StateChange, held
 from hooked_mamba.analysis.knockout import cutting
@@ -47,25 +48,26 @@ def intervened(model: HookedModel, edits: Intervention | Iterable[Intervention])
     """
     listed = checked(model, edits)
     changes = [change for edit in listed if isinstance(edit, OfState) for change in state_changes(model, edit)]
-    hooks: list[tuple[str, Any]] = [
-        ("hook_embed", _scaling(model, edit)) for edit in listed if isinstance(edit, ScaleEmbedding)
-    ]
-    for one in changes:
-        site = model.mixer(one.layer).site_at("state")
-        hooks.append((f"blocks.{one.layer}.mixer.{site}.{one.position}", _changing(one)))
     with ExitStack() as stack:
+        padded = stack.enter_context(padding_under_way(model))
+        hooks: list[tuple[str, Any]] = [
+            ("hook_embed", _scaling(model, edit, padded)) for edit in listed if isinstance(edit, ScaleEmbedding)
+        ]
+        for one in changes:
+            site = model.mixer(one.layer).site_at("state")
+            hooks.append((f"blocks.{one.layer}.mixer.{site}.{one.position}", _changing(one)))
         stack.enter_context(held(model, *changes))
         for cut in cuts_of(model, listed):
             stack.enter_context(cutting(model, cut))
-        rewrites = [Rewrite(coder.cfg, _rewriting(model, coder, mine)) for coder, mine in by_coder(listed)]
+        rewrites = [Rewrite(coder.cfg, _rewriting(model, coder, mine, padded)) for coder, mine in by_coder(listed)]
         stack.enter_context(rewritten(model, rewrites))
         stack.enter_context(model.hooks(hooks))
         yield model
 
 
-def _scaling(model: HookedModel, edit: ScaleEmbedding) -> Any:
+def _scaling(model: HookedModel, edit: ScaleEmbedding, padded: Padded) -> Any:
     def scale(embed: Tensor, hook: HookPoint) -> Tensor:
-        share = factors(edit.positions, edit.factor, embed[..., 0], columns_before(model))
+        share = factors(edit.positions, edit.factor, embed[..., 0], columns_before(model), padded.padding)
         return embed * share.unsqueeze(-1)
 
     return scale
@@ -79,8 +81,8 @@ def _changing(change: StateChange) -> Any:
     return apply
 
 
-def _rewriting(model: HookedModel, coder: SparseCoder, edits: list[OfCoder]) -> Any:
+def _rewriting(model: HookedModel, coder: SparseCoder, edits: list[OfCoder], padded: Padded) -> Any:
     def rewrite(x: Tensor, y: Tensor) -> Tensor:
-        return at_least_fp32(y) + coders_change(coder, edits, x, y, columns_before(model))
+        return at_least_fp32(y) + coders_change(coder, edits, x, y, columns_before(model), padded.padding)
 
     return rewrite

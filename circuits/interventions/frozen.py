@@ -72,7 +72,7 @@ def frozen_effects(
     changes.inside = _Inside(frozen, listed, changes.held)
     for edit in listed:
         if isinstance(edit, ScaleEmbedding):
-            share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None)
+            share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None, frozen.padding)
             embed = frozen.resid(0) + changes.streams.get(0, 0.0)
             changes.streams[0] = changes.streams.get(0, 0.0) + (share - 1).unsqueeze(-1) * embed
     for coder, mine in by_coder(listed):
@@ -111,7 +111,7 @@ def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Flo
     stream = streams_of(coder.cfg)[1]
     local = stream.endswith(LOCAL)
     y = stream_values(stream, frozen.cache, frozen.model) if local else frozen.value_at(coder.cfg.out_site)
-    change = coders_change(coder, edits, frozen.value_at(coder.cfg.in_site), y).to(frozen.dtype)
+    change = coders_change(coder, edits, frozen.value_at(coder.cfg.in_site), y, padding=frozen.padding).to(frozen.dtype)
     return change if frozen.mask is None else change * frozen.mask.unsqueeze(-1)
 
 
@@ -135,7 +135,7 @@ class _Inside:
         chain, coded, rows = self.frozen.chain(layer), self.frozen.coded.get(layer), self.frozen.rows_of(1)
         mode = "mixer" if coded is None or whole else coded.mode
         scales = state_edits(states, self.frozen.length)
-        run = Pass(_over(chain, chain.u), chain.path, changes=scales)
+        run = Pass(_over(chain, chain.u), chain.path, None, self.frozen.padding, scales)
         y = -lost_reads(cuts, run)
         u, put_back = torch.zeros_like(y), torch.zeros_like(y)
         if mode != "block":  # there, nothing that comes from below passes
@@ -143,7 +143,7 @@ class _Inside:
             through = self.held.get(layer, torch.ones_like(p[0]))
             p, sigma = (p * through, sigma) if mode == "split" else (p, sigma * through)
             u = sigma * chain.path.mix(p)
-            below = Pass(_over(chain, u), replace(chain.path, p=p, sigma=sigma), changes=scales)
+            below = Pass(_over(chain, u), replace(chain.path, p=p, sigma=sigma), None, self.frozen.padding, scales)
             y = y - lost_reads(cuts, below)
             if mode == "split":  # a change of the local part has not passed, so none of it can be cut
                 put_back = p * _cut_from_itself(cuts, below)

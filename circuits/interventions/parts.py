@@ -27,6 +27,7 @@ from hooked_mamba.analysis.cuts import Channels, Cut, StateChange
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
+from hooked_mamba.state import Padding
 from saes.coder import SparseCoder
 from saes.splicing import decoded_change
 from saes.steering import Amount
@@ -47,6 +48,7 @@ def coders_change(
     x: Float[Tensor, "b l d_in"],
     y: Float[Tensor, "b l d_out"],
     before: int | None = None,
+    padding: Padding | None = None,
 ) -> Float[Tensor, "b l d_out"]:
     """decode(z') - decode(z) + error' - error: what edits of one coder add to what it predicts.
 
@@ -56,6 +58,8 @@ def coders_change(
         What it reads and what it predicts.
     before
         Columns of earlier calls, while generating.
+    padding
+        Of the pass: negative positions count from each row's last real token.
     """
     wide = at_least_fp32(y)
     change = torch.zeros_like(wide)
@@ -67,26 +71,30 @@ def coders_change(
         for edit in latents:
             now = new[edit.index]
             made = edit.value * torch.ones_like(now) if isinstance(edit, SetFeature) else edit.factor * now
-            new[edit.index] = torch.where(chosen(edit.positions, now, before), made, now)
+            new[edit.index] = torch.where(chosen(edit.positions, now, before, padding), made, now)
         dz = torch.stack([new[i] - z[..., i] for i in at], -1)
         change = change + decoded_change(coder, dz, at).to(wide.dtype)
     share = torch.ones_like(wide[..., 0])
     for error in [edit for edit in edits if isinstance(edit, ScaleError)]:
-        share = share * factors(error.positions, error.factor, share, before)
+        share = share * factors(error.positions, error.factor, share, before, padding)
     if bool((share != 1).any()):
         change = change + (share - 1).unsqueeze(-1) * (wide - coder(x).to(wide.dtype))
     return change
 
 
-def chosen(positions: Columns, like: Float[Tensor, "b l"], before: int | None) -> Bool[Tensor, "b l"]:
+def chosen(
+    positions: Columns, like: Float[Tensor, "b l"], before: int | None, padding: Padding | None
+) -> Bool[Tensor, "b l"]:
     """Positions as a mask."""
-    mask = column_mask(positions, like.shape[0], like.shape[1], before, like.device)
+    mask = column_mask(positions, like.shape[0], like.shape[1], before, like.device, padding)
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask
 
 
-def factors(positions: Columns, factor: Amount, like: Float[Tensor, "b l"], before: int | None) -> Float[Tensor, "b l"]:
+def factors(
+    positions: Columns, factor: Amount, like: Float[Tensor, "b l"], before: int | None, padding: Padding | None
+) -> Float[Tensor, "b l"]:
     """The factor at positions, 1 elsewhere."""
-    return torch.where(chosen(positions, like, before), factor * torch.ones_like(like), 1.0)
+    return torch.where(chosen(positions, like, before, padding), factor * torch.ones_like(like), 1.0)
 
 
 def cuts_of(model: HookedModel, edits: Sequence[Intervention]) -> list[Cut]:

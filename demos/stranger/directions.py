@@ -75,7 +75,7 @@ def directions_section(model: HookedStranger, labels: list[str], some: list[Docu
     for name, directions in (("from the left", ("ahead",)), ("from the right", ("back",)), ("both", ("ahead", "back"))):
         with cut(model, list(range(n)), directions):
             everywhere.append(f"{name} {percent(accuracy(model, labels, some))}")
-    shown = slice(0, 96)
+    shown = slice(0, 48)
     deepest = max(range(n), key=lambda i: float(maps[i][shown, shown].sum() - maps[i][shown, shown].trace()))
     part = maps[deepest][shown, shown].clone()
     part.fill_diagonal_(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.analysis.captured import Positions, position_mask
+from hooked_mamba.analysis.captured import Positions, padding_under_way, position_mask
 from hooked_mamba.hooks.names import NamesFilter, match_names, split_state_point
 
 Method = Literal["zero", "mean", "resample"]
@@ -86,7 +86,7 @@ def ablate(
         axis = 1 if state else 2
         if not state:
             b, l = value.shape[:2]
-            mask = position_mask(positions, b, l, value.device).reshape(b, l, *(1,) * (value.ndim - 2))
+            mask = position_mask(positions, b, l, value.device, padded.padding).reshape(b, l, *(1,) * (value.ndim - 2))
         else:
             mask = torch.ones((1,) * value.ndim, dtype=torch.bool, device=value.device)
         if units is not None:
@@ -96,5 +96,5 @@ def ablate(
         return torch.where(mask, new, value)
 
     generator = torch.Generator().manual_seed(seed)
-    with model.hooks([(site, edit) for site in sites]):
+    with padding_under_way(model) as padded, model.hooks([(site, edit) for site in sites]):
         yield model

@@ -19,7 +19,8 @@ from hooked_mamba.model.stack import Stack
 from hooked_mamba.state import Padding
 
 Positions = int | Iterable[int] | Tensor | None
-"""Columns: one, several, a mask b l of bools (its own columns for each row), or None for all."""
+"""Columns: one, several, a mask b l of bools (its own columns for each row), or None for all. Negative ones count from
+each row's own last real token."""
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCach
 
 
 class Padded:
-    """The padding of the pass under way, as its blocks get it; None where nothing is padded."""
+    """The padding of the pass under way; None where nothing is padded."""
 
     padding: Padding | None = None
 
@@ -62,19 +63,25 @@ def padding_under_way(model: Stack) -> Iterator[Padded]:
         call = kwargs.get("call", args[2] if len(args) > 2 else None)
         padded.padding = None if call is None else call.padding
 
+    def before_embedding(embed: nn.Module, args: tuple[Any, ...]) -> None:
+        padded.padding = model.padding
+
     with ExitStack() as stack:
+        stack.callback(model.embed.register_forward_pre_hook(before_embedding).remove)
         for block in model.blocks:
             stack.callback(block.register_forward_pre_hook(before_block, with_kwargs=True).remove)
         yield padded
 
 
-def position_mask(positions: Positions, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
-    """Columns as a mask.
+def position_mask(
+    positions: Positions, batch: int, length: int, device: torch.device, padding: Padding | None = None
+) -> Bool[Tensor, "b l"]:
+    """Columns as a mask; negative ones count from the last real token of each row.
 
     Raises
     ------
     IndexError
-        A column that does not exist.
+        A column that does not exist, or more positions back than a padded row has real tokens.
     ValueError
         A mask of another shape.
     """
@@ -99,7 +106,15 @@ def position_mask(positions: Positions, batch: int, length: int, device: torch.d
     for t in columns:
         if not -length <= t < length:
             raise IndexError(f"position {t} is out of range for {length} positions")
-        mask[:, t] = True
+        if t >= 0 or padding is None:
+            mask[:, t] = True
+            continue
+        own = padding.ends + t
+        if bool((own < padding.left).any()):
+            row = int((own < padding.left).nonzero()[0])
+            real = int(padding.ends[row] - padding.left[row])
+            raise IndexError(f"position {t} is out of range for the {real} real tokens of row {row}")
+        mask[torch.arange(batch, device=device), own] = True
     return mask
 
 

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from hooked_mamba.analysis.captured import position_mask
 from hooked_mamba.hooks.points import StateHookPoint
+from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.root import HookedRoot
+from hooked_mamba.state import Padding
 
 Columns = int | slice | Iterable[int] | Tensor | None
 """One, several, a slice, a mask b l of bools (its own columns for each row), or None for all.
 
-In `generate`, t >= 0 and slices count from the prompt's first column, so that slice(n, None) begins with the first new
-token behind a prompt of n; a negative t counts from the end of each call, so that -1 is meant every time; a mask is
-for the prompt.
+Positions t >= 0 count columns, padding included; a negative t counts from each row's own last real token, on whichever
+side it is padded. In `generate`, t >= 0 and slices count from the prompt's first column, so that slice(n, None) begins
+with the first new token behind a prompt of n; a negative t counts from the end of each call, so that -1 is meant every
+time; a mask is for the prompt.
 """
 
 
@@ -35,7 +38,12 @@ def columns_before(model: HookedRoot) -> int | None:
 
 
 def column_mask(
-    columns: Columns, batch: int, length: int, before: int | None, device: torch.device
+    columns: Columns,
+    batch: int,
+    length: int,
+    before: int | None,
+    device: torch.device,
+    padding: Padding | None = None,
 ) -> Bool[Tensor, "b l"] | None:
     """The columns of this call that are meant; None: all.
 
@@ -43,18 +51,22 @@ def column_mask(
     ----------
     before
         Columns of earlier calls, see :func:`columns_before`.
+    padding
+        Of this call; negative positions count from the last real token of each row.
 
     Raises
     ------
     IndexError
-        A column that does not exist (outside of `generate`, where another call may hold it).
+        A column that does not exist (outside of `generate`, where another call may hold it), or more positions back
+        than a padded row has real tokens.
     ValueError
-        A mask of another shape; a negative slice in `generate`.
+        A mask of another shape; a negative slice in `generate`, or over rows padded on the right.
     """
     if columns is None:
         return None
     if isinstance(columns, slice):
         if before is None:
+            PositionSelect(columns, "positions").check_padding(None if padding is None else padding.mask)
             return _these(range(length)[columns], batch, length, device)
         if any(bound is not None and bound < 0 for bound in (columns.start, columns.stop, columns.step)):
             raise ValueError(f"while generating there is no end yet to count from: {columns}")
@@ -64,13 +76,17 @@ def column_mask(
         return _these([t - before for t in range(start, stop, step)], batch, length, device)
     is_mask = isinstance(columns, Tensor) and columns.dtype == torch.bool
     if before is None or (is_mask and before == 0):
-        return position_mask(columns, batch, length, device)
+        return position_mask(columns, batch, length, device, padding)
     if is_mask:
         return _these([], batch, length, device)
     if isinstance(columns, Tensor):
         columns = columns.reshape(-1).tolist()
     chosen = [columns] if isinstance(columns, int) else [int(t) for t in columns]
-    return _these([t - before if t >= 0 else t + length for t in chosen], batch, length, device)
+    if padding is None:
+        return _these([t - before if t >= 0 else t + length for t in chosen], batch, length, device)
+    mask = _these([t - before for t in chosen if t >= 0], batch, length, device)
+    backward = [t for t in chosen if t < 0]
+    return mask | position_mask(backward, batch, length, device, padding) if backward else mask
 
 
 def _these(columns: Iterable[int], batch: int, length: int, device: torch.device) -> Tensor:

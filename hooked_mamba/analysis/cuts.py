@@ -83,7 +83,7 @@ class Pass:
     def mask(self, columns: Columns) -> Bool[Tensor, "b l"]:
         """Columns as a mask."""
         b, l, device = self.view.batch, self.view.length, self.view.u.device
-        found = column_mask(columns, b, l, self.before, device)
+        found = column_mask(columns, b, l, self.before, device, self.padding)
         return torch.ones(b, l, dtype=torch.bool, device=device) if found is None else found
 
     def cells(self, cut: Cut) -> Bool[Tensor, "b l e"]:
@@ -120,21 +120,38 @@ def in_force(model: nn.Module, layer: int, kind: Literal["read", "write"], befor
     return [cut for cut in first if layer in cut.layers and cut.cut == kind]
 
 
-def changes_in(model: nn.Module, layer: int, length: int, before: int | None) -> StateEdits | None:
+def changes_in(
+    model: nn.Module, layer: int, length: int, before: int | None, padding: Padding | None = None
+) -> StateEdits | None:
     """What becomes of the states of one layer in a call of `length` columns."""
     mine = [one for one in _HELD.get(model, []) if isinstance(one, StateChange) and one.layer == layer]
-    return state_edits(mine, length, before)
+    return state_edits(mine, length, before, padding)
 
 
-def state_edits(changes: Sequence[StateChange], length: int, before: int | None = None) -> StateEdits | None:
+def state_edits(
+    changes: Sequence[StateChange], length: int, before: int | None = None, padding: Padding | None = None
+) -> StateEdits | None:
     """Changes of one layer in a call of `length` columns, those of one position one after the other.
 
     Additions are left out: what cuts take away is no part of them.
+
+    Raises
+    ------
+    ValueError
+        A negative position in rows that end at different columns.
     """
+    end = length
+    if padding is not None and any(change.position < 0 for change in changes):
+        end = int(padding.ends[0])
+        if bool((padding.ends != end).any()):
+            raise ValueError(
+                "a cut together with an edit of the state at a negative position needs rows that end at the same"
+                " column: pad on the left (padding_side='left')"
+            )
     scales: dict[int, Tensor] = {}
     for change in changes:
         t = change.position
-        column = t + length if t < 0 else t - (before or 0)
+        column = t + end if t < 0 else t - (before or 0)
         if 0 <= column < length:
             scales[column] = change.scale * scales[column] if column in scales else change.scale
     if not scales:

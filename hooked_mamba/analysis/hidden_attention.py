@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import layer_list
-from hooked_mamba.hooks.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PosSlice
 
 Measure = Literal["mean", "abs", "flow"]
 """Of a layer's channels: the signed mean of alpha; the mean of |alpha|; or the mean of |alpha[t,s] u_s|, what flows."""
@@ -38,7 +38,7 @@ def attention_map(
         raise ValueError(f"measure must be 'mean', 'abs' or 'flow', got {measure!r}")
     if measure == "mean":
         return cache.hidden_attention(layer, queries=queries, average=True, branch=branch)
-    view, select = cache.scan_view(layer, branch), PositionSelect(queries)
+    view, select = cache.scan_view(layer, branch), cache.selected(queries, "queries")
     index = select.index(view.length)
     at = list(range(view.length)) if isinstance(index, slice) else index
     b = view.batch
@@ -93,7 +93,7 @@ def attention_rollout(
         rows = (1 - residual) * rows + residual * torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
         if result is None:
             rows = rows if cache.has_batch_dim else rows[None]
-            select = PositionSelect(queries)
+            select = cache.selected(queries, "queries")
             index = select.index(rows.shape[1])
             result = rows if isinstance(index, slice) else rows[:, index]
         else:

@@ -24,10 +24,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mamba.analysis.attention_knockout import attention_knockout
-from hooked_mamba.analysis.captured import Positions, captured, channel_list, layer_list, padding_under_way
+from hooked_mamba.analysis.captured import (
+    Positions,
+    captured,
+    channel_list,
+    layer_list,
+    padding_under_way,
+    position_mask,
+)
 from hooked_mamba.analysis.columns import Columns, columns_before, kept
 from hooked_mamba.analysis.cuts import Cut, Memory, Pass, changes_in, held, in_force, lost_reads, lost_writes
 from hooked_mamba.frozen.tokens import Source
+from hooked_mamba.state import Padding
 
 
 @contextmanager
@@ -49,7 +57,8 @@ def knockout(
     model
         Its mixers must say how they move values (their linear form); other hooks work as always.
     sources, targets
-        Positions (columns of the call): an int, several, a slice, a mask b l with each row's own, or None for all.
+        Positions (columns of the call; negative ones count from each row's last real token): an int, several, a
+        slice, a mask b l with each row's own, or None for all.
         For `generate` see `hooked_mamba.analysis.columns.Columns`: what was read in earlier calls stays cut.
     layers
         None: all. In each, the mixer and attention are cut, whichever there is.
@@ -104,7 +113,9 @@ def cutting(model: Any, mine: Cut) -> Iterator[None]:
         memory = memories[layer] if before else Memory()
         if before is not None:
             memories[layer] = memory
-        return Pass(view, path, before, padded.padding, changes_in(model, layer, view.length, before), memory)
+        return Pass(
+            view, path, before, padded.padding, changes_in(model, layer, view.length, before, padded.padding), memory
+        )
 
     def lose_reads(y: Tensor, hook: Any) -> Tensor:
         i = hook.layer()
@@ -178,7 +189,8 @@ def knockout_sweep(
     wanted = range(length) if positions is None else positions
     if wrong := [t for t in wanted if not -length <= t < length]:
         raise IndexError(f"position {wrong[0]} is out of range for {length} positions")
-    columns = [t % length for t in wanted]
+    padded = None if attention_mask is None else Padding.from_mask(attention_mask, ids.shape, ids.device)
+    columns = [position_mask(t, b, length, ids.device, padded) for t in wanted]
     at_once = max(1, batch_size // b)
     starts = range(n_layers - window + 1)
     results: list[Tensor] = []
@@ -189,10 +201,7 @@ def knockout_sweep(
         for start in starts:
             for first in range(0, len(columns), at_once):
                 now = columns[first : first + at_once]
-                mask = torch.zeros(len(now), 1, length, dtype=torch.bool, device=ids.device)
-                for i, s in enumerate(now):
-                    mask[i, 0, s] = True
-                mask = mask.expand(-1, b, -1).reshape(-1, length)
+                mask = torch.cat(now)
                 padding = None if attention_mask is None else attention_mask.repeat(len(now), 1)
                 with knockout(model, mask, targets, range(start, start + window), source):
                     logits = model(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.display import Shown
-from hooked_mamba.hooks.positions import PositionSelect, PosSlice
+from hooked_mamba.hooks.positions import PosSlice
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def write_survival(cache: ActivationCache, layer: int, source: int, per_state: b
         without, their mean. 1 at the source, 0 before it.
     """
     view = cache.scan_view(layer)
+    cache.selected(source, "source")
     s = _position(source, view.length)
     left = view.transport(s)
     left = left if per_state else left.mean(-1)
@@ -118,7 +119,7 @@ def receptive_field(
     """
     if not 0 < mass <= 1:
         raise ValueError(f"mass must be above 0 and at most 1, got {mass}")
-    view, select = cache.scan_view(layer), PositionSelect(queries)
+    view, select = cache.scan_view(layer), cache.selected(queries, "queries")
     index = select.index(view.length)
     at = list(range(view.length)) if isinstance(index, slice) else index
     step = max(1, 2**22 // (view.batch * len(at) * view.length))  # lanes at once

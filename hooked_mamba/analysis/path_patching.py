@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Metric, residuals
+from hooked_mamba.state import Padding
 
 Place = tuple[int, str]
 """A branch: its block and its name there."""
@@ -73,7 +74,8 @@ def path_patch(
     entering = residuals(model, tokens, attention_mask)
     names = ["hook_embed", *(f"blocks.{i}.{model.block(i).written[name]}" for i, name in places)]
     _, corrupted = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
-    where = position_mask(positions, b, length, tokens.device).unsqueeze(-1)
+    padding = None if attention_mask is None else Padding.from_mask(attention_mask, tokens.shape, tokens.device)
+    where = position_mask(positions, b, length, tokens.device, padding).unsqueeze(-1)
     changes = []
     for name in names:
         clean = clean_cache[name] if clean_cache.has_batch_dim else clean_cache[name][None]

@@ -76,6 +76,7 @@ class Run:
         padding = None
         if attention_mask is not None:
             padding = Padding.from_mask(torch.as_tensor(attention_mask, device=model.device), self.tokens.shape)
+        self.padding = padding
         self.mask: Bool[Tensor, "b l"] | None = None if padding is None else padding.mask
         if padding is not None and initial_state is not None:
             raise ValueError("an initial state together with padding cannot be traced: give rows of one length")
@@ -121,17 +122,42 @@ class Run:
             return [str(int(i)) for i in ids]
         return [str(word) for word in self.model.to_str_tokens(ids)]
 
-    def column(self, position: int) -> int:
-        """A position as a column of the batch.
+    def column(self, position: int, row: int | None = None) -> int:
+        """A position as a column of the batch; a negative one counts from the row's own last real token.
+
+        Parameters
+        ----------
+        row
+            Of which row; None: of all of them.
 
         Raises
         ------
         IndexError
-            It is outside of the prompt.
+            It is outside of the prompt, or counts back further than the row has real tokens.
+        ValueError
+            Rows that end at different columns have no one column -1.
         """
         if not -self.length <= position < self.length:
             raise IndexError(f"position {position} is out of range for {self.length} positions")
-        return position % self.length
+        if position >= 0 or self.padding is None:
+            return position % self.length
+        first, end = self.padding.left, self.padding.ends
+        if row is None:
+            if bool((end != end[0]).any()):
+                raise ValueError(
+                    f"position {position} is another column in each row of this batch, whose rows end at different"
+                    " ones: pad on the left (padding_side='left'), or give a column from 0 up"
+                )
+            first, end = first.max(), end[0]
+        else:
+            first, end = first[row], end[row]
+        if int(end) + position < int(first):
+            raise IndexError(f"position {position} is out of range for {int(end - first)} real tokens")
+        return int(end) + position
+
+    def columns(self, position: int) -> list[int]:
+        """:meth:`column` of each row."""
+        return [self.column(position, row) for row in range(self.batch)]
 
     def token_id(self, token: int | str | tuple[int | str, ...], row: int = 0) -> int:
         """A token's id from an id or a text of one token, or from a tuple with one for each row."""

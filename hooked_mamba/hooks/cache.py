@@ -34,12 +34,17 @@ class HookCache:
         The model that made them.
     has_batch_dim
         False once :meth:`remove_batch_dim` was called.
+    mask
+        b l, True at the real tokens of a padded batch; None where all are real.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True) -> None:
+    def __init__(
+        self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True, mask: Tensor | None = None
+    ) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
+        self.mask = mask
 
     def __getitem__(self, key: Key) -> Tensor:
         name = self._full_name(key)
@@ -121,14 +126,24 @@ class HookCache:
             If the batch axis is gone already.
         """
         if batch_slice is None:
-            return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim)
+            return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim, self.mask)
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis to choose rows from")
         select = PositionSelect(batch_slice, "batch_slice", "row")
         chosen = {name: value[select.index(value.shape[0])] for name, value in self.cache_dict.items()}
         if not select.keeps_axis:
             chosen = {name: value[0] for name, value in chosen.items()}
-        return type(self)(chosen, self.model, has_batch_dim=select.keeps_axis)
+        mask = self.mask
+        if mask is not None:  # b l still, also of one row
+            mask = mask[select.index(len(mask))]
+            mask = None if bool(mask.all()) else mask
+        return type(self)(chosen, self.model, select.keeps_axis, mask)
+
+    def selected(self, pos_slice: PosSlice, argument: str = "pos_slice") -> PositionSelect:
+        """Positions, checked against padding: see :meth:`PositionSelect.check_padding`."""
+        select = PositionSelect(pos_slice, argument)
+        select.check_padding(self.mask)
+        return select
 
     @staticmethod
     def toggle_autodiff(mode: bool = False) -> None:

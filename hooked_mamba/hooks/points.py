@@ -225,9 +225,11 @@ class StateHookPoint(LazyHookPoint):
         self.points: dict[int, HookPoint] = {}
         self.offset: int | None = None
         """Columns before this call, while generating; None outside, where a position out of range is an error."""
+        self.padding: Any = None
+        """The :class:`~hooked_mamba.state.Padding` of the call under way; None where all columns are real."""
 
     def at(self, t: int) -> HookPoint:
-        """The hook point of the state after position t; negative t counts from the end of the call."""
+        """The hook point of the state after position t; negative t counts from each row's last real token."""
         if t not in self.points:
             point = HookPoint()
             point.name = f"{self.name}.{t}"
@@ -245,7 +247,7 @@ class StateHookPoint(LazyHookPoint):
         for t, point in self.points.items():
             if not point.wanted:
                 continue
-            column = t + length if t < 0 else t - (self.offset or 0)
+            column = self._from_end(t, length) if t < 0 else t - (self.offset or 0)
             if not 0 <= column < length:
                 if self.offset is not None:
                     continue  # generating: another call holds this position
@@ -255,6 +257,33 @@ class StateHookPoint(LazyHookPoint):
                 )
             found.setdefault(column, []).append(point)
         return dict(sorted(found.items()))
+
+    def _from_end(self, t: int, length: int) -> int:
+        """The column of a negative position. In rows that end at different columns -1 is the last one, where padding
+        has left each row's state as its last token made it; what was read there is `scan_through_hooks`' affair."""
+        if self.padding is None:
+            return t + length
+        ends = self.padding.ends
+        real = int((ends - self.padding.left).min())
+        if -t > real:
+            raise IndexError(f"{self.name}.{t}: a row of this batch has {real} real tokens")
+        if t == -1:
+            return int(ends.max()) - 1
+        if bool((ends != ends[0]).any()):
+            raise ValueError(
+                f"{self.name}.{t}: the rows of this batch are padded on the right and end at different columns, so that"
+                " their states there cannot be edited together: pad on the left (padding_side='left')"
+            )
+        return t + int(ends[0])
+
+    def own_ends(self) -> dict[int, Tensor]:
+        """Each row's last real column where these differ and a function edits `hook_h.-1`: column -> mask of rows."""
+        last = self.points.get(-1)
+        if self.padding is None or last is None or not last.edited:
+            return {}
+        ends = self.padding.ends - 1
+        columns = ends.unique().tolist()
+        return {column: ends == column for column in columns} if len(columns) > 1 else {}
 
 
 def _laid_out_like(example: Tensor, value: Tensor) -> Tensor:

@@ -34,6 +34,43 @@ class PositionSelect:
         """False where one int was asked for, which drops the position axis."""
         return not isinstance(self.spec, int)
 
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether any position is negative, so that it means another column in rows that end elsewhere."""
+        if isinstance(self.spec, slice):
+            return any(bound is not None and bound < 0 for bound in (self.spec.start, self.spec.stop, self.spec.step))
+        return self.spec is not None and min([self.spec] if isinstance(self.spec, int) else self.spec, default=0) < 0
+
+    def check_padding(self, mask: Tensor | None) -> None:
+        """Refuse negative positions where a row's last tokens do not stand in the last columns.
+
+        Parameters
+        ----------
+        mask
+            b l, True at real tokens; None where all are real.
+
+        Raises
+        ------
+        ValueError
+            Rows are padded on the right, so that -1 is padding in some of them.
+        IndexError
+            A row padded on the left has fewer real tokens than a position counts back.
+        """
+        if mask is None or not self.counts_from_end:
+            return
+        asked = f"{self.argument}={self.spec!r} counts from the end"
+        if not bool(mask[:, -1].all()):
+            raise ValueError(
+                f"{asked}, but rows of this batch are padded on the right, where that is padding: pad on the left"
+                " (padding_side='left'), which puts every row's last token into the last column, or give columns"
+                " from 0 up"
+            )
+        real = int(mask.sum(1).min())
+        if not isinstance(self.spec, slice):
+            low = min([self.spec] if isinstance(self.spec, int) else self.spec)  # type: ignore[list-item,arg-type]
+            if low < -real:
+                raise IndexError(f"{asked}, and a row of this batch has {real} real tokens")
+
     def index(self, length: int) -> list[int] | slice:
         """The positions as an index of axis 1: a list of non-negative ints, or `slice(None)` for all of them."""
         if self.everything:

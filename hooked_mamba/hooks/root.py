@@ -299,7 +299,8 @@ class HookedRoot(SitedModule):
                     point.bwd_hooks[:] = [h for h in point.bwd_hooks if h.fn not in kept]
 
         ordered = [*points, *(f"{name}_grad" for name in points)]
-        cache = self.cache_class({name: values[name] for name in ordered if name in values}, self)
+        mask = self.mask_of(*model_args, **model_kwargs)
+        cache = self.cache_class({name: values[name] for name in ordered if name in values}, self, mask=mask)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
@@ -316,6 +317,10 @@ class HookedRoot(SitedModule):
         """The arguments of the forward pass that fills a cache; a model that knows its shapes refuses one that cannot
         fit, and hands on what it has worked out for that."""
         return model_args, model_kwargs
+
+    def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
+        """Which columns of a prepared call are real, b l; None where all are."""
+        return None
 
 
 def _detached(value: Tensor, device: str | torch.device | None) -> Tensor:

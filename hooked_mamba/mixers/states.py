@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_mamba import ops
 from hooked_mamba.hooks.points import HookPoint, StateHookPoint
 from hooked_mamba.ops.interface import ScanOut
+from hooked_mamba.state import Call
 
 ScanSegment = Callable[[slice, Tensor | None, list[int] | str | None], ScanOut]
 """(columns, state before them, columns within them whose states are wanted) -> what the scan gives."""
@@ -26,6 +28,8 @@ def scan_through_hooks(
     1. Cut the columns behind every position whose state a hook edits.
     2. Scan a segment; its last state passes through the hooks, its last read-out is made anew from what they return.
     3. Go on from there. States that are only read come out of the same scans, at just their positions.
+    4. In a batch padded on the right `hook_h.-1` is edited behind the padding, which leaves a state as it is; what each
+       row reads at its own last token is made anew from the edited state.
     """
     points = hook_h.points_at(length)
     edited = [t for t, at in points.items() if any(point.edited for point in at)]
@@ -52,11 +56,18 @@ def scan_through_hooks(
         start = end + 1
 
     assert h is not None  # at least one segment was scanned
+    y = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+    own_ends, last = hook_h.own_ends(), h
+    for column, rows in own_ends.items():
+        y = _replaced(y, column, rows, read_out(last.unsqueeze(1), slice(column, column + 1))[:, 0])
     if wanted:
-        _give_states(hook_h, points, length, wanted, states[0] if len(states) == 1 else torch.cat(states, 1))
+        found = states[0] if len(states) == 1 else torch.cat(states, 1)
+        for column, rows in own_ends.items():
+            found = _replaced(found, wanted.index(column), rows, last) if column in wanted else found
+        _give_states(hook_h, points, length, wanted, found)
     else:  # readers who chose no position
         _give_states(hook_h, {}, length, [], h.unsqueeze(1)[:, :0])
-    return ys[0] if len(ys) == 1 else torch.cat(ys, 1), h
+    return y, h
 
 
 def linear_scan_through_hooks(
@@ -82,8 +93,34 @@ def all_states_through_hooks(
         pieces.append(piece)
         start = end + 1
     assert h is not None
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    for column, rows in hook_h.own_ends().items():
+        joined = _replaced(joined, column, rows, h)
     # A view would keep all states alive for as long as the memory of the model is kept.
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1), h.clone()
+    return joined, h.clone()
+
+
+def _replaced(values: Tensor, column: int, rows: Tensor, new: Tensor) -> Tensor:
+    """b l ... with new values of some rows at one column."""
+    rows = rows.reshape(-1, *(1,) * (new.ndim - 1))
+    new = torch.where(rows, new.to(values.dtype), values[:, column]).unsqueeze(1)
+    return torch.cat([values[:, :column], new, values[:, column + 1 :]], 1)
+
+
+@contextmanager
+def padding_known(branch: nn.Module, call: Call | None) -> Iterator[None]:
+    """Tell a branch's hook points on states, for one call, where its rows are padded."""
+    if call is None or call.padding is None:
+        yield
+        return
+    points = [point for point in branch.modules() if isinstance(point, StateHookPoint)]
+    for point in points:
+        point.padding = call.padding
+    try:
+        yield
+    finally:
+        for point in points:
+            point.padding = None
 
 
 def _through(names_of_one_state: list[HookPoint], h: Tensor) -> Tensor:

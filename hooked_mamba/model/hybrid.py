@@ -32,18 +32,17 @@ class HookedHybrid(HookedModel):
     family = "hybrid"
     config_class = HybridConfig
     branch_classes: ClassVar[dict[str, type[Branch]]] = {}
+    architecture: ClassVar[str | None] = None
+    """The one architecture that a subclass takes; None: any."""
     cfg: HybridConfig
 
-    architectures: ClassVar[tuple[str, ...]] = ()
-    """Which families of checkpoints the class is for; () for all."""
-
     def _build(self, cfg: Any, tokenizer: Any) -> None:
-        if self.architectures and isinstance(cfg, self.config_class) and cfg.architecture not in self.architectures:
-            raise TypeError(
-                f"{type(self).__name__} takes a config of architecture {' or '.join(map(repr, self.architectures))},"
-                f" got {cfg.architecture!r}: use HookedHybrid or load_model"
-            )
         super()._build(cfg, tokenizer)
+        if self.architecture not in (None, cfg.architecture):
+            raise TypeError(
+                f"{type(self).__name__} takes a config of architecture {self.architecture!r}, got"
+                f" {cfg.architecture!r}: use HookedHybrid or load_model"
+            )
         self.embedding_multiplier, self.logit_multiplier = cfg.embedding_multiplier, cfg.logit_multiplier
 
     @classmethod
@@ -84,7 +83,7 @@ class HookedDeltaNet(HookedHybrid):
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "gated_deltanet".
     """
 
-    architectures = ("gated_deltanet",)
+    architecture = "gated_deltanet"
 
 
 class HookedMamba3(HookedHybrid):
@@ -93,4 +92,4 @@ class HookedMamba3(HookedHybrid):
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "mamba3".
     """
 
-    architectures = ("mamba3",)
+    architecture = "mamba3"

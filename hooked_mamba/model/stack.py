@@ -16,6 +16,7 @@ from hooked_mamba.config import ModelConfig
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.states import padding_known
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
 
 Stages = Sequence[Sequence[str]]
@@ -110,6 +111,11 @@ class Block(SitedModule):
         return {"d": self.cfg.d_model}
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return getattr(self, self.norm_names[0]).weight.device
+
+    @property
     def branches(self) -> dict[str, Branch]:
         """Branches by name, in computing order."""
         return {name: getattr(self, name) for stage in self.stages for name in stage}
@@ -135,7 +141,8 @@ class Block(SitedModule):
             outs: list[Tensor] = []
             for name in stage:
                 before = None if state is None else state[name]
-                out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                with padding_known(getattr(self, name), call):
+                    out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
                 out = getattr(self, norm)(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
@@ -214,6 +221,9 @@ class Stack(SitedModule):
         embedded = self.hook_embed(scaled(self.embed(self.hook_tokens(tokens)), self.embedding_multiplier))
         return self.ln_embed(embedded) if self.norms_embedding else embedded
 
+    padding: Padding | None = None
+    """Of the forward pass under way, or of the last one."""
+
     def run_blocks(
         self,
         resid: Tensor,
@@ -226,14 +236,20 @@ class Stack(SitedModule):
         call = Call(padding, None if state is None else state.seen, dict(carry or {}))
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
-            resid, states[i] = self.blocks[i](resid, states[i], call)
+            device, before = self.block(i).device, states[i]
+            if device != resid.device:
+                resid, call = resid.to(device), call.to(device)
+            if before is not None and any(part.device != device for part in before):
+                before = before.map(lambda part, device=device: part.to(device))  # type: ignore[misc]
+            resid, states[i] = self.blocks[i](resid, before, call)
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""
-        return self.hook_logits(scaled(self.unembed(self.ln_final(resid)), self.logit_multiplier))
+        normed = self.ln_final(resid.to(self.ln_final.weight.device))
+        return self.hook_logits(scaled(self.unembed(normed.to(self.unembed.weight.device)), self.logit_multiplier))
 
     def block(self, layer: int) -> Block:
         """One block."""

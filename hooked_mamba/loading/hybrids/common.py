@@ -83,7 +83,8 @@ def stack_fields(config: Mapping[str, Any], eps: float) -> dict[str, Any]:
         "eps": eps,
         "tie_embeddings": bool(get(config, "tie_word_embeddings", False)),
         "bos_token_id": token(config.get("bos_token_id")),
-        "eos_token_id": token(config.get("eos_token_id")),
+        "eos_token_id": token(eos := config.get("eos_token_id")),
+        "stop_token_ids": tuple(eos[1:]) if isinstance(eos, list | tuple) else (),
         "pad_token_id": config.get("pad_token_id"),
     }
 
@@ -242,7 +243,7 @@ def stack_config(cfg: HybridConfig) -> dict[str, Any]:
         "vocab_size": cfg.d_vocab,
         "tie_word_embeddings": cfg.tie_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": [cfg.eos_token_id, *cfg.stop_token_ids] if cfg.stop_token_ids else cfg.eos_token_id,
         "pad_token_id": cfg.pad_token_id,
         "model_type": cfg.architecture,
     }
