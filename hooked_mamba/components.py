@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import SitedModule
+from hooked_mamba.layers import plain, what_is_on
 from hooked_mamba.ops import causal_conv1d as causal_conv1d
 from hooked_mamba.ops import silu as silu
 from hooked_mamba.ops import softplus as softplus
@@ -142,11 +143,22 @@ def conv_silu(
     x: Float[Tensor, "b l c"], history: Float[Tensor, "b h c"] | None, conv: nn.Conv1d, hook: HookPoint
 ) -> Float[Tensor, "b m c"]:
     """SiLU of the causal convolution, whose own output is formed only where something sits on `hook`."""
-    if hook.wanted:
-        return silu(hook(causal_conv1d(x, conv.weight, conv.bias, history=history)))
+    if hook.wanted or what_is_on(conv):
+        return silu(hook(convolved(x, conv, history)))
     return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
 
 
+def convolved(
+    x: Float[Tensor, "b l c"], conv: nn.Conv1d, history: Float[Tensor, "b h c"] | None
+) -> Float[Tensor, "b m c"]:
+    """The causal convolution; the layer itself is called where an adapter or a torch hook is on it."""
+    if what_is_on(conv) is None:
+        return causal_conv1d(x, conv.weight, conv.bias, history=history)
+    x = x if history is None else torch.cat([history.to(x.dtype), x], 1)
+    return conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+@plain
 class Linear(nn.Linear):
     """torch's linear layer through :func:`linear`."""
 
@@ -166,6 +178,7 @@ class LowRank(nn.Module):
         return self.b(self.a(x))
 
 
+@plain
 class Embed(nn.Module):
     """Rows of the embedding matrix."""
 
@@ -177,6 +190,7 @@ class Embed(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+@plain
 class Unembed(nn.Module):
     """Logits, float32 at least; the weight is [V, d] as stored, and the embedding's own where they are tied."""
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 
 
@@ -39,12 +40,12 @@ class SharedWeights:
     @property
     def W_E(self) -> Float[Tensor, "V d"]:
         """Embedding."""
-        return self.embed.weight
+        return weights_of(self.embed, "embed")[0]
 
     @property
     def W_U(self) -> Float[Tensor, "d V"]:
         """Unembedding."""
-        return self.unembed.weight.t()
+        return weights_of(self.unembed, "unembed")[0].t()
 
     @property
     def b_U(self) -> Float[Tensor, " V"]:

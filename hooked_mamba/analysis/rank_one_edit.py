@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.display import Shown
+from hooked_mamba.layers import weights_of
 from hooked_mamba.renamed import renamed_in
 
 
@@ -42,7 +43,7 @@ class RankOneEdit(Shown):
     def apply(self, model: Any) -> Any:
         """A copy of the model with the edit in it."""
         edited = copy.deepcopy(model)
-        weight = output_layer(edited, self.layer, self.branch).weight
+        weight, _ = weights_of(output_layer(edited, self.layer, self.branch), "the output layer")
         with torch.no_grad():
             weight += self.delta.to(weight)
         return edited

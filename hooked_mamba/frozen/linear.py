@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.frozen.scan import HeldScan
+from hooked_mamba.layers import has_no_hook
 
 
 class Back(NamedTuple):
@@ -142,6 +143,7 @@ def held_norm(norm: Any, scale: Float[Tensor, "b l 1"], factor: float | int | No
     factor
         Of what the norm gives; None: 1.
     """
+    has_no_hook(norm, "a norm")
     weight = norm.weight.detach()
     weight = (weight.to(scale.dtype) if factor is None else weight.to(scale.dtype) * factor) / scale
     bias = getattr(norm, "bias", None)

@@ -20,6 +20,7 @@ from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.layers import weights_of
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
@@ -208,7 +209,8 @@ class Run:
     @property
     def unembedding(self) -> Float[Tensor, "d V"]:
         """From what the final norm gives to logits, a factor of the logits included."""
-        return scaled(self.model.unembed.weight.detach().t().to(self.dtype), self.model.logit_multiplier)
+        weight, _ = weights_of(self.model.unembed, "unembed")
+        return scaled(weight.detach().t().to(self.dtype), self.model.logit_multiplier)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""

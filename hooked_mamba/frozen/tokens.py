@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import causal_mix
+from hooked_mamba.layers import weights_of
 
 Source = Literal["scan", "token"]
 """What a source position s is: the term alpha[t,s] u_s of the scan, or the token s through all taps of the
@@ -40,8 +41,9 @@ class TokenPath:
     def silu(cls, conv: nn.Conv1d, p: Tensor, out: Tensor, u: Tensor) -> TokenPath:
         """SiLU of a convolution, from the run's inputs and outputs of the convolution, and u (any layout)."""
         E = u.flatten(2).shape[-1]
-        bias = None if conv.bias is None else conv.bias[:E]
-        return cls.gated(conv.weight[:E, 0], bias, p[..., :E], out[..., :E], u)
+        weight, bias = weights_of(conv, "conv1d")
+        bias = None if bias is None else bias[:E]
+        return cls.gated(weight[:E, 0], bias, p[..., :E], out[..., :E], u)
 
     @classmethod
     def gated(cls, taps: Tensor, bias: Tensor | None, p: Tensor, out: Tensor, u: Tensor) -> TokenPath:

@@ -22,6 +22,7 @@ from hooked_mamba.frozen.pattern import Pattern
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.linear_form import Read, projection
@@ -163,7 +164,7 @@ class Attention(Branch):
 
     def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:
         """What each head adds to the output."""
-        W_O = rearrange(self.o_proj.weight, "d (h c) -> h c d", c=self.cfg.d_head)
+        W_O = rearrange(weights_of(self.o_proj, "o_proj")[0], "d (h c) -> h c d", c=self.cfg.d_head)
         return torch.einsum("bqhc,hcd->bqhd", z, W_O)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> KVState:
@@ -193,12 +194,12 @@ class Attention(Branch):
 
     def value_input(self) -> Project:
         """v's weights, those of a key-value head once for each of its query heads."""
-        own, c, Q = projection(self.v_proj), self.cfg.d_head, self.cfg.n_heads
+        own, c, Q = projection(self.v_proj, where="v_proj"), self.cfg.d_head, self.cfg.n_heads
         W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
         return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
 
     def value_output(self) -> Project:
-        return projection(self.o_proj)
+        return projection(self.o_proj, where="o_proj")
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """Values before the first position."""

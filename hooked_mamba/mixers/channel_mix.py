@@ -17,6 +17,7 @@ from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Gain, Project
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
@@ -86,13 +87,13 @@ class ChannelMix(Branch):
         return TokenPath(pre, F.relu(pre), pre.new_ones(pre.shape[-1], 1), pre.new_zeros(pre.shape[-1]))
 
     def value_input(self) -> Project:
-        return projection(self.key)
+        return projection(self.key, where="key")
 
     def value_output(self) -> Project:
-        return projection(self.value)
+        return projection(self.value, where="value")
 
     def write_weight(self) -> Float[Tensor, "d E"]:
-        return self.value.weight
+        return weights_of(self.value, "value")[0]
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ShiftState:
         """Zeros, where the weights are; on "meta" their shapes alone."""

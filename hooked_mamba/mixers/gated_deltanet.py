@@ -24,6 +24,7 @@ from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
 from hooked_mamba.mixers.linear_form import Read
@@ -237,8 +238,9 @@ class GatedDeltaNet(Branch):
         if not self.cfg.d_conv:
             p = at_least_fp32(p)
             return TokenPath(p, torch.sigmoid(p), p.new_ones(p.shape[-1], 1), p.new_zeros(p.shape[-1]))
-        weight, bias = self.conv1d.weight[rows, 0], self.conv1d.bias
-        return TokenPath.gated(weight, None if bias is None else bias[rows], p, read("hook_conv")[..., rows], u)
+        weight, bias = weights_of(self.conv1d, "conv1d")
+        bias = None if bias is None else bias[rows]
+        return TokenPath.gated(weight[rows, 0], bias, p, read("hook_conv")[..., rows], u)
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
         """The gate, and the norm's weight and divisor of each head."""

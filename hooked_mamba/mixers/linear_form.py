@@ -24,6 +24,7 @@ from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import SitedModule
+from hooked_mamba.layers import weights_of
 from hooked_mamba.state import BranchState
 
 Read = Callable[[str], Tensor]
@@ -146,15 +147,15 @@ class LinearForm(SitedModule):
 
     def value_input(self) -> Project:
         """The weights that make p, float32 at least."""
-        return projection(self.in_proj, self.value_rows)
+        return projection(self.in_proj, self.value_rows, "in_proj")
 
     def value_output(self) -> Project:
         """The weights that write into the stream, float32 at least."""
-        return projection(self.out_proj)
+        return projection(self.out_proj, where="out_proj")
 
     def write_weight(self) -> Float[Tensor, "d E"]:
         """The output's weights, those of a norm right before it included."""
-        return self.out_proj.weight
+        return weights_of(self.out_proj, "out_proj")[0]
 
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""
@@ -222,10 +223,10 @@ class LinearForm(SitedModule):
         )
 
 
-def projection(linear: Any, rows: slice = slice(None)) -> Project:
-    """A linear layer (or some of its rows) as a piece."""
-    weight, bias = at_least_fp32(linear.weight), linear.bias
-    return Project(weight[rows], None if bias is None else at_least_fp32(bias[rows]))
+def projection(linear: Any, rows: slice = slice(None), where: str = "a linear layer") -> Project:
+    """A linear layer (or some of its rows) as a piece; `where` is its name, for the error if an adapter is on it."""
+    weight, bias = weights_of(linear, where)
+    return Project(at_least_fp32(weight)[rows], None if bias is None else at_least_fp32(bias[rows]))
 
 
 def hold(x: Tensor, hook: Any) -> Tensor:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_mamba import ops
-from hooked_mamba.components import Linear, at_least_fp32, conv_silu, linear, rms_normalize, silu, softplus
+from hooked_mamba.components import Linear, at_least_fp32, conv_silu, rms_normalize, silu, softplus
 from hooked_mamba.config import MambaConfig
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import TokenPath
@@ -137,7 +137,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
         if self.cfg.mixer_norm_weights:
             dt_low, B, C = dt_low * self.dt_norm_weight, B * self.B_norm_weight, C * self.C_norm_weight
         dt_low = self.hook_dt_low(dt_low)
-        dt_pre = self.hook_dt_pre(linear(dt_low, self.dt_proj.weight, self.dt_proj.bias))
+        dt_pre = self.hook_dt_pre(self.dt_proj(dt_low))
 
         if padding is None and not self.inside_wanted:
             if self.hook_dt.readers:  # formed on the side: the scan makes its own

@@ -115,10 +115,10 @@ class MLP(Branch):
         return at_least_fp32(read("hook_gate")).expand(-1, -1, self.cfg.d_mlp)
 
     def value_input(self) -> Project:
-        return projection(self.up_proj)
+        return projection(self.up_proj, where="up_proj")
 
     def value_output(self) -> Project:
-        return projection(self.down_proj)
+        return projection(self.down_proj, where="down_proj")
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

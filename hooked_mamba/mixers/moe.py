@@ -19,6 +19,7 @@ from hooked_mamba.components import Linear, at_least_fp32
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import MoEConfig
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.mlp import ACTIVATIONS
 from hooked_mamba.mixers.precision import uniform_fan_in
@@ -80,7 +81,8 @@ class MoE(Branch):
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
-        logits = self.hook_router_logits(nn.functional.linear(at_least_fp32(resid), at_least_fp32(self.router.weight)))
+        router, _ = weights_of(self.router, "router")
+        logits = self.hook_router_logits(nn.functional.linear(at_least_fp32(resid), at_least_fp32(router)))
         scores = self.hook_router_scores(self.scores(logits))
         indices = self.hook_expert_indices(self.choose(scores))
         weights = self.hook_expert_weights(self.weigh(logits, scores, indices))

@@ -28,6 +28,7 @@ from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.linear import Centred, Gain, Mix, Plus, Project
 from hooked_mamba.frozen.tokens import ShiftedPath
 from hooked_mamba.hooks.site import Child, Site
+from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
 from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
@@ -270,13 +271,13 @@ class RWKV7Mixer(Branch):
         return path.p - path.earlier
 
     def value_input(self) -> Project:
-        return projection(self.value)
+        return projection(self.value, where="value")
 
     def value_output(self) -> Project:
-        return projection(self.output)
+        return projection(self.output, where="output")
 
     def write_weight(self) -> Float[Tensor, "d E"]:
-        return self.output.weight
+        return weights_of(self.output, "output")[0]
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> RWKVState:
         """Zeros, where the weights are; on "meta" their shapes alone."""

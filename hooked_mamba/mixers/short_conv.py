@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_mamba.components import Linear, causal_conv1d
+from hooked_mamba.components import Linear, convolved
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import ShortConvConfig
 from hooked_mamba.mixers.base import Branch
@@ -69,7 +69,7 @@ class ShortConv(Branch):
         B, C, x = self.hook_B(B), self.hook_C(C), self.hook_x(x)
         x = self.hook_x_pre(zero_padding(padding)(B * x))
         x, before, history = with_history(x, past, padding)
-        y = self.hook_conv(causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, history=before)[:, -len(C[0]) :])
+        y = self.hook_conv(convolved(x, self.conv1d, before)[:, -len(C[0]) :])
         return self.hook_out_proj(self.out_proj(self.hook_y_gated(C * y))), ConvState(history)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ConvState:

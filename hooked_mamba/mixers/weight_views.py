@@ -8,6 +8,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_mamba.layers import weights_of
+
 
 class ProjectionViews:
     """Views of in_proj, convolution and out_proj."""
@@ -18,7 +20,7 @@ class ProjectionViews:
 
     @property
     def W_in(self) -> Float[Tensor, "d inner"]:
-        return self.in_proj.weight.t()
+        return weights_of(self.in_proj, "in_proj")[0].t()
 
     @property
     def b_in(self) -> Float[Tensor, " inner"]:
@@ -26,15 +28,16 @@ class ProjectionViews:
 
     @property
     def W_conv(self) -> Float[Tensor, "C K"]:
-        return self.conv1d.weight[:, 0]
+        return weights_of(self.conv1d, "conv1d")[0][:, 0]
 
     @property
     def b_conv(self) -> Float[Tensor, " C"]:
-        return self.conv1d.bias if self.conv1d.bias is not None else self.conv1d.weight[:, 0, 0] * 0
+        weight, bias = weights_of(self.conv1d, "conv1d")
+        return weight[:, 0, 0] * 0 if bias is None else bias
 
     @property
     def W_out(self) -> Float[Tensor, "E d"]:
-        return self.out_proj.weight.t()
+        return weights_of(self.out_proj, "out_proj")[0].t()
 
     @property
     def b_out(self) -> Float[Tensor, " d"]:
@@ -42,7 +45,7 @@ class ProjectionViews:
 
     def in_columns(self, first: int, width: int) -> Float[Tensor, "d w"]:
         """What makes some of in_proj's outputs."""
-        return self.in_proj.weight[first : first + width].t()
+        return weights_of(self.in_proj, "in_proj")[0][first : first + width].t()
 
 
 class Mamba1Views(ProjectionViews):
@@ -66,7 +69,7 @@ class Mamba1Views(ProjectionViews):
 
     @property
     def W_dt_proj(self) -> Float[Tensor, "R E"]:
-        return self.dt_proj.weight.t()
+        return weights_of(self.dt_proj, "dt_proj")[0].t()
 
     @property
     def W_dt(self) -> Float[Tensor, "E E_out"]:
@@ -85,7 +88,7 @@ class Mamba1Views(ProjectionViews):
         return self._x_columns(self.cfg.R + self.cfg.d_state, self.cfg.d_state)
 
     def _x_columns(self, first: int, width: int) -> Tensor:
-        return self.x_proj.weight[first : first + width].t()
+        return weights_of(self.x_proj, "x_proj")[0][first : first + width].t()
 
 
 class Mamba2Views(ProjectionViews):

@@ -168,7 +168,7 @@ def test_caches():
         _, alone = model.run_with_cache(row)
         torch.testing.assert_close(stack[:, i], alone.decompose_resid(pos_slice=-1)[:, 0])
     tokens, mask, _ = padded(model, "right")
-    with pytest.raises(ValueError, match="pos_slice=-1 counts from the end.*padding_side='left'"):
+    with pytest.raises(ValueError, match=r"pos_slice=-1 counts from the end.*padding_side='left'"):
         model.run_with_cache(tokens, attention_mask=mask, pos_slice=-1)
     _, cache = model.run_with_cache(tokens, attention_mask=mask)
     for ask in (

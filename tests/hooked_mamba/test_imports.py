@@ -19,7 +19,7 @@ MAY_IMPORT = {
 PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
-    {"config", "ops", "display", "lazy", "renamed"},
+    {"config", "ops", "display", "lazy", "renamed", "layers"},
     {"recurrent_config"},
     {"hybrid_config"},
     {"hooks"},
