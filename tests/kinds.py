@@ -17,4 +17,7 @@ MAMBA = ("mamba", "mamba2")
 """The kinds with dt, B, C and a selective scan, in models of nothing else, which is what the test is about."""
 
 WITH_STATES = tuple(kind for kind in MIXERS if any(name == "hook_h" for name, _ in rows_of(DECLARED[kind])))
-"""The kinds with a state that has a site, and the linear form of a scan."""
+"""The kinds with a state that has a site."""
+
+LINEAR = tuple(kind for kind in MIXERS if DECLARED[kind].frozen_sites)
+"""The kinds that declare their linear form."""
