@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -58,8 +58,16 @@ class Attribution(Parts):
         return [*self.features.values(), *self.errors.values(), *self.node_heads.values()]
 
     @property
+    def size(self) -> Float[Tensor, " n"]:
+        """The sum of all parts without their signs: what rounding is measured by."""
+        parts = [self.target.abs(), self.embeddings.abs().sum(1), self.offset.abs()]
+        parts += [value.abs().flatten(1).sum(1) for value in self._summed()]
+        ends = (*self.coder_biases.values(), *self.biases.values(), *self.initial.values())
+        return torch.stack([*parts, *(value.abs() for value in ends)]).sum(0)
+
+    @property
     def residual(self) -> Float[Tensor, " n"]:
-        """target - total: rounding, unless hooks changed what lies between the cached sites."""
+        """target - total: rounding, unless hooks changed what lies between the cached sites (see `unexplained`)."""
         return self.target - self.total
 
     def __repr__(self) -> str:
@@ -87,6 +95,7 @@ def attribute(
     keep_heads: bool = True,
     nodes: dict[int, Float[Tensor, "l E"]] | None = None,
     batch: int = 64,
+    unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,
 ) -> Attribution:
     """Take targets apart, exactly, with norms, gates and selection held at the prompt's run.
@@ -106,12 +115,17 @@ def attribute(
         direct effects and `node_heads` counts them into the total.
     batch
         Covectors that go down together.
+    unexplained
+        What to do where the parts do not sum to a target, since functions on hook points changed values that the
+        frozen model takes for computed: "refuse", or "keep" the sum as it is and see `residual`.
 
     Raises
     ------
     ValueError
-        No target or no prompt, or a FrozenModel together with what it brings.
+        No target or no prompt, a FrozenModel together with what it brings, or parts that do not sum.
     """
+    if unexplained not in ("refuse", "keep"):
+        raise ValueError(f"unexplained must be 'refuse' or 'keep', got {unexplained!r}")
     frozen, chosen = frozen_of(model, prompt, coders, mode, **run), chosen_targets(targets)
     with torch.no_grad():
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
@@ -122,13 +136,38 @@ def attribute(
             for i in range(0, len(covectors), batch)
         ]
     labels = [target.label for target in chosen for _ in range(frozen.batch)]
-    return Attribution(
+    found = Attribution(
         labels=labels,
         rows=rows,
         target=torch.stack([c.value for c in covectors]),
         offset=torch.stack([c.offset for c in covectors]),
         codes={i: coded.codes for i, coded in frozen.coded.items()},
         **vars(Parts.joined(pieces)),
+    )
+    if unexplained == "refuse" and frozen.rule.name == "none":
+        _check_sum(frozen, found)
+    return found
+
+
+def require_sums(frozen: FrozenModel, targets: Sequence[Target]) -> None:
+    """Refuse a run under functions on hook points that the frozen model does not reproduce; see :func:`attribute`."""
+    if frozen.edited and frozen.rule.name == "none":
+        attribute(frozen, targets=targets, keep_heads=False)
+
+
+def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
+    rounding = torch.finfo(frozen.model.embed.weight.dtype).eps ** 0.5 * found.size
+    wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    i = wrong[0]
+    where = ", ".join(frozen.edited[:5]) + (", ..." if len(frozen.edited) > 5 else "")
+    cause = f"functions sat on {where} during the run" if where else "the run is not what its cached sites make of it"
+    raise ValueError(
+        f"the parts of {found.labels[i]} sum to {float(found.total[i]):.4g} and the run had"
+        f" {float(found.target[i]):.4g}: {cause}. An edit of a value on the way (a stream, a branch's output) is no part"
+        " of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts as"
+        " they are with unexplained='keep'"
     )
 
 

@@ -226,12 +226,22 @@ def _assemble(
     about = {
         "model": _plain(frozen.model.cfg.to_dict()),
         "tokens": frozen.tokens[0].tolist(),
+        "targets": [_token_of(frozen, target) for target in targets],
         "selection": frozen.rule.name,
         "shares": list(frozen.rule.shares) if frozen.rule.name == "shares" else None,
         "modes": {str(i): (frozen.coded[i].mode if i in frozen.coded else "mixer") for i in range(top)},
         "coders": {str(i): _plain(coded.coder.cfg.to_dict()) for i, coded in frozen.coded.items()},
     }
     return Graph((*first, *inner), weights, remainder, tokens, importance, about)
+
+
+def _token_of(frozen: FrozenModel, target: Any) -> dict[str, Any]:
+    """The token that a target is about and the model's probability of it; nothing for other targets."""
+    if not isinstance(target, Logit):
+        return {}
+    token = frozen.token_id(target.token)
+    p = frozen.logits[0, frozen.column(target.position, 0)].softmax(-1)[token]
+    return {"token": token, "probability": float(p)}
 
 
 def _plain(value: Any) -> Any:

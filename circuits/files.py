@@ -144,24 +144,24 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", slug):
         raise ValueError(f"slug may hold letters, digits, dash and underscore, got {slug!r}")
-    flow, ids = influence(graph), [_node_id(node) for node in graph.nodes]
+    flow, ids = influence(graph), [_node_id(graph, node) for node in graph.nodes]
     order = flow.argsort(descending=True)
     reached = torch.zeros_like(flow)
     reached[order] = flow[order].cumsum(0) / flow.sum()
     nodes = [
         {
             "node_id": ids[i],
-            "feature": _feature_number(node),
+            "feature": _feature_number(graph, node),
             "layer": _layer_name(node),
             "ctx_idx": max(node.position, 0),
             "feature_type": _TYPES[node.kind],
-            "token_prob": float(graph.importance[i]),
+            "token_prob": _probability(graph, node),
             "is_target_logit": node.kind == "target",
             "run_idx": 0,
             "reverse_ctx_idx": 0,
             "jsNodeId": ids[i],
-            "clerp": _title(node, float(graph.importance[i])),
-            "influence": float(reached[i]),
+            "clerp": _title(graph, node),
+            "influence": None if node.kind == "target" else float(reached[i]),
             "activation": node.activation if node.kind == "feature" else None,
         }
         for i, node in enumerate(graph.nodes)
@@ -189,21 +189,52 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
     }  # fmt: skip
 
 
-def _title(node: Node, importance: float) -> str:
+def _target(graph: Graph, node: Node) -> dict[str, Any]:
+    """What the graph knows of a target's token; nothing for other nodes."""
+    known = graph.about.get("targets", [])
+    return known[node.index] if node.kind == "target" and node.index < len(known) else {}
+
+
+def _probability(graph: Graph, node: Node) -> float:
+    """The model's probability of a target's token; 0, as in circuit-tracer, for all that is no token."""
+    return float(_target(graph, node).get("probability", 0.0))
+
+
+def _title(graph: Graph, node: Node) -> str:
     """What front ends show; they look for a probability in a logit's title, and fail where there is none."""
     title = node.name or node.label
-    return f'Output "{title}" (p={importance:.3f})' if node.kind == "target" else title
+    return f'Output "{title}" (p={_probability(graph, node):.3f})' if node.kind == "target" else title
 
 
 def _layer_name(node: Node) -> str:
-    return "E" if node.kind in ("embed", "bias", "initial") else str(node.layer)
+    if node.kind in ("embed", "bias", "initial"):
+        return "E"
+    return str(node.layer + 1 if node.kind == "target" else node.layer)  # theirs leave one layer out before the logits
 
 
-def _feature_number(node: Node) -> int:
-    """Unlike for every kind, so that the front ends, which go by layer and feature, never mix two up."""
-    return node.index if node.kind in ("feature", "target") else KINDS.index(node.kind) * 10_000_000 + node.index
+def _index(graph: Graph, node: Node) -> int:
+    """What stands between layer and position in a node's id: a latent, a token, -1 for an error; for kinds that
+    circuit-tracer has not, numbers that no other node of the layer has."""
+    if node.kind == "feature":
+        return node.index
+    if node.kind == "error":
+        return -1
+    tokens = graph.about.get("tokens", [])
+    if node.kind == "embed" and node.position < len(tokens):
+        return int(tokens[node.position])
+    if node.kind == "target" and "token" in (known := _target(graph, node)):
+        same = [other.index for other in graph.nodes if _target(graph, other).get("token") == known["token"]]
+        return int(known["token"]) if node.index == min(same) else 10_000_000 * len(KINDS) + node.index
+    return KINDS.index(node.kind) * 10_000_000 + node.index
 
 
-def _node_id(node: Node) -> str:
-    """layer_feature_position, as the front ends take it apart; unique for features, heads and errors alike."""
-    return f"{_layer_name(node)}_{_feature_number(node)}_{max(node.position, 0)}"
+def _feature_number(graph: Graph, node: Node) -> int:
+    """`feature`: of a latent its layer and index as one number (Cantor's pairing), of an embedding its position."""
+    if node.kind == "feature":
+        return (node.layer + node.index) * (node.layer + node.index + 1) // 2 + node.index
+    return node.position if node.kind == "embed" else _index(graph, node)
+
+
+def _node_id(graph: Graph, node: Node) -> str:
+    """layer_index_position, as the front ends take it apart; unique for features, heads and errors alike."""
+    return f"{_layer_name(node)}_{_index(graph, node)}_{max(node.position, 0)}"

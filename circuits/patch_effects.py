@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.attribution import require_sums
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.targets import Covector, Logit, Target
 from hooked_mamba.models import HookedModel
@@ -125,6 +126,7 @@ def patch_effects(
     if frozen.batch != 1:
         raise ValueError(f"expected one prompt, got {frozen.batch}: call once for each")
     target = _one_target(frozen, target)
+    require_sums(frozen, [target])
     several = [replace_by] if isinstance(replace_by, int | str) else list(replace_by)
     others = [frozen.token_id(token) for token in several]
     if not others:

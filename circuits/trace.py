@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.attribution import require_sums
 from circuits.descent import Descent
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Kind, Node
@@ -85,6 +86,7 @@ def trace_paths(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if not 0 <= row < frozen.batch:
         raise IndexError(f"row {row} is out of range: this run has {frozen.batch}")
+    require_sums(frozen, [target])
     options = PathOptions.of(preset)
     frozen = frozen if options == EXACT else optioned(frozen, options)
     start = target.covector(frozen, row)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.attribution import require_sums
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, checked
@@ -67,6 +68,7 @@ def frozen_effects(
     if frozen.rule.name != "none":
         raise ValueError(f"effects follow the value path: this run has selection={frozen.rule.name!r}, expected 'none'")
     chosen = chosen_targets(targets)
+    require_sums(frozen, chosen)
     listed = checked(frozen.model, edits)
     changes = Changes(frozen.rows_of(1), held={} if hold is None else held_heads(frozen, hold))
     changes.inside = _Inside(frozen, listed, changes.held)

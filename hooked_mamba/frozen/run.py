@@ -82,6 +82,8 @@ class Run:
         if padding is not None and initial_state is not None:
             raise ValueError("an initial state together with padding cannot be traced: give rows of one length")
         self.before = initial_state if initial_state is not None else model.initial_state(self.tokens.shape[0])
+        self.edited = tuple(str(point.name) for point in model.hook_points() if point.edited)
+        """Sites on which functions sat when the run was made."""
         names = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
         names += [name for layer in range(self.n_layers) for name in frozen_sites(model, layer)]
         with torch.no_grad():

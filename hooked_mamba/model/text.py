@@ -178,8 +178,11 @@ class TextMethods:
 
     @property
     def d_vocab_real(self) -> int:
-        """Entries of the tokenizer; rows of the embedding past it are padding."""
-        return min(len(self.tokenizer), self.cfg.d_vocab) if self.tokenizer is not None else self.cfg.d_vocab
+        """Rows of the embedding that stand for tokens, by the tokenizer or else by the config; those past it are
+        padding."""
+        if self.tokenizer is not None:
+            return min(len(self.tokenizer), self.cfg.d_vocab)
+        return self.cfg.d_vocab if self.cfg.d_vocab_unpadded is None else self.cfg.d_vocab_unpadded
 
     def _special(self, name: str) -> int | None:
         mine = getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
