@@ -165,8 +165,8 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
     cause = f"functions sat on {where} during the run" if where else "the run is not what its cached sites make of it"
     raise ValueError(
         f"the parts of {found.labels[i]} sum to {float(found.total[i]):.4g} and the run had"
-        f" {float(found.target[i]):.4g}: {cause}. An edit of a value on the way (a stream, a branch's output) is no part"
-        " of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts as"
+        f" {float(found.target[i]):.4g}: {cause}. An edit of a value on the way (a stream, a branch's output) is no"
+        " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts as"
         " they are with unexplained='keep'"
     )
 
