@@ -166,8 +166,8 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
     raise ValueError(
         f"the parts of {found.labels[i]} sum to {float(found.total[i]):.4g} and the run had"
         f" {float(found.target[i]):.4g}: {cause}. An edit of a value on the way (a stream, a branch's output) is no"
-        " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts as"
-        " they are with unexplained='keep'"
+        " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts"
+        " as they are with unexplained='keep'"
     )
 
 
