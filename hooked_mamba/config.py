@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -46,6 +47,15 @@ class BranchConfig:
         return dataclasses.asdict(self)
 
 
+LARGEST = 3.4e38
+"""About the largest float32."""
+
+
+def several_or_one(tokens: Sequence[int]) -> int | tuple[int, ...] | None:
+    """A list of ids as a config holds it: a tuple of several, the id of one, None of none."""
+    return tuple(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(BranchConfig):
     """What every model has: its stack and its vocabulary."""
@@ -62,10 +72,9 @@ class ModelConfig(BranchConfig):
     """Whether the residual stream is float32 although the weights are bfloat16 or float16."""
     bos_token_id: int | None = None
     """Token put in front when `prepend_bos` is asked for. The tokenizer's own wins where it has one."""
-    eos_token_id: int | None = None
-    """Token at which generation stops. The tokenizer's own wins where it has one."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Further tokens at which it stops, where a config names several."""
+    eos_token_id: int | Sequence[int] | None = None
+    """Token at which generation stops, or several (kept as a tuple), each of which stops it. The tokenizer's own wins
+    over a single one."""
     pad_token_id: int | None = None
     """Token that fills padded positions; it is masked, so its value changes nothing."""
     model_name: str = "custom"
@@ -74,7 +83,8 @@ class ModelConfig(BranchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("d_vocab")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", several_or_one(self.eos_token_id))
         if self.d_vocab_unpadded is not None and not 1 <= self.d_vocab_unpadded <= self.d_vocab:
             raise ValueError(
                 f"d_vocab_unpadded must be from 1 to d_vocab={self.d_vocab}, got {self.d_vocab_unpadded!r}"
@@ -203,6 +213,7 @@ class Mamba2Config(SSMConfig):
         if self.norm_eps is None:
             object.__setattr__(self, "norm_eps", self.eps)
         low, high = self.dt_limit  # a list after JSON; kept a tuple so that equal configs compare equal
+        high = math.inf if high > LARGEST else high  # 1e308 and the like stand for no bound
         object.__setattr__(self, "dt_limit", (float(low), float(high)))
         object.__setattr__(self, "A_init_range", tuple(map(float, self.A_init_range)))
         self.check_positive("head_dim", "n_groups", "norm_groups", "chunk_size")

@@ -13,14 +13,18 @@ from hooked_mamba.loading.tables import CheckpointError, Field, reject
 __all__ = [
     "COMMON_FIELDS",
     "COMMON_WEIGHTS",
+    "UNBOUNDED",
     "integer_expand",
+    "limit_of",
     "prefixed",
     "refuse_unsupported",
-    "single_token",
 ]
 
 # Not mapped, because they shape only random initialisation or speed: initializer_range, time_step_scale,
 # time_step_init_scheme, rescale_prenorm_residual, use_cache, use_mambapy, use_associative_scan.
+UNBOUNDED = (0.0, float("inf"))
+"""No clamp of the step size."""
+
 COMMON_FIELDS = (
     Field("d_model", "hidden_size"),
     Field("n_layers", "num_hidden_layers"),
@@ -53,15 +57,28 @@ COMMON_WEIGHTS: dict[str, str | None] = {
 
 
 def refuse_unsupported(config: Mapping[str, Any], what: str) -> None:
-    """Refuse what no mixer here computes; early conversions carry raw names, so those are looked at too."""
-    reject(config, {"hidden_act": ("silu", "swish"), "rms_norm": (True,), "norm_before_gate": (False,)}, what)
+    """Refuse what no mixer here computes. Names of raw configs that conversions left in (rms_norm, norm_before_gate)
+    are not looked at: transformers reads neither, and the weights are run as it runs them."""
+    reject(config, {"hidden_act": ("silu", "swish")}, what)
 
 
-def single_token(token: int | list[int] | None) -> int | None:
-    """One id where a config may give a list of them: the first."""
-    if isinstance(token, list | tuple):
-        return token[0] if token else None
-    return token
+def limit_of(given: Any, field: str = "time_step_limit") -> tuple[float, float]:
+    """`time_step_limit` in the forms that files have: none at all, or null or "Infinity" for a bound that is none.
+
+    Raises
+    ------
+    CheckpointError
+        It is no pair of numbers.
+    """
+    if given is None:
+        return UNBOUNDED
+    try:
+        low, high = (
+            default if bound is None else float(bound) for bound, default in zip(given, UNBOUNDED, strict=True)
+        )
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{field} must be two numbers or null, got {given!r}") from None
+    return low, high
 
 
 def integer_expand(cfg: SSMConfig) -> int:

@@ -14,7 +14,6 @@ from hooked_mamba.loading.hf_fields import (
     integer_expand,
     prefixed,
     refuse_unsupported,
-    single_token,
 )
 from hooked_mamba.loading.tables import (
     CheckpointError,
@@ -60,7 +59,6 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     refuse_unsupported(config, "this Mamba config")
     values = read_fields(config, FIELDS, "this Mamba config")
     values["dt_rank"] = None if values["dt_rank"] == "auto" else values["dt_rank"]
-    values["eos_token_id"] = single_token(values["eos_token_id"])
     cfg = MambaConfig(**values)
     state = to_ours_weights(state_dict, prefixed(state_dict, WEIGHTS), cfg.n_layers)
     return cfg, drop_tied(state, cfg.tie_embeddings)

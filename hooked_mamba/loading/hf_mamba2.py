@@ -15,10 +15,11 @@ from hooked_mamba.config import Mamba2Config
 from hooked_mamba.loading.hf_fields import (
     COMMON_FIELDS,
     COMMON_WEIGHTS,
+    UNBOUNDED,
     integer_expand,
+    limit_of,
     prefixed,
     refuse_unsupported,
-    single_token,
 )
 from hooked_mamba.loading.tables import (
     CheckpointError,
@@ -32,8 +33,6 @@ from hooked_mamba.loading.tables import (
 from hooked_mamba.loading.tying import drop_tied
 
 __all__ = ["FIELDS", "WEIGHTS", "from_ours", "to_ours"]
-
-UNBOUNDED = (0.0, float("inf"))
 
 FIELDS = (
     *COMMON_FIELDS,
@@ -67,8 +66,7 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     """
     refuse_unsupported(config, "this Mamba-2 config")
     values = read_fields(config, FIELDS, "this Mamba-2 config")
-    values["dt_limit"] = tuple(map(float, values["dt_limit"] or UNBOUNDED))
-    values["eos_token_id"] = single_token(values["eos_token_id"])
+    values["dt_limit"] = limit_of(values["dt_limit"])
     cfg = Mamba2Config(**values)
     heads = config.get("num_heads", 128)
     if heads != cfg.H:

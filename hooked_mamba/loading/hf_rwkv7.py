@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mamba.loading.hf_fields import single_token
 from hooked_mamba.loading.raw_rwkv7 import MIXES, sizes_of
 from hooked_mamba.loading.tables import (
     CheckpointError,
@@ -98,7 +97,6 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     widths = config.get("value_dim") or config.get("attention_hidden_size") or values["d_model"]
     if set(widths if isinstance(widths, list | tuple) else [widths]) != {values["d_model"]}:
         raise CheckpointError(f"{WHAT} has value_dim={widths}; expected hidden_size={values['d_model']} in every layer")
-    values["eos_token_id"] = single_token(values["eos_token_id"])
     state = _under_our_names(state_dict, values["n_layers"])
     sizes = sizes_of(state, values["n_layers"])
     for field in ("d_model", "d_vocab"):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config
+from hooked_mamba.loading.hf_fields import limit_of
 from hooked_mamba.loading.hf_mamba2 import WEIGHTS as HF_WEIGHTS
 from hooked_mamba.loading.raw_fields import (
     COMMON_SSM_FIELDS,
@@ -65,8 +66,8 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     values = read_top(config, what) | read_ssm_cfg(config, SSM_FIELDS, ALLOWED, UNUSED, what)
     ssm_cfg = config.get("ssm_cfg") or {}
     reject(ssm_cfg, {"layer": ("Mamba2",)}, f"ssm_cfg of {what}")
-    for name in ("dt_limit", "A_init_range"):
-        values[name] = tuple(map(float, values[name]))  # lists in JSON
+    values["dt_limit"] = limit_of(values["dt_limit"], "dt_limit")
+    values["A_init_range"] = tuple(map(float, values["A_init_range"]))  # a list in JSON
     cfg = Mamba2Config(**values, norm_eps=NORM_EPS)
     reject(ssm_cfg, {"d_ssm": (None, cfg.E)}, f"ssm_cfg of {what}")
     state = to_ours_weights(state_dict, WEIGHTS, cfg.n_layers)

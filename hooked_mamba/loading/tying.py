@@ -22,7 +22,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def drop_tied(state: LazyState, tied: bool) -> LazyState:
-    """`state` without its unembedding when that is the embedding again.
+    """`state` without its unembedding when that is the embedding again; one that is there under the unembedding's name
+    alone is the embedding.
 
     Raises
     ------
@@ -31,7 +32,9 @@ def drop_tied(state: LazyState, tied: bool) -> LazyState:
     """
     if not tied or "unembed.weight" not in state:
         return state
-    if "embed.weight" in state and not _equal(state["embed.weight"], state["unembed.weight"]):
+    if "embed.weight" not in state:
+        return state.renamed({name: "embed.weight" if name == "unembed.weight" else name for name in state})
+    if not _equal(state["embed.weight"], state["unembed.weight"]):
         raise CheckpointError(
             "the config ties the unembedding to the embedding, but the file holds two different tensors; "
             "correct the config (tie_word_embeddings or tie_embeddings: false) if the second one is meant"

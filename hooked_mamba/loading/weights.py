@@ -92,10 +92,10 @@ def load_into(
             faults.append(f"missing: {slot.names[0]} {tuple(slot.parameter.shape)}")
             continue
         source = state_dict[present[0]]
-        if source.shape != slot.parameter.shape:
+        if not source.dtype.is_floating_point:
+            faults.append(f"dtype: {present[0]} got {source.dtype} (quantised?), expected floating point")
+        elif source.shape != slot.parameter.shape:
             faults.append(f"shape: {present[0]} got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}")
-        elif not source.dtype.is_floating_point:
-            faults.append(f"dtype: {present[0]} got {source.dtype}, expected floating point")
         else:
             sources[present[0]] = slot
     copies: dict[str, Tensor] = {}

@@ -101,7 +101,8 @@ class Generation:
         max_new_tokens
             Tokens to add.
         stop_at_eos, eos_token_id
-            End a row at one of these (default: the tokenizer's); it is filled with the first of them.
+            End a row at any of these (default: the tokenizer's and all that the config names); it is filled with the
+            first of them.
         do_sample, top_k, top_p, temperature, freq_penalty
             False takes the likeliest token; the others as in :func:`sample_logits`. Rows of the vocabulary that the
             tokenizer does not know are never drawn.
@@ -212,9 +213,7 @@ class Generation:
 
     def _stop_tokens(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
         if eos_token_id is None:
-            known = self.eos_token_id  # type: ignore[attr-defined]
-            further = self.cfg.stop_token_ids  # type: ignore[attr-defined]
-            return list(dict.fromkeys([*([] if known is None else [known]), *further]))
+            return list(self.eos_token_ids)  # type: ignore[attr-defined]
         return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
     @contextmanager

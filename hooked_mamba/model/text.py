@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
 
+SPACE_MARK = "\u2581"
+"""What stands for a space in SentencePiece's tokens."""
+
 PaddingSide = Literal["left", "right"]
 
 
@@ -111,7 +114,16 @@ class TextMethods:
         if ids.ndim > 1:
             raise ValueError(f"to_str_tokens takes one row of tokens, got {list(ids.shape)}")
         tokenizer = self._needs_tokenizer("to_str_tokens")
-        return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.reshape(-1).tolist()]
+        return [self._text_of(tokenizer, i) for i in ids.reshape(-1).tolist()]
+
+    def _text_of(self, tokenizer: Any, token: int) -> str:
+        """A token's text with the space that SentencePiece's mark stands for: decoding drops it at a text's start."""
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        name = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+        if not isinstance(name, str):
+            return text
+        missing = (len(name) - len(name.lstrip(SPACE_MARK))) - (len(text) - len(text.lstrip(" ")))
+        return " " * missing + text
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is exactly one token."""
@@ -163,7 +175,7 @@ class TextMethods:
         for name in ("pad_token_id", "eos_token_id"):
             found = self._special(name)
             if found is not None:
-                return found
+                return found[0] if isinstance(found, tuple) else found
         return None
 
     @property
@@ -173,8 +185,15 @@ class TextMethods:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token at which generation stops."""
-        return self._special("eos_token_id")
+        """The token that ends a text; of several, the tokenizer's own or else the config's first."""
+        found = self._special("eos_token_id")
+        return found[0] if isinstance(found, tuple) else found
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token at which generation stops: the tokenizer's, and where the config has several all of those."""
+        mine, config = self.eos_token_id, self.cfg.eos_token_id
+        return tuple(dict.fromkeys(t for t in (mine, *(config if isinstance(config, tuple) else ())) if t is not None))
 
     @property
     def d_vocab_real(self) -> int:
@@ -184,7 +203,7 @@ class TextMethods:
             return min(len(self.tokenizer), self.cfg.d_vocab)
         return self.cfg.d_vocab if self.cfg.d_vocab_unpadded is None else self.cfg.d_vocab_unpadded
 
-    def _special(self, name: str) -> int | None:
+    def _special(self, name: str) -> Any:
         mine = getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
         return mine if mine is not None else getattr(self.cfg, name)
 

@@ -22,7 +22,7 @@ def made():
 
 def test_probabilities_are_the_models(made):
     model, tokens, _, found = made
-    p = model(tokens)[0].softmax(-1)
+    p = model(tokens)[0].detach().softmax(-1)
     expected = [p[-1, 5], p[-1, 2], p[-1, 3], p[-2, 5], 0.0]
     targets = [node for node in found["nodes"] if node["feature_type"] == "logit"]
     assert [node["token_prob"] for node in targets] == pytest.approx([float(x) for x in expected])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hooked_mamba.model.text import lm_cross_entropy_loss
@@ -149,3 +151,37 @@ def test_set_tokenizer(model, tmp_path):
     with pytest.raises(TypeError, match="tokenizer"):
         other.set_tokenizer(None)
     assert model.default_padding_side == "right"
+
+
+def test_pieces_of_sentencepiece_keep_their_spaces():
+    words = ["<unk>", "</s>", "▁I", "▁like", "hungry", "▁hungry", "▁▁two", "▁"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    model = build("mamba")
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    assert model.to_str_tokens("I like hungry") == [" I", " like", " hungry"]
+    assert [model.to_single_str_token(i) for i in range(4, 8)] == ["hungry", " hungry", "  two", " "]
+
+
+def test_generation_stops_at_any_of_several_ends():
+    model = build("mamba", eos_token_id=[3, 5])
+    assert model.cfg.eos_token_id == (3, 5)
+    assert type(model.cfg).from_dict(json.loads(json.dumps(model.cfg.to_dict()))) == model.cfg
+    assert (model.eos_token_id, model.eos_token_ids) == (3, (3, 5))
+    for end in (3, 5):
+        with model.hooks([("hook_logits", lambda x, hook, end=end: x * 0 + torch.eye(x.shape[-1])[end])]):
+            made = model.generate(torch.tensor([[1, 2]]), 6, do_sample=False, verbose=False)
+        assert made.tolist() == [[1, 2, end]]
+    assert build("mamba", eos_token_id=[4]).cfg.eos_token_id == 4
+    assert build("mamba", eos_token_id=[]).cfg.eos_token_id is None
+    model.tokenizer = word_tokenizer()
+    assert model.eos_token_ids == (1, 3, 5)
+
+
+def test_padding_rows_without_a_tokenizer_are_never_drawn():
+    model = build("mamba", d_vocab_unpadded=11)
+    assert model.d_vocab_real == 11
+    with model.hooks([("hook_logits", lambda x, hook: x + 50 * (torch.arange(x.shape[-1]) >= 11))]):
+        made = model.generate(torch.tensor([[1, 2]]), 6, verbose=False)
+    assert int(made.max()) < 11

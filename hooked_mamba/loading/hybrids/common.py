@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config
 from hooked_mamba.hybrid_config import AttentionConfig, HybridConfig, MLPConfig, MoEConfig
+from hooked_mamba.loading.hf_fields import limit_of
 from hooked_mamba.loading.sources import Rows, Source, Stacked, Table, Whole, read_table
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tying import drop_tied
@@ -83,8 +84,7 @@ def stack_fields(config: Mapping[str, Any], eps: float) -> dict[str, Any]:
         "eps": eps,
         "tie_embeddings": bool(get(config, "tie_word_embeddings", False)),
         "bos_token_id": token(config.get("bos_token_id")),
-        "eos_token_id": token(eos := config.get("eos_token_id")),
-        "stop_token_ids": tuple(eos[1:]) if isinstance(eos, list | tuple) else (),
+        "eos_token_id": config.get("eos_token_id"),
         "pad_token_id": config.get("pad_token_id"),
     }
 
@@ -140,8 +140,7 @@ def mamba2(config: Mapping[str, Any], stack: Mapping[str, Any], d_inner: int, **
 
 def time_step_limit(config: Mapping[str, Any]) -> tuple[float, float]:
     """The clamp of the step size."""
-    low, high = get(config, "time_step_limit", (0.0, math.inf))
-    return float(low), float(high)
+    return limit_of(config.get("time_step_limit"))
 
 
 # Weights -----------------------------------------------------------------------------------------------------------
@@ -226,6 +225,9 @@ def read_state(
     """
     if not cfg.tie_embeddings or "lm_head.weight" not in state:
         return read_table(state, table, dropped)
+    embed = table.get("embed.weight")
+    if isinstance(embed, Whole) and embed.name not in state:  # stored under the unembedding's name alone
+        return read_table(state, {**table, "embed.weight": Whole("lm_head.weight")}, dropped)
     extended = {**table, "unembed.weight": Whole("lm_head.weight")}
     return drop_tied(read_table(state, extended, dropped), tied=True)
 
@@ -243,7 +245,7 @@ def stack_config(cfg: HybridConfig) -> dict[str, Any]:
         "vocab_size": cfg.d_vocab,
         "tie_word_embeddings": cfg.tie_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": [cfg.eos_token_id, *cfg.stop_token_ids] if cfg.stop_token_ids else cfg.eos_token_id,
+        "eos_token_id": list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id,
         "pad_token_id": cfg.pad_token_id,
         "model_type": cfg.architecture,
     }

@@ -87,8 +87,8 @@ def test_a_config_with_several_end_tokens(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, *range(20, 61)]}))
     model = load_model(tmp_path)
-    assert (model.cfg.eos_token_id, model.cfg.stop_token_ids) == (2, tuple(range(20, 61)))
+    assert model.cfg.eos_token_id == (2, *range(20, 61))
     out = model.generate(tokens_for(length=5), 30, do_sample=False, verbose=False)
     assert out.shape[1] < 35
     model.save_pretrained(tmp_path / "again")
-    assert load_model(tmp_path / "again").cfg.stop_token_ids == model.cfg.stop_token_ids
+    assert load_model(tmp_path / "again").cfg.eos_token_id == model.cfg.eos_token_id

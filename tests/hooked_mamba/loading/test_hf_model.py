@@ -68,7 +68,7 @@ def test_fields_arrive_where_they_belong():
     assert (cfg.E, cfg.H, cfg.P, cfg.G, cfg.norm_groups) == (72, 12, 6, 3, 3 if PER_GROUP else 1)
     assert (cfg.dt_limit, cfg.eps, cfg.norm_eps, cfg.chunk_size) == ((0.1, 0.5), 1e-4, 1e-4, 32)
     assert (cfg.conv_bias, cfg.use_bias, cfg.residual_in_fp32, cfg.tie_embeddings) == (False, True, False, False)
-    assert cfg.eos_token_id == 7
+    assert cfg.eos_token_id == (7, 8)
 
 
 def test_falcons_eps_is_not_the_blocks():
