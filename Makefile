@@ -9,7 +9,7 @@ RANGES := $(addprefix tests/,hooked_mamba/loading hooked_mamba/test_text.py hook
 	hooked_mamba/analysis/test_plots.py hooked_mamba/test_cli.py saes/files saes/test_hub.py saes/explorer circuits/test_viewer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies case-study docs test test-all test-oldest test-newest bench lint format
+.PHONY: help install demo studies case-study stranger docs test test-all test-oldest test-newest bench lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -25,13 +25,16 @@ studies: .venv/.dev ## repeat six published experiments; writes out/studies/*.ht
 case-study: .venv/.dev ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
 	$(RUN) demos.hunger
 
+stranger: .venv/.stranger ## look inside a package's trained classifier; writes out/stranger/index.html
+	$(RUN) demos.stranger
+
 docs: .venv/.dev ## build the documentation; open out/site/index.html (offline)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 test: .venv/.dev ## the tests, without those that take minutes
 	$(RUN) pytest $(PARALLEL)
 
-test-all: .venv/.dev ## the slow tests as well
+test-all: .venv/.dev .venv/.stranger ## the slow tests as well
 	$(RUN) pytest $(PARALLEL) --hypothesis-profile=many -m "not gpu and not peer"
 
 test-oldest: ## tests of files, models and pages with the lowest versions that pyproject.toml promises, in .venv-oldest
@@ -68,6 +71,10 @@ PIP := .venv/bin/pip install --disable-pip-version-check -c constraints.txt
 
 .venv/.dev: .venv/.installed
 	$(PIP) -e '.[dev,docs]'
+	touch $@
+
+.venv/.stranger: .venv/.installed
+	$(PIP) -e '.[stranger]'
 	touch $@
 
 PEERS := .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target

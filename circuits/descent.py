@@ -147,7 +147,7 @@ class Descent:
             if name in self.carried:
                 covector = self.carried.pop(name)
                 self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
-                pulled = chain.pull(covector, self.rows, start=node)
+                pulled = self.frozen.pull_u(part, covector, self.rows)
                 self.constants(part, pulled)
                 below = below + pulled.below
         return below

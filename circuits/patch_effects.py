@@ -248,7 +248,7 @@ def _replay(
     run, rows = pick(at.value)
     x = run.resid(0)[rows]
     covectors = new if at.gates[-1] else old
-    goal = covectors[0]
+    goal, given = covectors[0], dict[str, Tensor]()
     for layer in range(frozen.n_layers):
         if (goal.stream, goal.layer) == ("resid", layer):
             break
@@ -256,7 +256,9 @@ def _replay(
         for stage in frozen.stages(layer):
             entering = x
             for part in stage:
-                inside = gater.chain(part).of(g_rows, scan_of=(chooser.chain(part), c_rows)).apply(entering)
+                mixed = gater.chain(part).of(g_rows, scan_of=(chooser.chain(part), c_rows))
+                inside = mixed.apply(entering, given)
+                given |= {name: inside[node] for name, node in mixed.gives.items()}
                 if goal.layer == part and goal.stream != "resid":
                     return _read(inside[goal.stream], covectors)
                 x = x + inside["out"]

@@ -41,6 +41,7 @@ from circuits.rules import Rule
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Back, Gain, Mix
 from hooked_mamba.frozen.run import Part, Run
+from hooked_mamba.renamed import renamed_in
 from saes.files.checks import nearest
 from saes.sparse import Codes
 
@@ -217,3 +218,6 @@ class PartialMix(Mix):
 
     def diagonal(self) -> Tensor:
         return self.own() * self.options.include_self + self.skip() * self.options.include_D
+
+
+__getattr__ = renamed_in(__name__, {"OptionedModel": "circuits.published.optioned"})

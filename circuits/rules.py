@@ -151,8 +151,13 @@ def pull_anew(
     u_site, p_site, out_site = branch.site_at("u"), branch.site_at("p"), branch.out_site
     sites = dict.fromkeys((u_site, p_site, out_site, *(site for site, _ in biases), *branch.rule_sites))
     mask = None if run.mask is None else run.mask[rows]
-    call = Call(None if mask is None else Padding.from_mask(mask.long(), mask.shape))
+    chain = run.chain(part)
+    # A value that another layer made; only what is asked of the gradient needs its numbers.
+    given = {name: run.carried_value(name)[rows].detach().requires_grad_() for name in chain.takes}
+    padding = None if mask is None else Padding.from_mask(mask.long(), mask.shape)
     with torch.enable_grad(), captured(model, [prefix + site for site in sites]) as cache:
+        carry = {name: value.unflatten(-1, (chain.scan.n_lanes, -1)) for name, value in given.items()}
+        call = Call(padding, None, carry)
         leaf = run.entering(part)[rows].detach().requires_grad_()
         memory = _with_gradient(run.before[layer][name], rows)
         hooks = [(f"{prefix}{u_site}", stopping(through))] if through is not None else []
@@ -167,11 +172,12 @@ def pull_anew(
         value = (at_least_fp32(out) * V).sum()
         if ub is not None:
             value = value + (at_least_fp32(u.flatten(2)) * ub).sum()
-        inputs = [leaf, u, p, *memory, *(cache[prefix + site] for site, _ in biases)]
+        inputs = [leaf, u, p, *memory, *(cache[prefix + site] for site, _ in biases), *given.values()]
         found = torch.autograd.grad(value, inputs, allow_unused=True)
     found = tuple(torch.zeros_like(at) if g is None else g for g, at in zip(found, inputs, strict=True))
     at_leaf, at_u, at_p, *rest = (at_least_fp32(g) for g in found)
-    at_memory, at_biases = rest[: len(memory)], rest[len(memory) :]
+    at_memory, at_biases = rest[: len(memory)], rest[len(memory) : len(memory) + len(biases)]
+    at_given = rest[len(memory) + len(biases) :]
     zero = V.new_zeros(len(rows))
     bias = torch.stack([zero, *((g @ at_least_fp32(b)).sum(1) for g, (_, b) in zip(at_biases, biases, strict=True))])
     initial: Tensor | float = 0.0
@@ -183,6 +189,7 @@ def pull_anew(
         {"u": at_u, "p": at_p.flatten(2)[..., : at_u.shape[-1]]},
         bias.sum(0),
         zero + initial.detach().to(zero.dtype) if isinstance(initial, Tensor) else zero,
+        carried=dict(zip(given, at_given, strict=True)),
     )
 
 

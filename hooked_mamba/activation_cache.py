@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hooked_mamba.hooks.cache import HookCache
-from hooked_mamba.ssm_decomposition import SSMDecomposition
+from hooked_mamba.unit_decomposition import UnitDecomposition
 
 
-class ActivationCache(HookCache, SSMDecomposition):
+class ActivationCache(HookCache, UnitDecomposition):
     """Cached activations by name, and what they can be taken apart into.
 
     `cache["blocks.0.mixer.hook_dt"]`, `cache["dt", 0]`, `cache["resid_pre", 1]`, `cache["h.4", 2]`,

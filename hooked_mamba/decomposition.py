@@ -33,22 +33,23 @@ class ResidualDecomposition:
         self,
         layer: int | None = None,
         mlp_input: bool = False,
-        mode: Literal["all", "mixer"] = "all",
+        mode: Literal["all", "mixer", "attn", "mlp", "moe"] = "all",
         apply_ln: bool = False,
         pos_slice: PosSlice = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Labelled:
-        """The residual stream entering `layer` as embedding and mixer outputs.
+        """The residual stream entering `layer` as embedding and what each branch of the blocks before adds.
 
         Parameters
         ----------
         layer
-            Mixers strictly before it; None, -1 or n_layers: all, which is what the final norm reads.
+            Blocks strictly before it; None, -1 or n_layers: all, which is what the final norm reads.
         mlp_input
-            For TransformerLens' sake: these blocks have no MLP, so True is an error.
+            With the first stage of `layer` itself: the stream that its second norm reads. An error where the block has
+            one stage alone.
         mode
-            "all", or "mixer", which is the same here, blocks having nothing but a mixer.
+            "all", or one name of a branch, such as "mixer" or "mlp": only what those add.
         apply_ln
             Divide by the scale, and multiply by the weight, of the norm that reads this stream.
         pos_slice
@@ -56,20 +57,19 @@ class ResidualDecomposition:
         incl_embeds
             Whether the embedding is the first component.
         return_labels
-            Also return "embed", "0_mixer_out", "1_mixer_out", ...
+            Also return "embed", "0_mixer_out", "0_mlp_out", "1_attn_out", ...
         """
-        _no_mlp(mlp_input)
-        if mode not in ("all", "mixer"):
-            raise ValueError(f"mode must be 'all' or 'mixer', got {mode!r}")
         upto = self.layer_index(layer)
+        known = {name for i in range(self.model.cfg.n_layers) for name in self.model.block(i).written}
+        if mode != "all" and mode not in known:
+            raise ValueError(f"mode must be 'all' or one of {', '.join(sorted(known))}, got {mode!r}")
         parts = [self.resid_entering(0, pos_slice)] if incl_embeds else []
         labels = ["embed"] if incl_embeds else []
-        for i in range(upto):
-            for name, branch in self.model.block(i).branches.items():
-                if mode in ("all", name):
-                    parts.append(self.at(self[f"blocks.{i}.{name}.{branch.out_site}"], pos_slice))
-                    labels.append(f"{i}_{name}_out")
-        return self._finish(self._stack(parts), labels, upto, apply_ln, pos_slice, return_labels)
+        for i, name in self.writers(upto, mlp_input):
+            if mode in ("all", name):
+                parts.append(self.at(self[f"blocks.{i}.{self.model.block(i).written[name]}"], pos_slice))
+                labels.append(f"{i}_{name}_out")
+        return self._finish(self._stack(parts), labels, upto, apply_ln, pos_slice, return_labels, mlp_input)
 
     @torch.no_grad()
     def accumulated_resid(
@@ -87,19 +87,28 @@ class ResidualDecomposition:
         ----------
         layer
             Up to and with the stream entering it; None, -1 or n_layers: all.
-        incl_mid, mlp_input
-            For TransformerLens' sake: there is no MLP, so True is an error.
+        incl_mid
+            Also the streams between the stages of a block, where it has two.
+        mlp_input
+            The last of them is what the second norm of `layer` reads.
         apply_ln
             Apply the norm of `layer` (the final norm for all) with its cached scale to every one of them.
         return_labels
-            Also return "0_pre", "1_pre", ..., "final_post".
+            Also return "0_pre", "0_mid", "1_pre", ..., "final_post".
         """
-        _no_mlp(mlp_input or incl_mid)
         upto = self.layer_index(layer)
         n_layers = self.model.cfg.n_layers
-        stack = self._stack([self.resid_entering(i, pos_slice) for i in range(upto + 1)])
-        labels = [f"{i}_pre" if i < n_layers else "final_post" for i in range(upto + 1)]
-        return self._finish(stack, labels, upto, apply_ln, pos_slice, return_labels)
+        if mlp_input:
+            self.writers(upto, True)  # says so where there is no second stage
+        parts, labels = [], []
+        for i in range(upto + 1):
+            parts.append(self.resid_entering(i, pos_slice))
+            labels.append(f"{i}_pre" if i < n_layers else "final_post")
+            middle = f"blocks.{i}.hook_resid_mid"
+            if middle in self.model.hook_dict and (mlp_input if i == upto else incl_mid):
+                parts.append(self.at(self[middle], pos_slice))
+                labels.append(f"{i}_mid")
+        return self._finish(self._stack(parts), labels, upto, apply_ln, pos_slice, return_labels, mlp_input)
 
     @torch.no_grad()
     def apply_ln_to_stack(
@@ -114,6 +123,8 @@ class ResidualDecomposition:
     ) -> Float[Tensor, "component *batch_and_pos_out d"]:
         """What components of the residual stream are after a norm: x / scale * weight, the cached scale for all.
 
+        Of a LayerNorm its mean is taken away from each component; its bias belongs to none of them.
+
         Unlike TransformerLens' this multiplies by the norm's weight, so attributions sum to the logits whether norms
         are folded or not.
 
@@ -121,6 +132,8 @@ class ResidualDecomposition:
         ----------
         layer
             Whose norm; None, -1 or n_layers: the final norm.
+        mlp_input
+            The norm of the block's second stage.
         pos_slice
             Positions that the stack has; applied to the scale only.
         batch_slice
@@ -130,17 +143,16 @@ class ResidualDecomposition:
         recompute_ln
             Give each component the scale that it would have alone (the logit lens).
         """
-        _no_mlp(mlp_input)
         upto = self.layer_index(layer)
-        n_layers = self.model.cfg.n_layers
         has_batch = self.has_batch_dim if has_batch_dim is None else has_batch_dim and self.has_batch_dim
         if batch_slice is not None and has_batch:
             residual_stack = residual_stack[:, batch_slice]
-        norm = self.model.ln_final if upto == n_layers else self.model.blocks[upto].norm
+        norm, name = self.norm_reading(upto, mlp_input)
+        residual_stack = as_norm_reads(norm, residual_stack)
         if recompute_ln:
             scale = (residual_stack.square().mean(-1, keepdim=True) + norm.eps).sqrt()
         else:
-            scale = self.at(self["scale"] if upto == n_layers else self["scale", upto], pos_slice)
+            scale = self.at(self[f"{name}.hook_scale"], pos_slice)
             if batch_slice is not None and has_batch:
                 scale = scale[batch_slice]
         return residual_stack / scale * norm.weight
@@ -207,10 +219,41 @@ class ResidualDecomposition:
         return select.apply(value) if self.has_batch_dim else select.apply(value[None])[0]
 
     def logit_directions(self, tokens: str | int | Tensor) -> Tensor:
-        """Unembedding columns of tokens, a row of them for a row of tokens, also for a row of one."""
+        """Unembedding columns of tokens, the logits' factor in; a row of them for a row of tokens, also of one."""
         if isinstance(tokens, Tensor) and tokens.ndim:
-            return self.model.W_U.t()[tokens]
-        return self.model.tokens_to_residual_directions(tokens)
+            found = self.model.W_U.t()[tokens]
+        else:
+            found = self.model.tokens_to_residual_directions(tokens)
+        factor = self.model.logit_multiplier
+        return found if factor is None else found * factor
+
+    def writers(self, upto: int, mlp_input: bool = False) -> list[tuple[int, str]]:
+        """(block, branch) of all that write into the stream before block `upto`, or before its second stage.
+
+        Raises
+        ------
+        ValueError
+            `mlp_input`, and the block has no second stage that reads the stream.
+        """
+        found = [(i, name) for i in range(upto) for name in self.model.block(i).written]
+        if not mlp_input:
+            return found
+        if f"blocks.{upto}.hook_resid_mid" not in self.model.hook_dict:
+            where = f"block {upto} has none" if upto < self.model.cfg.n_layers else "after the last block there is none"
+            raise ValueError(
+                f"mlp_input asks for the stream between two stages of a block, such as mixer and MLP: {where}"
+            )
+        block = self.model.block(upto)
+        return found + [(upto, name) for name in block.stages[0] if name in block.written]
+
+    def norm_reading(self, upto: int, mlp_input: bool = False) -> tuple[Any, str]:
+        """The norm that reads the stream entering a block (n_layers: the final norm), and its full name."""
+        if upto == self.model.cfg.n_layers:
+            return self.model.ln_final, "ln_final"
+        if mlp_input:
+            self.writers(upto, True)
+        name = f"blocks.{upto}.{self.model.block(upto).norm_names[1] if mlp_input else 'norm'}"
+        return self.model.get_submodule(name), name
 
     def _stack(self, parts: list[Tensor]) -> Tensor:
         """In the residual stream's own precision, which may be wider than the mixers'."""
@@ -222,13 +265,20 @@ class ResidualDecomposition:
         return torch.stack([part.to(wide) for part in parts])
 
     def _finish(
-        self, stack: Tensor, labels: list[str], layer: int, apply_ln: bool, pos_slice: PosSlice, return_labels: bool
+        self,
+        stack: Tensor,
+        labels: list[str],
+        layer: int,
+        apply_ln: bool,
+        pos_slice: PosSlice,
+        return_labels: bool,
+        mlp_input: bool = False,
     ) -> Labelled:
         if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, pos_slice=pos_slice)
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice=pos_slice)
         return (stack, labels) if return_labels else stack
 
 
-def _no_mlp(asked: bool) -> None:
-    if asked:
-        raise ValueError("incl_mid and mlp_input ask for the stream between mixer and MLP; these blocks have no MLP")
+def as_norm_reads(norm: Any, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """What a norm divides by its scale: x, of a LayerNorm (which has a bias) x without its mean."""
+    return x - x.mean(-1, keepdim=True) if getattr(norm, "bias", None) is not None else x

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hooked_mamba.config import BranchConfig, HeadedMambaConfig, Mamba2Config, MambaConfig, ModelConfig
-from hooked_mamba.recurrent_config import DeltaNetConfig
+from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
 """silu(x), the erf form of gelu(x), max(x, 0), max(x, 0)^2."""
@@ -45,6 +45,10 @@ class AttentionConfig(BranchConfig):
     """Whether the output projection has one."""
     qk_norm_eps: float | None = None
     """eps of RMS norms with weights on each head's query and key, before they turn (LFM2); None: there are none."""
+    qk_norm_of_all: bool = False
+    """Whether these norms are of all heads together (OLMo)."""
+    output_gate: bool = False
+    """Whether z is multiplied with sigmoid(W_gate x) before the output projection (Qwen3-Next)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
     d_out: int | None = None
@@ -92,6 +96,8 @@ class MLPConfig(BranchConfig):
     """Factor of the gate before the activation (Falcon-H1)."""
     d_in: int | None = None
     """Width of the input. None: d_model."""
+    output_gate: bool = False
+    """Whether the output is multiplied with sigmoid(w . x), one number a position (Qwen3-Next's shared expert)."""
     adapter_rank: int | None = None
     """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 
@@ -190,6 +196,9 @@ class HybridConfig(ModelConfig):
     """Factor of the embedding."""
     logit_multiplier: float = 1.0
     """Factor of the logits."""
+    norm_after: tuple[int, ...] = ()
+    """Blocks whose norms stand behind their branches, `stream += norm(branch(stream))`, with one branch a stage
+    (OLMo)."""
     architecture: str = "hybrid"
     """Which family it is of, as its checkpoints say ("bamba"); "hybrid" for one of your own."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -199,6 +208,9 @@ class HybridConfig(ModelConfig):
         super().__post_init__()
         layout = tuple(tuple(tuple(stage) for stage in block) for block in self.layout)
         object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "norm_after", tuple(self.norm_after))
+        if wrong := [i for i in self.norm_after if not 0 <= i < len(layout) or any(len(s) > 1 for s in layout[i])]:
+            raise ValueError(f"norm_after={self.norm_after}: block {wrong[0]} has not one branch in each stage")
         if len(layout) != self.n_layers:
             raise ValueError(f"layout has {len(layout)} blocks, expected n_layers={self.n_layers}")
         if self.shared is not None:
@@ -250,6 +262,7 @@ BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
         HeadedMambaConfig,
         Mamba2Config,
         DeltaNetConfig,
+        Mamba3Config,
         ShortConvConfig,
         AttentionConfig,
         MLPConfig,

@@ -26,17 +26,14 @@ def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
 
 
 class LazyPackage(ModuleType):
-    """A package in which a name that is both a module's and that of what the module holds means the latter.
+    """A package some of whose names are those of modules in it too (`circuits.faithfulness`): the name wins.
 
-    The import system sets a module as an attribute of its package once it has been imported: `circuits.influence` would
-    be the module, and no longer the function.
+    Importing a module binds it in its package, which would hide the name from then on.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType):
-            module, there = self.__dict__["_reexports"].get(name, ("", ""))
-            value = getattr(value, there) if module == value.__name__ else value
-        super().__setattr__(name, value)
+        if not (isinstance(value, ModuleType) and name in self.__dict__.get("__all__", ())):
+            super().__setattr__(name, value)
 
 
 def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> tuple[Callable[[str], Any], list[str]]:
@@ -50,16 +47,15 @@ def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> 
         Asked for names that are neither in the stub nor modules of the package, such as those that changed.
     """
     names = names_from_stub(init)
-    this = sys.modules[package]
-    this.__dict__["_reexports"] = names
-    this.__class__ = LazyPackage
+    sys.modules[package].__class__ = LazyPackage
 
     def find(name: str) -> Any:
         if name in names:
             module, there = names[name]
-            if module == package:
-                return importlib.import_module(f"{package}.{there}")
-            return getattr(importlib.import_module(module), there)
+            found = importlib.import_module(f"{package}.{there}") if module == package else None
+            found = getattr(importlib.import_module(module), there) if found is None else found
+            sys.modules[package].__dict__[name] = found  # asked for once
+            return found
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         if other is not None:

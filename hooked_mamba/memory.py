@@ -102,7 +102,7 @@ def check_cache_fits(
     batch, length = shape
     index = select.index(length)
     kept = length if isinstance(index, slice) else len(index)
-    sizes = {p.site.name: copies * p.site.nbytes(batch, kept, itemsize) for p in points if p.site is not None}
+    sizes = {p.site.name: copies * p.site.nbytes(batch, kept, itemsize, length) for p in points if p.site is not None}
     needed, free = sum(sizes.values()), available_bytes(device)
     if free is None or needed <= free:
         return

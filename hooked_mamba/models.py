@@ -12,7 +12,9 @@ from hooked_mamba.config import Mamba2Config, MambaConfig
 from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.model.hooked_model import MODELS, HookedModel
+from hooked_mamba.model.hybrid import HookedDeltaNet as HookedDeltaNet
 from hooked_mamba.model.hybrid import HookedHybrid as HookedHybrid
+from hooked_mamba.model.hybrid import HookedMamba3 as HookedMamba3
 from hooked_mamba.model.rwkv7 import HookedRWKV7 as HookedRWKV7
 
 HookedSSM = HookedModel
@@ -41,12 +43,13 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
+    device_map: Any = None,
 ) -> HookedModel:
     """The model of a bundled name, a folder or a hub id, of the class that its files call for.
 
     Parameters
     ----------
-    name_or_path, revision, dtype, device, tokenizer
+    name_or_path, revision, dtype, device, tokenizer, device_map
         As in :meth:`HookedModel.from_pretrained`. Each file is opened once.
 
     Raises
@@ -57,4 +60,6 @@ def load_model(
         The hub cannot be reached.
     """
     checkpoint = loading.load_checkpoint(name_or_path, revision=revision)
-    return MODELS[checkpoint.family].from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer)
+    return MODELS[checkpoint.family].from_checkpoint(
+        checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map
+    )

@@ -106,3 +106,63 @@ class DeltaNetConfig(BranchConfig):
     def E(self) -> int:
         """Channels of the values."""
         return self.n_value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba3Config(BranchConfig):
+    """Mamba-3 with single input and output (arXiv:2603.15569), one branch of a hybrid's blocks."""
+
+    A_act: Literal["softplus", "heavy_tail"]
+    """f of the decay's rate: softplus(x), or 1 + x above 0 and 1 / (1 - x) below. Both have been published under the
+    same names of weights, and no file says which one it was trained with."""
+    d_state: int = 128
+    """States N of a channel."""
+    expand: int = 2
+    """Channels E as a multiple of d_model."""
+    head_dim: int = 64
+    """Channels P of a head."""
+    n_groups: int = 1
+    """Groups of heads that share B and C."""
+    rope_fraction: float = 0.5
+    """Share of the states that turn."""
+    A_floor: float = 1e-4
+    """The smallest rate of decay."""
+    norm_eps: float = 1e-5
+    """eps of the norms of B and C, and of the heads' norm."""
+    norm_of_heads: bool = False
+    """Whether an RMS norm of each head stands before the gate."""
+    use_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("d_state", "expand", "head_dim", "n_groups")
+        if self.A_act not in ("softplus", "heavy_tail"):
+            raise ValueError(f"A_act must be 'softplus' or 'heavy_tail', got {self.A_act!r}")
+        if self.E % self.head_dim or self.H % self.n_groups:
+            raise ValueError(
+                f"{self.E} channels in heads of {self.head_dim} and {self.n_groups} groups do not fit: heads and groups"
+                " are equal parts"
+            )
+        if self.S < 1:
+            raise ValueError(f"d_state={self.d_state} and rope_fraction={self.rope_fraction} leave no pair to turn")
+
+    @property
+    def E(self) -> int:
+        """Channels."""
+        return self.expand * self.d_model
+
+    @property
+    def H(self) -> int:
+        """Heads."""
+        return self.E // self.head_dim
+
+    @property
+    def S(self) -> int:
+        """Angles: pairs of states that turn."""
+        return int(self.d_state * self.rope_fraction) // 2
+
+    @property
+    def in_widths(self) -> tuple[int, ...]:
+        """Rows of in_proj: z, x, B, C, dt, A, lam, angles."""
+        GN = self.n_groups * self.d_state
+        return self.E, self.E, GN, GN, self.H, self.H, self.H, self.S

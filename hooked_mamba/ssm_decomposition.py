@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.decomposition import Labelled, ResidualDecomposition
+from hooked_mamba.decomposition import Labelled, ResidualDecomposition, as_norm_reads
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import Source as Source
@@ -56,7 +56,7 @@ class SSMDecomposition(ResidualDecomposition):
             A direction d, or several d k: give the products with them, which need d times less memory.
         """
         upto = self.layer_index(layer)
-        labels = [f"L{i}C{e}" for i in range(upto) for e in range(self._width(i))]
+        labels = [f"L{i}C{e}" for i in self.mixer_layers(upto) for e in range(self._width(i))]
         return self._unit_results(
             1, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
@@ -76,7 +76,7 @@ class SSMDecomposition(ResidualDecomposition):
         Labels are "L0H0", "L0H1", ... Mamba-1 has no heads: its units are channels.
         """
         upto, P = self.layer_index(layer), self.head_width()
-        labels = [f"L{i}H{h}" for i in range(upto) for h in range(self._width(i) // P)]
+        labels = [f"L{i}H{h}" for i in self.mixer_layers(upto) for h in range(self._width(i) // P)]
         return self._unit_results(
             P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
@@ -99,28 +99,37 @@ class SSMDecomposition(ResidualDecomposition):
         layer
             None, -1 or n_layers: after the last block.
         mlp_input
-            For TransformerLens' sake; True is an error.
+            For TransformerLens' sake; True is an error: components of a part of a block are not told apart here.
         expand_channels
             True: one component a channel. False: one a head in Mamba-2, one a mixer in Mamba-1.
         apply_ln, pos_slice, return_labels, project_output_onto
-            As in :meth:`stack_channel_results`. The last two components are "embed" and "bias".
+            As in :meth:`stack_channel_results`. Branches that are no mixers come whole, as "3_attn_out"; the last two
+            components are "embed" and "bias".
         """
         if mlp_input:
-            raise ValueError("mlp_input: these blocks have no MLP")
+            raise ValueError("mlp_input: decompose_resid takes the stream between two stages apart")
         upto = self.layer_index(layer)
-        if expand_channels or self.model.mixer(0).head_width is not None:
+        mixers = self.mixer_layers(upto)
+        if not mixers:
+            units, labels = self._project([], upto, apply_ln, pos_slice, project_output_onto), []
+        elif expand_channels or self.model.mixer(mixers[0]).head_width is not None:
             stack_units = self.stack_channel_results if expand_channels else self.stack_head_results
             units, labels = stack_units(
                 upto, True, pos_slice=pos_slice, apply_ln=apply_ln, project_output_onto=project_output_onto
             )
         else:
-            ys = [self.at(self.mixer_output(i), pos_slice) - self._b_out(i) for i in range(upto)]
-            labels = [f"{i}_mixer_out" for i in range(upto)]
+            ys = [
+                (self.at(self.mixer_output(i), pos_slice) - self._b_out(i)) * self.out_scale(i, "mixer") for i in mixers
+            ]
+            labels = [f"{i}_mixer_out" for i in mixers]
             units = self._project(ys, upto, apply_ln, pos_slice, project_output_onto)
         embed = self.resid_entering(0, pos_slice)
-        biases = [self._b_out(i) for i in range(upto)] or [embed.new_zeros(embed.shape[-1])]
+        biases = [self._b_out(i) * self.out_scale(i, "mixer") for i in mixers] or [embed.new_zeros(embed.shape[-1])]
         bias = torch.stack(biases).sum(0).to(embed.dtype).expand_as(embed)
-        rest = self._project([embed, bias], upto, apply_ln, pos_slice, project_output_onto)
+        whole = [(i, name) for i, name in self.writers(upto) if name != "mixer"]
+        parts = [self.at(self[f"blocks.{i}.{self.model.block(i).written[name]}"], pos_slice) for i, name in whole]
+        rest = self._project([*parts, embed, bias], upto, apply_ln, pos_slice, project_output_onto)
+        labels += [f"{i}_{name}_out" for i, name in whole]
         stack, labels = torch.cat([units, rest.to(units.dtype)]), [*labels, "embed", "bias"]
         return (stack, labels) if return_labels else stack
 
@@ -282,28 +291,31 @@ class SSMDecomposition(ResidualDecomposition):
         queries: PosSlice = None,
         average: bool = False,
         include_skip: bool = True,
+        branch: str | None = None,
     ) -> Float[Tensor, "..."]:
-        """Rows of the hidden attention: how much u_s enters y_t, exactly, D on the diagonal.
+        """Rows of the hidden attention: how much u_s enters y_t, exactly, D on the diagonal; of attention, its pattern.
 
         Parameters
         ----------
         layer
-            Which mixer.
+            Which block.
         channels
-            Channels (Mamba-2: heads); an int drops the axis. None: all.
+            Channels (Mamba-2 and attention: heads); an int drops the axis. None: all.
         queries
             Target positions, as a `pos_slice`; an int drops the axis. None: all.
         average
             The mean over the channels, in linear memory: no matrix per channel is formed.
         include_skip
             Whether D stands on the diagonal.
+        branch
+            "mixer" or "attn"; None: the mixer where the block has one, else attention.
 
         Returns
         -------
         Tensor
             batch, channel (unless averaged), target, source.
         """
-        view = self.scan_view(layer)
+        view = self.scan_view(layer, branch)
         lanes = [channels] if isinstance(channels, int) else channels
         select = self.selected(queries, "queries")
         at = _positions(select, view.length)
@@ -320,12 +332,27 @@ class SSMDecomposition(ResidualDecomposition):
 
     # The linear form -----------------------------------------------------------------------------------------
 
-    def scan_view(self, layer: int) -> HeldScan:
-        """How one layer moves values between positions, with everything that decides it held at the run's numbers."""
-        scan = self.model.mixer(layer).held_scan(self.reader(layer))
-        if scan is None:
-            raise ValueError(f"the mixer of layer {layer} moves nothing between positions")
-        return scan
+    def scan_view(self, layer: int, branch: str | None = None) -> HeldScan:
+        """How one layer moves values between positions, with everything that decides it held at the run's numbers.
+
+        Parameters
+        ----------
+        branch
+            Which branch of the block; None: the mixer where it has one, else the first that moves values.
+
+        Raises
+        ------
+        ValueError
+            None does, or this one does not.
+        """
+        found = self.model.block(layer).branches
+        if branch is not None and branch not in found:
+            raise ValueError(f"block {layer} has no branch {branch!r}; it has {', '.join(found)}")
+        for name in [branch] if branch is not None else sorted(found, key=lambda name: name != "mixer"):
+            scan = found[name].held_scan(self.reader(layer, name))
+            if scan is not None:
+                return scan
+        raise ValueError(f"{branch or 'no branch'} of layer {layer} moves values between positions")
 
     def step_scan(self, layer: int) -> SelectiveScan:
         """The same of a kind that has step sizes dt.
@@ -358,9 +385,9 @@ class SSMDecomposition(ResidualDecomposition):
         """What one layer's mixer adds to the stream."""
         return self[f"blocks.{layer}.mixer.{self.model.mixer(layer).out_site}"]
 
-    def reader(self, layer: int) -> Read:
-        """What this cache has of one mixer, by the sites' own names, with a batch axis."""
-        return lambda name: self._with_batch(self[f"blocks.{layer}.mixer.{name}"])
+    def reader(self, layer: int, branch: str = "mixer") -> Read:
+        """What this cache has of one branch, by the sites' own names, with a batch axis."""
+        return lambda name: self._with_batch(self[f"blocks.{layer}.{branch}.{name}"])
 
     def head_width(self) -> int:
         """Channels P of a head.
@@ -370,10 +397,21 @@ class SSMDecomposition(ResidualDecomposition):
         ValueError
             These mixers have no heads.
         """
-        mixer = self.model.mixer(0)
+        layers = self.mixer_layers(self.model.cfg.n_layers)
+        if not layers:
+            raise ValueError("no block has a mixer: give kind='attn' for the heads of attention")
+        mixer = self.model.mixer(layers[0])
         if mixer.head_width is None:
             raise ValueError(f"{mixer.title} has no heads, its units are channels: use stack_channel_results")
         return mixer.head_width
+
+    def mixer_layers(self, upto: int) -> list[int]:
+        """The blocks before `upto` whose mixer writes into the stream."""
+        return [i for i, name in self.writers(upto) if name == "mixer"]
+
+    def out_scale(self, layer: int, branch: str) -> float:
+        """The factor of what a branch adds to the stream."""
+        return self.model.block(layer).out_scales.get(branch, 1.0)
 
     # Helpers -------------------------------------------------------------------------------------------------
 
@@ -408,9 +446,9 @@ class SSMDecomposition(ResidualDecomposition):
         stack = final.new_zeros(count, *final.shape[:-1], outputs)
         shown, scale = self._reading(upto, apply_ln, pos_slice, onto)
         start = 0
-        for i in range(upto):
+        for i in self.mixer_layers(upto):
             y = self.mixer_vectors(i, pos_slice).to(final.dtype).unflatten(-1, (-1, width))
-            w = self.model.mixer(i).value_output().W.t().to(final.dtype)
+            w = self.model.mixer(i).value_output().W.t().to(final.dtype) * self.out_scale(i, "mixer")
             w = shown(w).unflatten(0, (-1, width))
             stack[start : start + len(w)] = torch.einsum("...uc,ucd->u...d", y, w) / scale
             start += len(w)
@@ -432,13 +470,13 @@ class SSMDecomposition(ResidualDecomposition):
 
     def _reading(self, upto: int, apply_ln: bool, pos_slice: PosSlice, onto: Tensor | None):
         """(vectors -> norm's weight and projection applied, the norm's scale)."""
-        norm = self.model.ln_final if upto == self.model.cfg.n_layers else self.model.blocks[upto].norm
+        norm, name = self.norm_reading(upto)
         scale: Tensor | int = 1
         if apply_ln:
-            scale = self.at(self["scale"] if upto == self.model.cfg.n_layers else self["scale", upto], pos_slice)
+            scale = self.at(self[f"{name}.hook_scale"], pos_slice)
 
         def shown(v: Tensor) -> Tensor:
-            v = v * norm.weight.to(v.dtype) if apply_ln else v
+            v = as_norm_reads(norm, v) * norm.weight.to(v.dtype) if apply_ln else v
             return v if onto is None else v @ onto.reshape(v.shape[-1], -1).to(v.dtype)
 
         return shown, scale

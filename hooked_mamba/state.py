@@ -162,6 +162,14 @@ class Call:
     """Real tokens of each row before this call; None: 0."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
+    turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
+
+    def to(self, device: torch.device) -> Call:
+        """The same for blocks that are on another device."""
+        seen = None if self.seen is None else self.seen.to(device)
+        padding = None if self.padding is None else self.padding.to(device)
+        return Call(padding, seen, {name: value.to(device) for name, value in self.carry.items()})
 
     def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
         """How many real tokens stand before each column of its row: what a position embedding counts."""
@@ -216,6 +224,10 @@ class Padding:
                 " a state-space model cannot skip a position inside a sequence, remove the token instead"
             )
         return cls(mask, left, length - left - real)
+
+    def to(self, device: torch.device) -> Padding:
+        """The same on another device."""
+        return Padding(self.mask.to(device), self.left.to(device), self.right.to(device))
 
     @property
     def ends(self) -> Int[Tensor, " b"]:

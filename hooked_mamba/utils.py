@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+import hooked_mamba.models  # noqa: F401  # short names are known once every kind of branch is defined
 from hooked_mamba.display import Shown, table
 from hooked_mamba.hooks.names import get_act_name as get_act_name
 from hooked_mamba.model.text import lm_cross_entropy_loss as lm_cross_entropy_loss

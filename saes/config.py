@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+import hooked_mamba.models  # noqa: F401  # what is declared is known once every kind of branch is defined
 from hooked_mamba.hooks.names import declared, is_declared, unalias
 from saes.saelens_names import CONFIG, advice
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,16 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.display import table
+from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.models import HookedSSM
 from saes.coder import SparseCoder
 from saes.splicing import check_features
 from saes.targets import streams_of
 
-IN_RESIDUAL = re.compile(r"hook_embed|blocks\.\d+\.(hook_resid_pre|hook_resid_post|mixer\.hook_out_proj)")
-"""Sites that are, or are added to, the residual stream."""
-
-BEFORE_OUT_PROJ = re.compile(r"blocks\.(\d+)\.mixer\.(hook_y_gated|norm\.hook_out)")
-"""Sites that out_proj reads: y_gated in Mamba-1, the gated norm's output in Mamba-2."""
+IN_RESIDUAL = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+"""Sites that are the residual stream, by their names in a block."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,19 @@ def residual_directions(
     """
     rows = coder.W_dec.detach() if features is None else coder.W_dec.detach()[list(features)]
     site = streams_of(coder.cfg)[1].partition("@")[0]
-    if IN_RESIDUAL.fullmatch(site):
+    name = SiteName.parse(site)
+    if name.local in IN_RESIDUAL:
         return rows
-    found = BEFORE_OUT_PROJ.fullmatch(site)
-    if found and (found[2] == "norm.hook_out") == any(".mixer.norm." in name for name in model.hook_dict):
-        return rows @ model.W_out[int(found[1])].to(rows.dtype)
+    block = None if name.layer is None else model.block(name.layer)
+    for at, branch in {}.items() if block is None else block.branches.items():
+        if name.local == f"hook_{at}_out":
+            return rows
+        scale = 1.0 if block is None else block.out_scales.get(at, 1.0)
+        if name.local == f"{at}.{branch.out_site}":
+            return rows * scale
+        if branch.vectors_site is not None and name.local == f"{at}.{branch.vectors_site}":
+            output = branch.value_output()
+            return scale * output.push(rows.to(output.W.dtype)).to(rows.dtype)
     raise ValueError(
         f"{site} does not reach the logits by a linear map; sites that do: hook_embed, blocks.{{i}}.hook_resid_pre,"
         " blocks.{i}.mixer.hook_out_proj, blocks.{i}.hook_resid_post, ln_final.hook_out, and what out_proj reads"

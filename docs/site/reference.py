@@ -13,6 +13,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "hooked_mamba.patching": (),
     "hooked_mamba.ops": (),
     "hooked_mamba.loading": (),
+    "hooked_mamba.cli": (),
     "saes": ("saes.hub", "saes.metrics.probing", "saes.synthetic"),
     "saes.training": (),
     "saes.store": (),
@@ -32,13 +33,19 @@ def parse(module: str) -> ast.Module:
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
 
 
+def listed(package: str) -> list[ast.stmt]:
+    """What says the names of a package: its `__init__`, and the stub beside it where names are imported when asked."""
+    stub = ROOT / package.replace(".", "/") / "__init__.pyi"
+    return [*parse(package).body, *(ast.parse(stub.read_text(encoding="utf-8")).body if stub.is_file() else ())]
+
+
 def exports(package: str) -> dict[str, str]:
     """Public names of a package in their order -> where they are defined, as far as the packages tell.
 
     The place of definition, since a function may be named like its module: `circuits.faithfulness` is the module.
     """
     found: dict[str, str] = {}
-    for node in parse(package).body:
+    for node in listed(package):
         match node:
             case ast.ImportFrom(module=str(module)):
                 found |= {a.name: definition(module, a.name, package) for a in node.names if a.asname == a.name}

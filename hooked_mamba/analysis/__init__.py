@@ -8,6 +8,8 @@ from hooked_mamba.analysis.causal_tracing import causal_trace as causal_trace
 from hooked_mamba.analysis.direct_logits import DirectLogits as DirectLogits
 from hooked_mamba.analysis.direct_logits import direct_logit_attribution as direct_logit_attribution
 from hooked_mamba.analysis.direct_logits import source_logit_attribution as source_logit_attribution
+from hooked_mamba.analysis.erasure import Erasure as Erasure
+from hooked_mamba.analysis.erasure import erasure as erasure
 from hooked_mamba.analysis.factored_matrix import FactoredMatrix as FactoredMatrix
 from hooked_mamba.analysis.hidden_attention import attention_map as attention_map
 from hooked_mamba.analysis.hidden_attention import attention_rollout as attention_rollout

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.decomposition import as_norm_reads
 from hooked_mamba.display import table
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.hooks.positions import PosSlice
@@ -63,7 +64,8 @@ def direct_logit_attribution(
         raise ValueError(f"by must be 'layer', 'channel' or 'head', got {by!r}")
     if by == "layer":
         stack, labels = cache.decompose_resid(pos_slice=pos_slice, return_labels=True)
-        return DirectLogits(cache.logit_attrs(stack, tokens, incorrect_tokens, pos_slice=pos_slice), labels)
+        values = cache.logit_attrs(stack, tokens, incorrect_tokens, pos_slice=pos_slice)
+        return _with_bias(cache, DirectLogits(values, labels), tokens, incorrect_tokens)
     if by == "head":
         cache.head_width()  # says so where there are none
     directions = _directions(cache, tokens, incorrect_tokens)
@@ -77,11 +79,22 @@ def direct_logit_attribution(
         project_output_onto=distinct.t(),
     )
     if directions.ndim == 1:
-        return DirectLogits(values[..., 0], labels)
+        return _with_bias(cache, DirectLogits(values[..., 0], labels), tokens, incorrect_tokens)
     if not cache.has_batch_dim:
         raise ValueError("this cache has no batch axis: give one token, not one a row")
     picked = torch.stack([values[:, i, ..., int(k)] for i, k in enumerate(row)], 1)
-    return DirectLogits(picked, labels)
+    return _with_bias(cache, DirectLogits(picked, labels), tokens, incorrect_tokens)
+
+
+def _with_bias(cache: ActivationCache, found: DirectLogits, tokens: Token, incorrect: Token | None) -> DirectLogits:
+    """With the final norm's own bias as a part "ln_final_bias", where it has one."""
+    bias = getattr(cache.model.ln_final, "bias", None)
+    if bias is None:
+        return found
+    directions = _directions(cache, tokens, incorrect)
+    part = (directions @ bias.to(directions.dtype)).to(found.values.dtype)
+    part = part.reshape(*part.shape, *(1,) * (found.values.ndim - 1 - part.ndim)).expand_as(found.values[0])
+    return DirectLogits(torch.cat([found.values, part[None]]), [*found.labels, "ln_final_bias"])
 
 
 @torch.no_grad()
@@ -110,7 +123,7 @@ def source_logit_attribution(
     directions = _directions(cache, tokens, incorrect_tokens)
     norm = model.ln_final
     distinct, row = directions.reshape(-1, directions.shape[-1]).unique(dim=0, return_inverse=True)
-    onto = (distinct * norm.weight.to(distinct.dtype)).t()
+    onto = as_norm_reads(norm, distinct * norm.weight.to(distinct.dtype)).t()  # centring is its own transpose
     scale = cache.at(cache["scale"], target)
     rows = []
     for i in range(model.cfg.n_layers):

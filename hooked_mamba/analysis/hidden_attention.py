@@ -23,17 +23,22 @@ Measure = Literal["mean", "abs", "flow"]
 
 @torch.no_grad()
 def attention_map(
-    cache: ActivationCache, layer: int, measure: Measure = "abs", queries: PosSlice = None
+    cache: ActivationCache,
+    layer: int,
+    measure: Measure = "abs",
+    queries: PosSlice = None,
+    branch: str | None = None,
 ) -> Float[Tensor, "... source"]:
-    """One layer's hidden attention as one map: batch, target, source.
+    """One layer's hidden attention, or attention's own pattern, as one map: batch, target, source.
 
-    Memory grows with the map alone: channels are gone through a few at a time.
+    Memory grows with the map alone: channels are gone through a few at a time. `branch` is "mixer" or "attn"; None: the
+    mixer where the block has one, else attention.
     """
     if measure not in ("mean", "abs", "flow"):
         raise ValueError(f"measure must be 'mean', 'abs' or 'flow', got {measure!r}")
     if measure == "mean":
-        return cache.hidden_attention(layer, queries=queries, average=True)
-    view, select = cache.scan_view(layer), cache.selected(queries, "queries")
+        return cache.hidden_attention(layer, queries=queries, average=True, branch=branch)
+    view, select = cache.scan_view(layer, branch), cache.selected(queries, "queries")
     index = select.index(view.length)
     at = list(range(view.length)) if isinstance(index, slice) else index
     b = view.batch
@@ -66,7 +71,8 @@ def attention_rollout(
     Parameters
     ----------
     layers
-        None: all.
+        None: all that move values between positions. Where a block has a mixer and attention side by side, their rows
+        are averaged.
     measure
         "abs" or "flow"; signed means have no rows that sum to 1.
     queries
@@ -78,10 +84,12 @@ def attention_rollout(
         raise ValueError(f"a rollout needs weights that are not negative: measure 'abs' or 'flow', got {measure!r}")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual must be from 0 to 1, got {residual}")
-    chosen = layer_list(cache.model, layers)
+    model: Any = cache.model
+    chosen = [i for i in layer_list(model, layers) if layers is not None or moving_branches(model, i)]
     result: Tensor | None = None
     for i in reversed(chosen):
-        rows = _normalized(attention_map(cache, i, measure))
+        names: list[str | None] = [*moving_branches(model, i)] or [None]  # None: attention_map says what is wrong
+        rows = torch.stack([_normalized(attention_map(cache, i, measure, branch=name)) for name in names]).mean(0)
         rows = (1 - residual) * rows + residual * torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
         if result is None:
             rows = rows if cache.has_batch_dim else rows[None]
@@ -103,7 +111,14 @@ def _normalized(rows: Tensor) -> Tensor:
     return torch.where(total > 0, rows / total.clamp(min=torch.finfo(rows.dtype).tiny), eye)
 
 
+def moving_branches(model: Any, layer: int) -> list[str]:
+    """The branches of a block that move values between positions and write into the stream."""
+    block = model.block(layer)
+    return [name for name, branch in block.branches.items() if name in block.written and branch.moves_values]
+
+
 def all_layers(cache: ActivationCache, measure: Measure = "abs", queries: PosSlice = None) -> Tensor:
-    """:func:`attention_map` of every layer, stacked in front."""
+    """:func:`attention_map` of every layer that moves values between positions, stacked in front."""
     model: Any = cache.model
-    return torch.stack([attention_map(cache, i, measure, queries) for i in range(model.cfg.n_layers)])
+    chosen = [i for i in range(model.cfg.n_layers) if moving_branches(model, i)]
+    return torch.stack([attention_map(cache, i, measure, queries) for i in chosen])

@@ -7,13 +7,15 @@ in u). What is cut:
     source="token"   what the tokens S send through all taps of the convolution (TokenPath)
     source="scan"    the scan's own terms alpha[t,s] u_s, which already mix the tokens s-K+1..s
 
+In attention a value is its token's own, so that both are zeros in the pattern (see `attention_knockout`).
+
 Sharma, Atkinson & Bau 2024 (arXiv:2404.03646) and "Mamba Knockout" (arXiv:2505.24244) cut scan terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mamba.analysis.attention_knockout import attention_knockout
 from hooked_mamba.analysis.captured import (
     Positions,
     captured,
@@ -58,15 +61,16 @@ def knockout(
         slice, a mask b l with each row's own, or None for all.
         For `generate` see `hooked_mamba.analysis.columns.Columns`: what was read in earlier calls stays cut.
     layers
-        None: all.
+        None: all. In each, the mixer and attention are cut, whichever there is.
     source
         "token" or "scan", see above.
     cut
         "read": the targets do not see the sources' values; states stay as they are. "write": the values are never
         written into the state, so that no position sees them and the returned state lacks them; then `targets` must
-        be None. The skip D u is a read: "write" leaves it.
+        be None. The skip D u is a read: "write" leaves it. Attention loses the reads of all targets; its keys and
+        values stay in the memory.
     channels
-        Channels e of E (in Mamba-2 e = h P + p); None: all.
+        Channels e of E (in Mamba-2 e = h P + p) of the mixers, attention then being left alone; None: all.
 
     Raises
     ------
@@ -82,8 +86,17 @@ def knockout(
     if cut == "write" and targets is not None:
         raise ValueError("cut='write' takes the value from all later positions: leave targets out, or use cut='read'")
     chosen = layer_list(model, layers)
-    cells = (kept(sources), channel_list(model, channels))
-    with cutting(model, Cut((cells,), kept(targets), frozenset(chosen), source, cut)):
+    moving = {name: [i for i in chosen if name in model.block(i).branches] for name in ("mixer", "attn")}
+    for i in moving["mixer"]:
+        if not model.mixer(i).moves_values:
+            raise ValueError(f"the {model.mixer(i).title} of layer {i} says no linear form: leave it out of layers")
+    sources, targets = kept(sources), kept(targets)
+    with ExitStack() as stack:
+        if moving["mixer"]:
+            cells = (sources, channel_list(model, channels, moving["mixer"][0]))
+            stack.enter_context(cutting(model, Cut((cells,), targets, frozenset(moving["mixer"]), source, cut)))
+        if moving["attn"] and channels is None:
+            stack.enter_context(attention_knockout(model, sources, targets, moving["attn"]))
         yield model
 
 
@@ -192,7 +205,10 @@ def knockout_sweep(
                 padding = None if attention_mask is None else attention_mask.repeat(len(now), 1)
                 with knockout(model, mask, targets, range(start, start + window), source):
                     logits = model(
-                        before["resid_pre", start].repeat(len(now), 1, 1), start_at_layer=start, attention_mask=padding
+                        before["resid_pre", start].repeat(len(now), 1, 1),
+                        start_at_layer=start,
+                        attention_mask=padding,
+                        tokens=ids.repeat(len(now), 1),
                     )
                 results += [torch.as_tensor(metric(one)) for one in logits.split(b)]
                 bar.update(len(now))

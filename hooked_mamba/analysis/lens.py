@@ -26,6 +26,7 @@ def logit_lens(
     pos_slice: PosSlice = None,
     frozen_norm: bool = False,
     vocab: Int[Tensor, " v"] | None = None,
+    incl_mid: bool = False,
 ) -> Float[Tensor, "..."]:
     """Logits of the residual stream entering each block, and, last, of the whole model.
 
@@ -42,6 +43,8 @@ def logit_lens(
         that differences between layers are what the mixers between add.
     vocab
         Only these tokens' logits; None: all.
+    incl_mid
+        Also the streams between the two stages of a block, in computing order (see :func:`lens_labels`).
 
     Returns
     -------
@@ -51,10 +54,16 @@ def logit_lens(
     model: Any = cache.model
     n = model.cfg.n_layers
     chosen = range(n + 1) if layers is None else [layer % (n + 1) for layer in layers]
-    stack = torch.stack([cache.resid_entering(i, pos_slice) for i in chosen])
+    streams = []
+    for i in chosen:
+        streams.append(cache.resid_entering(i, pos_slice))
+        if incl_mid and f"blocks.{i}.hook_resid_mid" in model.hook_dict:
+            streams.append(cache.at(cache["resid_mid", i], pos_slice))
+    stack = torch.stack(streams)
     normed = cache.apply_ln_to_stack(stack, -1, pos_slice=pos_slice, recompute_ln=not frozen_norm)
     W_U = model.W_U if vocab is None else model.W_U[:, vocab]
-    return at_least_fp32(normed.to(W_U.dtype) @ W_U)
+    logits = at_least_fp32(normed.to(W_U.dtype) @ W_U)
+    return logits if model.logit_multiplier is None else logits * model.logit_multiplier
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,11 @@ def read_lens(logits: Float[Tensor, "layer ..."], k: int = 5) -> LensReading:
     return LensReading(top.indices, top.values.exp(), kl)
 
 
-def lens_labels(cache: ActivationCache) -> list[str]:
+def lens_labels(cache: ActivationCache, incl_mid: bool = False) -> list[str]:
     """Names of a full lens' layers."""
-    n = cache.model.cfg.n_layers  # type: ignore[union-attr]
-    return ["embed", *(f"after {i}" for i in range(n))]
+    model: Any = cache.model
+    labels = ["embed"]
+    for i in range(model.cfg.n_layers):
+        labels += [f"within {i}"] if incl_mid and f"blocks.{i}.hook_resid_mid" in model.hook_dict else []
+        labels.append(f"after {i}")
+    return labels

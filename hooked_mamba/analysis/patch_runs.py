@@ -68,7 +68,8 @@ def run_patches(
             rows = rows.repeat(n, *(1,) * (rows.ndim - 1))
             mask = None if attention_mask is None else attention_mask.repeat(n, 1)
             with model.hooks(_hooks(batch, b)):
-                logits = model(rows, start_at_layer=start, attention_mask=mask)
+                behind = None if start is None else tokens.repeat(n, 1)
+                logits = model(rows, start_at_layer=start, attention_mask=mask, tokens=behind)
             results += [torch.as_tensor(metric(one)) for one in logits.split(b)]
             bar.update(n)
     if not results:

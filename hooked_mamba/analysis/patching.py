@@ -25,6 +25,7 @@ from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
 from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
+from hooked_mamba.hooks.site_name import SiteName
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
@@ -80,7 +81,8 @@ def generic_activation_patch(
     Returns
     -------
     Tensor
-        One axis an index axis; with `index_df` one element an index. In a tuple with what else was asked for.
+        One axis an index axis; with `index_df` one element an index; NaN in blocks that have no such site. In a tuple
+        with what else was asked for.
     """
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask
@@ -99,16 +101,20 @@ def generic_activation_patch(
 
         return Patch(clean.site(index), edit)
 
+    there = [i for i, index in enumerate(indices) if clean.is_there(index)]
     values = run_patches(
         model,
         tokens,
-        [patch_at(index) for index in indices],
+        [patch_at(indices[i]) for i in there],
         patching_metric,
         attention_mask,
         batch_size,
         progress,
         f"patching {activation_name}",
     )
+    if len(there) < len(indices):  # blocks without this site have nothing to patch
+        values, found_ones = values.new_full((len(indices), *values.shape[1:]), torch.nan), values
+        values[there] = found_ones
     result = values if shape is None else values.reshape(*shape, *values.shape[1:])
     extras: list[Any] = [indices] if return_index_df else []
     if return_figure:
@@ -187,15 +193,28 @@ class CleanValues:
             return self.model.act_name(f"h.{index[self.axes.index('pos')]}", index[0])
         return self.model.act_name(self.name, index[0])
 
+    def is_there(self, index: Sequence[int]) -> bool:
+        """Whether the block has the site; False for all but a few blocks of a hybrid."""
+        full = self.site(index)
+        base = (split_state_point(full) or (full, 0))[0]
+        if base in self.model.hook_dict:
+            return True
+        if any(SiteName.parse(name).hook == SiteName.parse(base).hook for name in self.model.hook_dict):
+            return False
+        self.model.site(full)  # raises: no block has it
+        return False
+
     def value(self, index: Sequence[int]) -> Tensor:
         """The clean activation there, with its batch axis."""
         if self.by_state:
             return self.states(index[0])[:, index[self.axes.index("pos")]]
         value = self.cache[self.name, index[0]]
         value = value if self.cache.has_batch_dim else value[None]
-        if tuple(value.shape[:2]) != self.shape:
+        axis = self.model.site(self.site(index)).row.position_axis
+        found = (value.shape[0], value.shape[axis])
+        if found != self.shape:
             raise ValueError(
-                f"the clean run is {list(value.shape[:2])} (batch, position) and the corrupted one {list(self.shape)};"
+                f"the clean run is {list(found)} (batch, position) and the corrupted one {list(self.shape)};"
                 " patching needs prompts of the same length"
             )
         return value
@@ -265,6 +284,23 @@ def layer_pos_state_unit_patch_setter(
     return corrupted_activation
 
 
+def layer_head_pattern_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, head), of the sites "pattern" and "attn_scores": a head's rows for all positions."""
+    corrupted_activation[:, index[1]] = clean_activation[:, index[1]]
+    return corrupted_activation
+
+
+def layer_head_pos_pattern_patch_setter(
+    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
+) -> Tensor:
+    """index = (layer, head, pos), of the same sites: a head's row for one position."""
+    _, head, pos = index
+    corrupted_activation[:, head, pos] = clean_activation[:, head, pos]
+    return corrupted_activation
+
+
 # Ready-made sweeps -------------------------------------------------------------------------------------------
 
 
@@ -313,6 +349,44 @@ get_act_patch_state = _sweep(
 )
 get_act_patch_state_dim = _sweep(
     STATE_SITE, ("layer", "pos", "state"), layer_pos_state_dim_patch_setter, "One of the N states after each position"
+)
+
+# Attention, MLPs and experts, over the blocks that have them; names as in TransformerLens where it has them
+
+
+def _of_heads(name: str, axis: str, text: str) -> tuple[partial, partial]:
+    """A sweep by position and one over all positions."""
+    by_pos = _sweep(name, ("layer", "pos", axis), layer_pos_head_vector_patch_setter, f"{text}, by position")
+    return by_pos, _sweep(name, ("layer", axis), layer_head_vector_patch_setter, f"{text}, at all positions")
+
+
+get_act_patch_attn_out = _by_pos("attn_out", "What attention adds to the stream")
+get_act_patch_mlp_out = _by_pos("mlp_out", "What the MLP adds to the stream")
+get_act_patch_moe_out = _by_pos("moe_out", "What the experts add to the stream")
+get_act_patch_mixer_out = _by_pos("mixer_out", "What the mixer adds to the stream of a hybrid")
+get_act_patch_resid_mid = _by_pos("resid_mid", "The residual stream between two stages")
+get_act_patch_attn_head_out_by_pos, get_act_patch_attn_head_out_all_pos = _of_heads(
+    "attn.z", "head", "Each head's output"
+)
+get_act_patch_attn_head_z_by_pos, get_act_patch_attn_head_z_all_pos = _of_heads(
+    "attn.z", "head", "Each head's mixed values"
+)
+get_act_patch_attn_head_q_by_pos, get_act_patch_attn_head_q_all_pos = _of_heads("q", "head", "Each head's queries")
+get_act_patch_attn_head_k_by_pos, get_act_patch_attn_head_k_all_pos = _of_heads(
+    "k", "key_value_head", "Each key-value head's keys"
+)
+get_act_patch_attn_head_v_by_pos, get_act_patch_attn_head_v_all_pos = _of_heads(
+    "v", "key_value_head", "Each key-value head's values"
+)
+get_act_patch_attn_head_pattern_all_pos = _sweep(
+    "pattern", ("layer", "head"), layer_head_pattern_patch_setter, "Each head's pattern, for all positions"
+)
+get_act_patch_attn_head_pattern_by_pos = _sweep(
+    "pattern", ("layer", "head", "pos"), layer_head_pos_pattern_patch_setter, "Each head's pattern, row by row"
+)
+get_act_patch_neuron_by_pos, get_act_patch_neuron_all_pos = _of_heads("post", "neuron", "Each neuron of the MLPs")
+get_act_patch_expert_score_by_pos, get_act_patch_expert_score_all_pos = _of_heads(
+    "router_scores", "expert", "Each expert's score in the choice"
 )
 
 SMALL_SITES = ("resid_pre", "x_pre", "z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")

@@ -1,7 +1,7 @@
-"""Path patching: what one mixer's output does through another mixer's input alone.
+"""Path patching: what one branch's output does through another branch's input alone.
 
 1. The sender's clean output replaces its corrupted one on the way to the receiver only: the receiver reads the
-   corrupted residual stream plus the difference. (All mixers between keep their corrupted outputs.)
+   corrupted residual stream plus the difference. (All branches between keep their corrupted outputs.)
 2. What then comes out of the receiver (or arrives at one of its sites) is patched into the corrupted run.
 3. All later blocks run on from there.
 
@@ -21,8 +21,15 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Metric, residuals
-from hooked_mamba.frozen.run import out_site
 from hooked_mamba.state import Padding
+
+Place = tuple[int, str]
+"""A branch: its block and its name there."""
+
+
+def path_places(model: Any) -> list[Place]:
+    """Every branch that writes into the stream, in computing order: senders behind the embedding, and receivers."""
+    return [(i, name) for i in range(model.cfg.n_layers) for name in model.block(i).written]
 
 
 @torch.no_grad()
@@ -31,7 +38,7 @@ def path_patch(
     corrupted_tokens: Tensor | str | Sequence[str],
     clean_cache: ActivationCache,
     patching_metric: Metric,
-    receiver_site: str = "out_proj",
+    receiver_site: str | None = None,
     positions: Positions = None,
     attention_mask: Tensor | None = None,
     progress: bool = True,
@@ -42,12 +49,12 @@ def path_patch(
     Parameters
     ----------
     clean_cache
-        Holds "embed" and "out_proj" of all layers.
+        Holds the embedding and what every branch adds.
     patching_metric
         From logits b l V to one number.
     receiver_site
-        Which site of the receiver takes the sender's effect: "out_proj" for the whole mixer; "x_pre", "z", "dt",
-        "B" or "C" for one of its inputs.
+        Which site of the receiver takes the sender's effect. None (or "out_proj"): what the branch adds; "x_pre", "z",
+        "dt", "B" or "C" for one of a mixer's inputs, which every receiver must then have.
     positions
         Where the sender's output is patched; None: everywhere.
     batch_size
@@ -56,15 +63,16 @@ def path_patch(
     Returns
     -------
     Tensor
-        Rows: the embedding, then mixer 0, 1, ...; columns: mixer 0, 1, ..., then the logits. NaN where the sender
-        does not come before the receiver.
+        Rows: the embedding, then the branches in computing order (:func:`path_places`; mixer 0, 1, ... where blocks
+        have nothing else); columns: the branches, then the logits. NaN where the sender is not before the receiver:
+        branches of one stage read the same stream.
     """
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask
     b, length = tokens.shape
-    n = model.cfg.n_layers
+    n, places = model.cfg.n_layers, path_places(model)
     entering = residuals(model, tokens, attention_mask)
-    names = ["hook_embed", *(out_site(model, i) for i in range(n))]
+    names = ["hook_embed", *(f"blocks.{i}.{model.block(i).written[name]}" for i, name in places)]
     _, corrupted = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
     padding = None if attention_mask is None else Padding.from_mask(attention_mask, tokens.shape, tokens.device)
     where = position_mask(positions, b, length, tokens.device, padding).unsqueeze(-1)
@@ -78,26 +86,56 @@ def path_patch(
             )
         changes.append((clean - corrupted[name]) * where)
 
-    result = torch.full((n + 1, n + 1), torch.nan)
+    result = torch.full((len(places) + 1, len(places) + 1), torch.nan)
     at_once = max(1, batch_size // b)
-    steps = [(r, list(range(f, min(f + at_once, r + 1)))) for r in range(n + 1) for f in range(0, r + 1, at_once)]
-    for receiver, senders in tqdm(steps, disable=not progress, desc="path patching"):
-        stream = entering[receiver].repeat(len(senders), 1, 1)
-        seen = stream + torch.cat([changes[sender] for sender in senders]).to(stream.dtype)
-        mask = None if attention_mask is None else attention_mask.repeat(len(senders), 1)
-        if receiver == n:
-            logits = model(seen, start_at_layer=n, attention_mask=mask)
+    receivers: list[Place | None] = [*places, None]
+    steps = []
+    for r, receiver in enumerate(receivers):
+        before = len(changes) if receiver is None else 1 + sum(_is_before(model, one, receiver) for one in places)
+        steps += [(r, list(range(f, min(f + at_once, before)))) for f in range(0, before, at_once)]
+    for r, senders in tqdm(steps, disable=not progress, desc="path patching"):
+        many = len(senders)
+        change = torch.cat([changes[sender] for sender in senders])
+        given = {
+            "attention_mask": None if attention_mask is None else attention_mask.repeat(many, 1),
+            "tokens": tokens.repeat(many, 1),
+        }
+        receiver = receivers[r]
+        if receiver is None:
+            stream = entering[n].repeat(many, 1, 1)
+            logits = model(stream + change.to(stream.dtype), start_at_layer=n, **given)
         else:
-            site = model.act_name(receiver_site, receiver)
+            layer, _ = receiver
+            stream = entering[layer].repeat(many, 1, 1)
+            usual = receiver_site in (None, "out_proj")
+            site = names[r + 1] if usual else model.act_name(receiver_site, layer)
+            read = "hook_resid_mid" if _stage(model, receiver) else "hook_resid_pre"
+
+            def add(value: Tensor, hook: Any, change: Tensor = change) -> Tensor:
+                return value + change.to(value.dtype)
+
             _, arrived = model.run_with_cache(
-                seen,
-                start_at_layer=receiver,
-                stop_at_layer=receiver + 1,
-                attention_mask=mask,
+                stream,
+                start_at_layer=layer,
+                stop_at_layer=layer + 1,
                 names_filter=site,
+                fwd_hooks=[(f"blocks.{layer}.{read}", add)],
+                **given,
             )
             with model.hooks([(site, lambda value, hook, new=arrived[site]: new)]):
-                logits = model(stream, start_at_layer=receiver, attention_mask=mask)
+                logits = model(stream, start_at_layer=layer, **given)
         for sender, one in zip(senders, logits.split(b), strict=True):
-            result[sender, receiver] = patching_metric(one)
+            result[sender, r] = patching_metric(one)
     return result
+
+
+def _stage(model: Any, place: Place) -> int:
+    """Which stage of its block a branch stands in; all of a block with a shared transformer reads the stream once."""
+    block = model.block(place[0])
+    if f"blocks.{place[0]}.hook_resid_mid" not in model.hook_dict:
+        return 0
+    return next(i for i, stage in enumerate(block.stages) if place[1] in stage)
+
+
+def _is_before(model: Any, sender: Place, receiver: Place) -> bool:
+    return (sender[0], _stage(model, sender)) < (receiver[0], _stage(model, receiver))

@@ -37,20 +37,24 @@ class RankOneEdit(Shown):
     """What is added to out_proj's weight; of rank one."""
     losses: list[float]
     """Nats of the new answer at each gradient step."""
+    branch: str = "mixer"
+    """Whose output weights are edited: "mixer" (out_proj) or "mlp" (down_proj)."""
 
     def apply(self, model: Any) -> Any:
         """A copy of the model with the edit in it."""
         edited = copy.deepcopy(model)
-        weight, _ = weights_of(edited.blocks[self.layer].mixer.out_proj, "out_proj")
+        weight, _ = weights_of(output_layer(edited, self.layer, self.branch), "the output layer")
         with torch.no_grad():
             weight += self.delta.to(weight)
         return edited
 
 
 @torch.no_grad()
-def key_moment(model: Any, layer: int, batches: Iterable[Int[Tensor, "..."]]) -> Float[Tensor, "E E"]:
+def key_moment(
+    model: Any, layer: int, batches: Iterable[Int[Tensor, "..."]], branch: str = "mixer"
+) -> Float[Tensor, "E E"]:
     """C: the mean of k k^T over all positions of ordinary text."""
-    name = key_site(model, layer)
+    name = key_site(model, layer, branch)
     total, count = None, 0
     for tokens in batches:
         _, cache = model.run_with_cache(tokens, names_filter=name, stop_at_layer=layer + 1)
@@ -62,18 +66,28 @@ def key_moment(model: Any, layer: int, batches: Iterable[Int[Tensor, "..."]]) ->
     return total / count
 
 
-def key_site(model: Any, layer: int) -> str:
-    """The site that out_proj reads.
+def key_site(model: Any, layer: int, branch: str = "mixer") -> str:
+    """The site that the output's weights of a branch read.
 
     Raises
     ------
     ValueError
-        The mixer has no such site.
+        The block has no such branch, or the branch no such site.
     """
-    mixer = model.mixer(layer)
-    if mixer.vectors_site is None:
-        raise ValueError(f"{mixer.title} has no site for what its output's weights read: nothing can be edited there")
-    return f"blocks.{layer}.mixer.{mixer.vectors_site}"
+    found = model.block(layer).branches
+    if branch not in found:
+        raise ValueError(f"block {layer} has no branch {branch!r}; it has {', '.join(found)}")
+    site = found[branch].vectors_site
+    if site is None:
+        title = found[branch].title
+        raise ValueError(f"{title} has no site for what its output's weights read: nothing can be edited there")
+    return f"blocks.{layer}.{branch}.{site}"
+
+
+def output_layer(model: Any, layer: int, branch: str) -> Any:
+    """The linear layer by which a branch writes."""
+    module = model.block(layer).branches[branch]
+    return getattr(module, "out_proj", None) or module.down_proj
 
 
 def rank_one_edit(
@@ -87,6 +101,7 @@ def rank_one_edit(
     lr: float = 0.5,
     decay: float = 0.0,
     ridge: float = 1e-4,
+    branch: str = "mixer",
 ) -> RankOneEdit:
     """Find the edit that makes the model continue the prompts with `answer`.
 
@@ -106,11 +121,14 @@ def rank_one_edit(
         Adam's, on v*; decay pulls it back to what is written now.
     ridge
         Added to C's diagonal as a part of its mean, so that it can be inverted.
+    branch
+        "mixer", or "mlp" for the down projection of an MLP.
     """
     if len(prompts) != len(subject) or not prompts:
         raise ValueError(f"{len(prompts)} prompts, but {len(subject)} subject positions")
     rows = [p if p.ndim == 2 else p[None] for p in prompts]
-    out_site, key_name = f"blocks.{layer}.mixer.{model.mixer(layer).out_site}", key_site(model, layer)
+    key_name = key_site(model, layer, branch)
+    out_site = f"blocks.{layer}.{branch}.{model.block(layer).branches[branch].out_site}"
     keys, written = [], []
     with torch.no_grad():
         for row, t in zip(rows, subject, strict=True):
@@ -137,14 +155,14 @@ def rank_one_edit(
                 )
             optimizer.step()
 
-    mixer = model.blocks[layer].mixer
-    bias = 0 if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
+    linear = output_layer(model, layer, branch)
+    bias = 0 if linear.bias is None else linear.bias.detach()
     value = (now - bias + shift.detach()).double()
-    W, k = mixer.out_proj.weight.detach().double(), key.double()
+    W, k = linear.weight.detach().double(), key.double()
     eye = torch.eye(len(k), dtype=k.dtype, device=k.device)
     direction = torch.linalg.solve(moment.to(k) + ridge * moment.diagonal().mean().to(k) * eye, k)
     delta = torch.outer(value - W @ k, direction) / (k @ direction)
-    return RankOneEdit(layer, key, value.to(key.dtype), delta.to(key.dtype), losses)
+    return RankOneEdit(layer, key, value.to(key.dtype), delta.to(key.dtype), losses, branch)
 
 
 def _loss(model: Any, row: Tensor, site: str, t: int, shift: Tensor, answer: int) -> Tensor:

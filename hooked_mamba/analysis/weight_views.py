@@ -121,7 +121,16 @@ def fold_norms(model: Any, center_unembed: bool = False) -> Any:
     center_unembed
         Also subtract the mean over the vocabulary from the unembedding's rows, which moves all logits of a position
         by the same number.
+
+    Raises
+    ------
+    ValueError
+        LayerNorms, or norms that no matrix reads.
     """
+    if getattr(model.ln_final, "bias", None) is not None:
+        raise ValueError("fold_norms is for RMS norms; this model's norms are LayerNorms, whose biases have no matrix")
+    if any(model.block(i).norm_after for i in range(model.cfg.n_layers)):
+        raise ValueError("fold_norms: some norms of this model stand behind their branches, where no matrix reads them")
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     for i in range(model.cfg.n_layers):
         block, at = model.block(i), f"blocks.{i}."

@@ -2,7 +2,8 @@
 
 linear      pieces that are affine: projections, convolutions, gains, and values mixed between positions
 scan        what every held scan answers: outputs, adjoint, rows of its attention matrix
-selective   the scans of Mamba-1 and Mamba-2
+selective   the scans of Mamba-1 and Mamba-2, whose rows are made in blocks
+pattern     attention
 tokens      how tokens reach a scan through a convolution
 chain       pieces composed, with named places between them
 run         one prompt's run

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.frozen.linear import Gain, Mix, Piece, Project
+from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
@@ -118,7 +118,7 @@ class Chain:
     @property
     def output(self) -> Project:
         """What writes into the stream."""
-        return cast(Project, self.pieces[-1])
+        return next(piece for piece in reversed(self.pieces) if isinstance(piece, Project))
 
     @property
     def input_bias(self) -> Float[Tensor, " E"] | float:
@@ -142,6 +142,10 @@ class Chain:
         """The same with its output times a factor."""
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
+
+    def followed_by(self, piece: Piece) -> Chain:
+        """The same with a step behind its output."""
+        return replace(self, pieces=(*self.pieces, piece))
 
     # Backwards -------------------------------------------------------------------------------------------------
 
@@ -253,13 +257,24 @@ class Chain:
             delta, beside = self._step("push", i, delta, beside, rows)
         return delta, met
 
-    def apply(self, x: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
-        """The whole affine map of the stream, biases and memory included: the value at each node, and "out"."""
+    def apply(self, x: Float[Tensor, "n l d"], given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The whole affine map of the stream, biases and memory included: the value at each node, and "out".
+
+        Parameters
+        ----------
+        given
+            Values that other layers made, by name; those absent are the run's own.
+        """
+        given = given or {}
         found: dict[str, Tensor] = {}
         beside: Tensor | None = None
         for i in range(len(self.pieces)):
             found |= {name: x for name, at in self.nodes.items() if at == i}
-            x, beside = self._step("apply", i, x, beside)
+            taken = [name for name in self.takes if name in given]
+            if isinstance(self.pieces[i], Plus) and taken:
+                x = x + self.takes[taken[0]].push(given[taken[0]])
+            else:
+                x, beside = self._step("apply", i, x, beside)
         return found | {"out": x}
 
     def _step(
@@ -293,7 +308,7 @@ class Chain:
     def own(self) -> Float[Tensor, "b l E"]:
         """The factor by which each channel's own input p passes at its own position, up to the output's weights."""
         factor: Tensor | None = None
-        for piece in reversed(self.between("p")[:-1]):
+        for piece in reversed([piece for piece in self.between("p") if not isinstance(piece, Project)]):
             factor = piece.diagonal() if factor is None else factor * piece.diagonal()
         assert factor is not None  # sigma and taps are always there
         return factor

@@ -9,8 +9,8 @@ rho_t = r_t;      alpha[t, s] = strength_s k_s . rho_s;      rho_{s-1} = w_s rho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hooked_mamba import ops
 from hooked_mamba.frozen.scan import HeldScan, resolve_queries
+from hooked_mamba.ops.delta_scan._adjoint import from_the_end
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 
 
@@ -36,10 +37,20 @@ class DeltaScan(HeldScan):
     """K numbers, or one: that multiple of k."""
     strength: Float[Tensor, "b l H"]
     """Factor of the value in the write."""
+    removes_decayed: bool = False
+    """Whether the removal reads the decayed state: b has the decay in it, b = -w strength k (gated DeltaNet)."""
 
     def over(self, u: Float[Tensor, "n l H P"], rows: Any = None) -> DeltaScan:
-        held = (self.r, self.w, self.k, self.a, self.b, self.strength)
-        return DeltaScan(u, *((part if rows is None else part[rows]).to(u.dtype) for part in held))
+        def held(part: Tensor) -> Tensor:
+            return (part if rows is None else part[rows]).to(u.dtype)
+
+        return self._with(u, held)
+
+    def _with(self, u: Float[Tensor, "n l h P"], change: Callable[[Tensor], Tensor]) -> DeltaScan:
+        """Other values, and all that is held passed through a function."""
+        names = ("r", "w", "k", "a", "b", "strength")
+        held: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, u=u, **held)
 
     def out(
         self,
@@ -57,6 +68,18 @@ class DeltaScan(HeldScan):
             self.r, self.w, self.k, v, self.a, self.b, h0=h0, states_at=states_at, edits=edits, frozen=frozen
         )
         return ScanOut(found.y, found.h_last, found.states)
+
+    def chosen(self, lanes: Sequence[int] | slice) -> DeltaScan:
+        """Only these heads."""
+        at = self.lane_numbers(lanes)
+        return self._with(self.u[:, :, at], lambda part: part[:, :, at])
+
+    def adjoint(self, vy: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l H P K"]:
+        """What covectors on y are on the state right after each position: Lam_t = vy_t r_t^T + Lam_{t+1} M_{t+1}^T."""
+        reversed_scan = from_the_end(self.r, self.w, self.k, vy, self.a, self.b)
+        states = ops.delta_scan(*reversed_scan, states_at="all").states
+        assert states is not None  # they were asked for
+        return states.flip(1)
 
     def rows(
         self,

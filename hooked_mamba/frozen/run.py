@@ -202,9 +202,11 @@ class Run:
         if layer == self.n_layers:
             return self.final_norm
         block = self.model.block(layer)
+        if block.norm_after:
+            raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
         if not any(block.in_scales.get(name) for name in block.stages[0]):
             return self.chain(self.stages(layer)[0][0]).norm
-        return Gain(at_least_fp32(block.norm.weight).detach() / self.cache[f"blocks.{layer}.norm.hook_scale"])
+        return held_norm(block.norm, self.cache[f"blocks.{layer}.norm.hook_scale"])
 
     @property
     def unembedding(self) -> Float[Tensor, "d V"]:
@@ -242,6 +244,22 @@ class Run:
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
+        """A value that one layer made for several above it.
+
+        Raises
+        ------
+        KeyError
+            No layer makes it.
+        """
+        for layer in range(self.n_layers):
+            for stage in self.stages(layer):
+                for part in stage:
+                    chain = self.chain(part)
+                    if name in chain.gives:
+                        return chain.values[chain.gives[name]]
+        raise KeyError(f"no layer makes {name!r} for others")
 
     def channels_at(self, layer: int) -> Literal["u", "p"]:
         """The node at which a mixer's channels are followed: u, the value that enters memory."""
@@ -349,9 +367,14 @@ def frozen_branch(
     model: Any = cache.model
     block = model.block(layer)
     read_by = norm_name(model, layer, name)
-    scale_here = cache[f"blocks.{layer}.{read_by}.hook_scale"]
-    norm = held_norm(getattr(block, read_by), scale_here, block.in_scales.get(name))
+    scale = cache[f"blocks.{layer}.{read_by}.hook_scale"]
+    held, in_scale, factor = getattr(block, read_by), block.in_scales.get(name), block.out_scales.get(name)
     prefix = f"blocks.{layer}.{name}."
-    chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, norm)
-    scale = block.out_scales.get(name)
-    return chain if scale in (None, 1) else chain.with_output(scale)
+    if block.norm_after:
+        unnormed = Gain(scaled(torch.ones_like(scale), in_scale))
+        chain = block.branches[name].frozen(lambda site: cache[prefix + site], before, mask, unnormed)
+        return chain.followed_by(held_norm(held, scale, factor))
+    chain = block.branches[name].frozen(
+        lambda site: cache[prefix + site], before, mask, held_norm(held, scale, in_scale)
+    )
+    return chain if factor in (None, 1) else chain.with_output(factor)

@@ -84,7 +84,8 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
     ("dt", 3) -> blocks.3.mixer.hook_dt; ("resid_pre", 0) -> blocks.0.hook_resid_pre; ("embed") -> hook_embed;
     ("scale", 2) -> blocks.2.norm.hook_scale; ("scale", 2, "mixer.norm") for the gated norm; ("scale") -> the final
-    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4. Full names come back as they are.
+    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4; ("attn.z", 2) -> blocks.2.attn.hook_z where other branches have a z.
+    Full names come back as they are.
     """
     if layer is None:
         match = re.match(r"^([A-Za-z_]+?)(\d+)$", name)  # "dt3", as TransformerLens allows
@@ -95,6 +96,9 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     short = name.removeprefix("hook_")
     if layer is None:
         return f"ln_final.hook_{short}" if short in IN_NORMS else f"hook_{short}"
+    if names_its_branch(short):
+        place, _, last = short.rpartition(".")
+        return str(SiteName(str(layer), place, f"hook_{last.removeprefix('hook_')}", None))
     hook, _, t = f"hook_{short}".partition(".")
     site = SiteName(str(layer), "", hook, int(t) if t else None)
     if layer_type is not None:
@@ -111,6 +115,12 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
         return str(site.at(place, hook))
     places = (place for place, other in known.rows if other == hook and place and not place.endswith("norm"))
     return str(site.at(next(places, "mixer"), hook))
+
+
+def names_its_branch(short: str) -> bool:
+    """Whether a short name says where it stands, as "attn.z" does and "h.4" does not."""
+    place, _, last = short.rpartition(".")
+    return bool(place) and not last.removeprefix("-").isdigit()
 
 
 def unalias(name: str) -> str:

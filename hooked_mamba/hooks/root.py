@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.hooks.cache import HookCache
-from hooked_mamba.hooks.names import NamesFilter, get_act_name, match_names, unalias, unknown_name
+from hooked_mamba.hooks.names import NamesFilter, get_act_name, match_names, names_its_branch, unalias, unknown_name
 from hooked_mamba.hooks.points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site import PlacedSite
@@ -69,9 +69,10 @@ class HookedRoot(SitedModule):
     def act_name(self, name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
         """Full name of one of this model's sites from its short one: :func:`~hooked_mamba.hooks.names.get_act_name`,
         which knows all models, with the branch that has such a site here. One that no site has comes back as it is."""
+        chosen = layer_type is not None or (layer is not None and names_its_branch(name))
         name = self.resolve(get_act_name(name, layer, layer_type))
         site = SiteName.parse(name)
-        if layer_type is not None or site.layer is None or str(site.base) in self._hook_points:
+        if chosen or site.layer is None or str(site.base) in self._hook_points:
             return name
         places = (other.place for other in map(SiteName.parse, self._hook_points) if other.hook == site.hook)
         here = {str(site.at(place, site.hook).base): place for place in places if not place.endswith("norm")}

@@ -80,15 +80,15 @@ class PlacedSite:
     row: Site
     sizes: Mapping[str, int]
 
-    def shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """The shape of its value; keys m are those of this call alone."""
-        sizes = {"m": length, **self.sizes, "b": batch, "l": length}
+    def shape(self, batch: int, length: int, keys: int | None = None) -> tuple[int, ...]:
+        """The shape of its value at `length` positions. Keys m are those of this call alone: None: as many."""
+        sizes = {"m": length if keys is None else keys, **self.sizes, "b": batch, "l": length}
         return tuple(size_of(axis, sizes) for axis in self.row.shape.split())
 
-    def nbytes(self, batch: int, length: int, itemsize: int) -> int:
-        """Bytes of its value; `itemsize` is that of the model's dtype."""
+    def nbytes(self, batch: int, length: int, itemsize: int, keys: int | None = None) -> int:
+        """Bytes of its value; `itemsize` is that of the model's dtype, `keys` as in :meth:`shape`."""
         size = 8 if self.row.integer else max(itemsize, 4) if self.row.wide else itemsize
-        return math.prod(self.shape(batch, length)) * size
+        return math.prod(self.shape(batch, length, keys)) * size
 
     @property
     def width(self) -> int:

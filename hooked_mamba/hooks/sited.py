@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -30,8 +30,9 @@ class SitedModule(nn.Module):
         if cls.place is not None and "sites" in cls.__dict__:
             DECLARED.append(cls)
 
-    def __getattr__(self, name: str) -> Any:  # hook points are made from rows: a type checker cannot know them
-        return super().__getattr__(name)
+    if TYPE_CHECKING:  # hook points are made from rows: a type checker cannot know them
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def site_rows(self) -> tuple[Site | Child, ...]:
         """The rows of this instance."""

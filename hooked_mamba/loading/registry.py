@@ -22,7 +22,19 @@ from hooked_mamba.loading import (
     raw_mamba2,
     raw_rwkv7,
 )
-from hooked_mamba.loading.hybrids import bamba, falcon_h1, granite, jamba, lfm2, nemotron_h, zamba
+from hooked_mamba.loading.hybrids import (
+    bamba,
+    falcon_h1,
+    gated_deltanet,
+    granite,
+    jamba,
+    lfm2,
+    mamba3,
+    nemotron_h,
+    olmo_hybrid,
+    qwen3,
+    zamba,
+)
 from hooked_mamba.loading.raw_fields import ssm_layer
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import read_json
@@ -50,10 +62,18 @@ CLASS_OF_FAMILY = {
 HYBRIDS: dict[str, Any] = {
     "bamba": bamba,
     "falcon_h1": falcon_h1,
+    "gated_deltanet": gated_deltanet,
     "granitemoehybrid": granite,
     "jamba": jamba,
     "lfm2": lfm2,
+    "mamba3": mamba3,
     "nemotron_h": nemotron_h,
+    "olmo_hybrid": olmo_hybrid,
+    "qwen3_5": qwen3,
+    "qwen3_5_moe": qwen3,
+    "qwen3_5_moe_text": qwen3,
+    "qwen3_5_text": qwen3,
+    "qwen3_next": qwen3,
     "zamba": zamba,
     "zamba2": zamba,
 }
@@ -101,6 +121,15 @@ FORMATS = {
         Format("hf_mamba2", "mamba2", Mamba2Config, hf_mamba2.to_ours, hf_mamba2.from_ours, "hf"),
         Format("raw_mamba", "mamba", MambaConfig, raw_mamba.to_ours, raw_mamba.from_ours, "raw"),
         Format("raw_mamba2", "mamba2", Mamba2Config, raw_mamba2.to_ours, raw_mamba2.from_ours, "raw"),
+        Format(
+            "raw_mamba3",
+            "hybrid",
+            HybridConfig,
+            mamba3.raw_to_ours,
+            mamba3.raw_from_ours,
+            "raw",
+            _is("mamba3"),
+        ),
         *(
             Format(f"hf_{name}", "hybrid", HybridConfig, module.to_ours, module.from_ours, "hf", _is(name))
             for name, module in HYBRIDS.items()
@@ -124,7 +153,7 @@ FORMATS = {
 MODEL_TYPES = {"mamba": "hf_mamba", "mamba2": "hf_mamba2", "falcon_mamba": "hf_falcon_mamba", "rwkv7": "hf_rwkv7"} | {
     name: f"hf_{name}" for name in HYBRIDS
 }
-LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2"}
+LAYERS = {"Mamba1": "raw_mamba", "Mamba2": "raw_mamba2", "Mamba3": "raw_mamba3"}
 
 
 def detect(config: Mapping[str, Any]) -> Format:
@@ -149,9 +178,17 @@ def detect(config: Mapping[str, Any]) -> Format:
     )
 
 
+REFUSED = {
+    "kimi_linear": "its attention compresses keys and values into a latent (MLA), which is not computed here",
+}
+"""model_type of families near to those here -> what is missing for them."""
+
+
 def _choose(value: Any, known: Mapping[str, str], what: str) -> str:
     if value in known:
         return known[value]
+    if value in REFUSED:
+        raise CheckpointError(f"{what} {value!r} is not supported: {REFUSED[value]}")
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise CheckpointError(f"{what} {value!r} is not supported; expected one of {', '.join(known)}{hint}")

@@ -9,11 +9,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hooked_mamba.loading.tables import CheckpointError, LazyState
+
+
+class Piece(NamedTuple):
+    """A part of one of our weights, as it stands in a file."""
+
+    name: str
+    """Their tensor."""
+    axis: int
+    start: int
+    """Its first row there."""
+    make: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class Source(ABC):
         """Our weight."""
 
     @abstractmethod
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        """Their tensor's name -> (axis, first row, the piece) of our weight, for writing."""
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        """Our weight in pieces, for writing."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,8 @@ class Whole(Source):
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         return state[self.name]
 
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        return {self.name: (0, 0, ours)}
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, 0, 0, ours)]
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,8 @@ class Rows(Source):
             )
         return tensor.narrow(self.axis, self.start, self.stop - self.start)
 
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        return {self.name: (self.axis, self.start, ours)}
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, self.axis, self.start, ours)]
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ class Reshaped(Source):
             raise CheckpointError(f"{self.name} is {list(state[self.name].shape)}; expected {list(self.theirs)}")
         return state[self.name].reshape(self.ours)
 
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        return {self.name: (0, 0, lambda: ours().reshape(self.theirs))}
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, 0, 0, lambda: ours().reshape(self.theirs))]
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,8 @@ class Interleaved(Source):
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([state[self.name][i :: self.count] for i in range(self.count)])
 
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        return {self.name: (0, 0, lambda: torch.stack(ours().chunk(self.count), 1).flatten(0, 1))}
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, 0, 0, lambda: torch.stack(ours().chunk(self.count), 1).flatten(0, 1))]
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,63 @@ class Stacked(Source):
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([state[name] for name in self.names])
 
-    def parts(self, ours: Callable[[], Tensor]) -> dict[str, tuple[int, int, Callable[[], Tensor]]]:
-        return {name: (0, 0, _expert(ours, e)) for e, name in enumerate(self.names)}
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(name, 0, 0, _expert(ours, e)) for e, name in enumerate(self.names)]
+
+
+@dataclass(frozen=True)
+class Runs(Source):
+    """Several runs of rows of one tensor, one behind the other."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(first row, row after the last) of each."""
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        tensor, last = state[self.name], max(stop for _, stop in self.runs)
+        if len(tensor) < last:
+            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected {last} rows or more")
+        return torch.cat([tensor[start:stop] for start, stop in self.runs])
+
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        found, at = [], 0
+        for start, stop in self.runs:
+            found.append(Piece(self.name, 0, start, _rows(ours, at, at + stop - start)))
+            at += stop - start
+        return found
+
+
+@dataclass(frozen=True)
+class Joined(Source):
+    """Several tensors, the rows of one behind those of the other; `name` has "{part}" for what tells them apart."""
+
+    sizes: tuple[tuple[str, int], ...]
+    """(part, its rows)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.name.format(part=part) for part, _ in self.sizes)
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([state[name] for name in self.names])
+
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        found, at = [], 0
+        for name, (_, size) in zip(self.names, self.sizes, strict=True):
+            found.append(Piece(name, 0, 0, _rows(ours, at, at + size)))
+            at += size
+        return found
+
+
+@dataclass(frozen=True)
+class OnePlus(Source):
+    """A norm's weight w that the family reads as 1 + w: ours is the sum, float32 at least."""
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        weight = state[self.name]
+        return 1 + (weight if weight.dtype == torch.float64 else weight.float())
+
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, 0, 0, lambda: ours() - 1)]
 
 
 Table = Mapping[str, Source | tuple[Source, ...]]
@@ -169,16 +236,16 @@ def write_table(state: Mapping[str, Tensor], table: Table, names: Collection[str
     unknown = [name for name in state if name not in table]
     if unknown:
         raise CheckpointError(f"no name in this format for {', '.join(unknown)}")
-    pieces: dict[str, list[tuple[int, int, Callable[[], Tensor]]]] = {}
+    pieces: dict[str, list[Piece]] = {}
     lazy = LazyState.of(state)
     for ours in state:
         options = table[ours]
         sources = options if isinstance(options, tuple) else (options,)
         there = (s for s in sources if names is None or all(name in names for name in s.names))
         first = next(there, sources[0])
-        for name, piece in first.parts(lazy.getter(ours)).items():
-            pieces.setdefault(name, []).append(piece)
-    return LazyState({name: _joined(sorted(parts, key=lambda part: part[1])) for name, parts in pieces.items()})
+        for piece in first.parts(lazy.getter(ours)):
+            pieces.setdefault(piece.name, []).append(piece)
+    return LazyState({name: _joined(sorted(parts, key=lambda part: part.start)) for name, parts in pieces.items()})
 
 
 def _reader(source: Source, state: Mapping[str, Tensor]) -> Callable[[], Tensor]:
@@ -189,7 +256,11 @@ def _expert(ours: Callable[[], Tensor], e: int) -> Callable[[], Tensor]:
     return lambda: ours()[e]
 
 
-def _joined(parts: list[tuple[int, int, Callable[[], Tensor]]]) -> Callable[[], Tensor]:
+def _rows(ours: Callable[[], Tensor], start: int, stop: int) -> Callable[[], Tensor]:
+    return lambda: ours()[start:stop]
+
+
+def _joined(parts: list[Piece]) -> Callable[[], Tensor]:
     if len(parts) == 1:
-        return parts[0][2]
-    return lambda: torch.cat([make() for _, _, make in parts], parts[0][0])
+        return parts[0].make
+    return lambda: torch.cat([part.make() for part in parts], parts[0].axis)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def load_into(
     module: nn.Module,
     state_dict: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Callable[[str], torch.device | str] = "cpu",
 ) -> None:
     """Give every parameter of `module` its weight from `state_dict`, each as a copy of its own.
 
@@ -75,7 +75,7 @@ def load_into(
         dtype of the weights; None: each parameter's own. Those of :func:`float32_names` are float32 where this is a
         half precision.
     device
-        Where the weights go.
+        Where the weights go; or a function that says so for each name.
 
     Raises
     ------
@@ -102,7 +102,8 @@ def load_into(
     for name, slot in sources.items():
         source = state_dict[name]
         wanted = target_dtype(name, dtype or slot.parameter.dtype, float32)
-        copy = source.detach().to(device=device, dtype=wanted, copy=True).contiguous()
+        where = device(name) if callable(device) else device
+        copy = source.detach().to(device=where, dtype=wanted, copy=True).contiguous()
         fault = _not_finite(name, source, copy)
         if fault:
             faults.append(fault)

@@ -8,7 +8,7 @@ Glossary
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +24,11 @@ from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.mixers.rope import rotate
-from hooked_mamba.state import BranchState, Call, loadable
-
-
-@loadable
-class KVState(NamedTuple):
-    """Memory of attention: the keys and values of all columns so far, padded ones included."""
-
-    k: Tensor
-    """Keys as the scores read them (turned, where there are positions), b m J c."""
-    v: Tensor
-    """Values, b m J c."""
-    real: Tensor
-    """Which columns hold real tokens, b m."""
+from hooked_mamba.mixers.rope import rotate, turn_of
+from hooked_mamba.state import BranchState, Call
 
 
 class Attention(Branch):
@@ -61,6 +50,8 @@ class Attention(Branch):
         Site("hook_attn_scores", "b Q l m", "scaled scores, -inf where a query must not look", kind="lazy", wide=True),
         Site("hook_pattern", "b Q l m", "softmax of the scores over the keys", kind="lazy", default=True),
         Site("hook_z", "b l Q c", "values mixed by the pattern"),
+        Site("hook_gate", "b l Q c", "gate of the mixed values, after its sigmoid, where there is one"),
+        Site("hook_z_gated", "b l Q c", "z * gate, where there is one"),
         Site("hook_result", "b l Q d", "what each head adds to the output, biases left out", kind="lazy"),
         Site("hook_out", "b l d", "output of the layer"),
     )
@@ -73,9 +64,12 @@ class Attention(Branch):
         self.k_proj = Linear(d, J * c, bias=cfg.qkv_bias)
         self.v_proj = Linear(d, J * c, bias=cfg.qkv_bias)
         self.o_proj = Linear(Q * c, cfg.width_out, bias=cfg.out_bias)
+        if cfg.output_gate:
+            self.gate_proj = Linear(d, Q * c, bias=cfg.qkv_bias)
+            self.frozen_sites = (*type(self).frozen_sites, "hook_gate")
         if cfg.qk_norm_eps is not None:
-            self.q_norm_weight = nn.Parameter(torch.ones(c))
-            self.k_norm_weight = nn.Parameter(torch.ones(c))
+            self.q_norm_weight = nn.Parameter(torch.ones(Q * c if cfg.qk_norm_of_all else c))
+            self.k_norm_weight = nn.Parameter(torch.ones(J * c if cfg.qk_norm_of_all else c))
         if cfg.adapter_rank is not None:
             self.adapters = nn.ModuleDict(
                 {name: LowRank(d, cfg.adapter_rank, heads * c) for name, heads in (("q", Q), ("k", J), ("v", J))}
@@ -85,6 +79,7 @@ class Attention(Branch):
     def site_rows(self) -> tuple[Site, ...]:
         absent: tuple[str, ...] = () if self.cfg.rotary_dim else ("hook_rot_q", "hook_rot_k")
         absent += ("hook_q_pre", "hook_k_pre") if self.cfg.qk_norm_eps is None else ()
+        absent += () if self.cfg.output_gate else ("hook_gate", "hook_z_gated")
         return tuple(row for row in type(self).sites if row.name not in absent)
 
     def sizes(self) -> dict[str, int]:
@@ -102,17 +97,20 @@ class Attention(Branch):
         batch, length, _ = resid.shape
         q, k, v = (self.projected(name, resid) for name in ("q", "k", "v"))
         if cfg.qk_norm_eps is not None:
-            q = rms_normalize(self.hook_q_pre(q), cfg.qk_norm_eps) * self.q_norm_weight
-            k = rms_normalize(self.hook_k_pre(k), cfg.qk_norm_eps) * self.k_norm_weight
+            q = self.normed(self.hook_q_pre(q), self.q_norm_weight, cfg.qk_norm_eps)
+            k = self.normed(self.hook_k_pre(k), self.k_norm_weight, cfg.qk_norm_eps)
         q = self.hook_q(q)
         k = self.hook_k(k if cfg.key_multiplier == 1 else k * cfg.key_multiplier)
         v = self.hook_v(v)
         if cfg.rotary_dim:
-            positions = call.positions(batch, length, resid.device)
-            q = self.hook_rot_q(rotate(q, positions, cfg.rotary_dim, cfg.rotary_base))
-            k = self.hook_rot_k(rotate(k, positions, cfg.rotary_dim, cfg.rotary_base))
-        memory = remember(state, KVState(k, v, real_columns(call, batch, length, resid.device)))
+            turn = turn_of(call, q, cfg.rotary_dim, cfg.rotary_base)
+            q, k = self.hook_rot_q(rotate(q, turn)), self.hook_rot_k(rotate(k, turn))
+        new = KVState(k, v, real_columns(call, batch, length, resid.device))
+        new.whole = call.padding is None
+        memory = remember(state, new)
         z = self.hook_z(self.mix(q, memory, call))
+        if cfg.output_gate:
+            z = self.hook_z_gated(z * self.hook_gate(torch.sigmoid(self.projected("gate", resid))))
         if self.hook_result.edited:
             out = self.hook_result(self.of_heads(z)).sum(2)
             out = out if self.o_proj.bias is None else out + self.o_proj.bias
@@ -121,17 +119,23 @@ class Attention(Branch):
             self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
         return self.hook_out(out), memory
 
+    def normed(self, x: Float[Tensor, "b l h c"], weight: Tensor, eps: float) -> Float[Tensor, "b l h c"]:
+        """Queries or keys with an RMS norm of each head, or of all heads together."""
+        if not self.cfg.qk_norm_of_all:
+            return rms_normalize(x, eps) * weight
+        return (rms_normalize(x.flatten(2), eps) * weight).reshape(x.shape)
+
     def projected(self, name: str, resid: Float[Tensor, "b l i"]) -> Float[Tensor, "b l h c"]:
-        """Queries, keys or values as the weights make them, split into heads."""
+        """Queries, keys, values or gates as the weights make them, split into heads."""
         out = self.get_submodule(f"{name}_proj")(resid)
-        if self.cfg.adapter_rank is not None:
+        if self.cfg.adapter_rank is not None and name in self.adapters:
             out = out + self.adapters[name](resid)
         return rearrange(out, "b l (h c) -> b l h c", c=self.cfg.d_head)
 
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
         length, m = q.shape[1], memory.k.shape[1]
-        seen = visible(memory.real, length) if call.padding is not None or not bool(memory.real.all()) else None
+        seen = None if memory.all_real() else visible(memory.real, length)
         if self.hook_attn_scores.edited or self.hook_pattern.edited:
             everything = slice(None)
             scores = self.hook_attn_scores(self.scores(q, memory, everything))
@@ -171,7 +175,7 @@ class Attention(Branch):
 
     # The linear form: the pattern is held ------------------------------------------------------------------------
 
-    frozen_sites = ("hook_v", "hook_pattern")
+    frozen_sites: tuple[str, ...] = ("hook_v", "hook_pattern")
     places: ClassVar = {"u": "hook_v", "y": "hook_z"}
 
     @property
@@ -184,6 +188,9 @@ class Attention(Branch):
 
     def token_path(self, read: Read) -> TokenPath:
         return TokenPath.straight(of_queries(read("hook_v"), self.cfg.n_heads))
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
+        return at_least_fp32(read("hook_gate")).flatten(2) if self.cfg.output_gate else None
 
     def value_input(self) -> Project:
         """v's weights, those of a key-value head once for each of its query heads."""
@@ -209,13 +216,6 @@ class Attention(Branch):
             self.q_norm_weight.fill_(1)
             self.k_norm_weight.fill_(1)
         self.o_proj.weight /= self.cfg.n_layers**0.5
-
-
-def remember(state: BranchState | None, new: KVState) -> KVState:
-    """The memory with this call's columns behind those before."""
-    if state is None:
-        return new
-    return KVState(*(torch.cat([before.to(after.dtype), after], 1) for before, after in zip(state, new, strict=True)))
 
 
 def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:

@@ -128,7 +128,9 @@ class GatedDeltaNet(Branch):
         self.out_proj = Linear(cfg.E, d, bias=False)
         self.value_rows, self.head_width = slice(cfg.conv_dim - cfg.E, cfg.conv_dim), cfg.value_dim
         self.frozen_sites = (*type(self).frozen_sites, *["hook_conv"] * bool(cfg.d_conv))
-        self.frozen_sites += ("hook_gate",) if cfg.gate != "none" else ()
+        if cfg.gate != "none":
+            self.frozen_sites += ("hook_gate",)
+            self.norm_readers = (*type(self).norm_readers, "z_proj.weight")
         self.add_sites()
 
     def site_rows(self) -> tuple[Site | Child, ...]:
@@ -218,14 +220,10 @@ class GatedDeltaNet(Branch):
     # The linear form: A_bar, q, k, beta, the gate and the norm's divisor are held ------------------------------------
 
     frozen_sites = tuple(f"hook_{name}" for name in ("x_pre", "v", "q", "k", "A_bar", "beta")) + ("norm.hook_scale",)
-    places: ClassVar = {
-        "p": "hook_x_pre",
-        "u": "hook_v",
-        "y": "hook_y_scan",
-        "write": "hook_Bx",
-        "state": "hook_h",
-    }
+    # No "write": hook_Bx is what is written once the removal is done, and later removals do not see an edit of it.
+    places: ClassVar = {"p": "hook_x_pre", "u": "hook_v", "y": "hook_y_scan", "state": "hook_h"}
     vectors_site = "hook_y_gated"
+    norm_readers: tuple[str, ...] = tuple(f"{name}.weight" for name in ("in_proj", "a_proj", "b_proj"))
 
     def held_scan(self, read: Read) -> DeltaScan:
         """The delta rule over v; beta is the strength of its writes."""
@@ -233,7 +231,7 @@ class GatedDeltaNet(Branch):
         q, k, v, A_bar, beta = (read(f"hook_{name}") for name in ("q", "k", "v", "A_bar", "beta"))
         q, k = (x.repeat_interleave(cfg.n_value_heads // cfg.n_key_heads, 2) for x in (q, k))
         w = A_bar.unsqueeze(-1)
-        return DeltaScan(v, q, w, k, k, -w * beta.unsqueeze(-1) * k, beta)
+        return DeltaScan(v, q, w, k, k, -w * beta.unsqueeze(-1) * k, beta, removes_decayed=True)
 
     def token_path(self, read: Read) -> TokenPath:
         rows, u = self.value_rows, read("hook_v")

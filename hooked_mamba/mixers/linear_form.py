@@ -67,12 +67,17 @@ class LinearForm(SitedModule):
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
     """What B, C and dt are computed from, where there are any."""
-    norm_readers: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
+    norm_readers: tuple[str, ...] = ("in_proj.weight",)
     """Weights whose columns read the block's norm."""
     inner_norms: tuple[tuple[str, str], ...] = ()
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
     rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
+
+    @property
+    def moves_values(self) -> bool:
+        """Whether it says how values move between positions, see :meth:`held_scan`."""
+        return type(self).held_scan is not LinearForm.held_scan
 
     # The whole -------------------------------------------------------------------------------------------------
 
@@ -163,7 +168,7 @@ class LinearForm(SitedModule):
     def vectors(self, read: Read) -> Float[Tensor, "b l E"]:
         """What the output's weights read."""
         if self.vectors_site is not None:
-            return read(self.vectors_site)
+            return read(self.vectors_site).flatten(2)
         y, gain = read(self.site_at("y")).flatten(2), self.output_gain(read)
         return y if gain is None else y * gain
 

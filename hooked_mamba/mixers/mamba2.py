@@ -109,6 +109,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
             self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
         self.out_proj = Linear(E, d, bias=cfg.use_bias)
         self.value_rows, self.head_width = slice(E, 2 * E), cfg.P
+        self._factors: Tensor | None = None
         if cfg.gated_norm != "gate_first":
             self.vectors_site = "hook_y_gated"
         if cfg.gated_norm == "none":
@@ -166,11 +167,13 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     def in_factors(self) -> Float[Tensor, " inner"]:
         """`in_scales`, one for each row of in_proj."""
-        cfg = self.cfg
+        cfg, like = self.cfg, self.in_proj.weight
         assert cfg.in_scales is not None  # asked for only where there are some
-        widths = (cfg.E, cfg.E, cfg.G * cfg.d_state, cfg.G * cfg.d_state, cfg.H)
-        factors = [f for factor, width in zip(cfg.in_scales, widths, strict=True) for f in [factor] * width]
-        return self.A_log.new_tensor(factors, dtype=self.in_proj.weight.dtype)
+        if self._factors is None or (self._factors.dtype, self._factors.device) != (like.dtype, like.device):
+            widths = (cfg.E, cfg.E, cfg.G * cfg.d_state, cfg.G * cfg.d_state, cfg.H)
+            factors = [f for factor, width in zip(cfg.in_scales, widths, strict=True) for f in [factor] * width]
+            self._factors = torch.tensor(factors, dtype=like.dtype, device=like.device)
+        return self._factors
 
     def ssm(
         self,

@@ -38,10 +38,12 @@ class MLP(Branch):
     title = "MLP"
     place = "mlp"
     config_class = MLPConfig
+    vectors_site = "hook_post"
     sites = (
         Site("hook_pre", "b l F", "neurons before the activation; where the MLP is gated, those of the gate"),
         Site("hook_pre_linear", "b l F", "the other factor of a gated MLP"),
         Site("hook_post", "b l F", "neurons after the activation, times the other factor where there is one"),
+        Site("hook_gate", "b l 1", "factor of the whole output, after its sigmoid, where there is one"),
         Site("hook_out", "b l d", "output of the layer"),
     )
 
@@ -52,12 +54,16 @@ class MLP(Branch):
             self.gate_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
         self.up_proj = Linear(cfg.width_in, cfg.d_mlp, bias=cfg.bias)
         self.down_proj = Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
+        if cfg.output_gate:
+            self.output_gate = Linear(cfg.width_in, 1, bias=False)
         if cfg.adapter_rank is not None:
             self.adapter = LowRank(cfg.width_in, cfg.adapter_rank, (1 + cfg.gated) * cfg.d_mlp)
         self.add_sites()
 
     def site_rows(self) -> tuple[Site, ...]:
-        return tuple(row for row in type(self).sites if self.cfg.gated or row.name != "hook_pre_linear")
+        absent = set() if self.cfg.gated else {"hook_pre_linear"}
+        absent |= set() if self.cfg.output_gate else {"hook_gate"}
+        return tuple(row for row in type(self).sites if row.name not in absent)
 
     def sizes(self) -> dict[str, int]:
         return {"F": self.cfg.d_mlp, "d": self.cfg.d_model}
@@ -79,13 +85,17 @@ class MLP(Branch):
             post = act(pre) * self.hook_pre_linear(up)
         else:
             post = act(self.hook_pre(up if self.cfg.adapter_rank is None else up + self.adapter(resid)))
-        return self.hook_out(self.down_proj(self.hook_post(post))), ()
+        out = self.down_proj(self.hook_post(post))
+        if self.cfg.output_gate:
+            out = out * self.hook_gate(torch.sigmoid(self.output_gate(resid)))
+        return self.hook_out(out), ()
 
     # The linear form: the activation is held as a factor ---------------------------------------------------------
 
     @property
     def frozen_sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("hook_pre", "hook_pre_linear", "hook_post") if self.cfg.gated else ("hook_pre", "hook_post")
+        linear = ("hook_pre_linear",) * self.cfg.gated + ("hook_gate",) * self.cfg.output_gate
+        return ("hook_pre", *linear, "hook_post")
 
     @property
     def places(self) -> dict[str, str]:  # type: ignore[override]
@@ -98,6 +108,11 @@ class MLP(Branch):
         if self.cfg.gated:
             return TokenPath.scaled(at_least_fp32(read("hook_pre_linear")), factor)
         return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
+        if not self.cfg.output_gate:
+            return None
+        return at_least_fp32(read("hook_gate")).expand(-1, -1, self.cfg.d_mlp)
 
     def value_input(self) -> Project:
         return projection(self.up_proj, where="up_proj")

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.state import Call
 
-def rotate(x: Float[Tensor, "b l h c"], positions: Int[Tensor, "b l"], width: int, base: float) -> Tensor:
-    """Turn the first `width` numbers of every head by its position; the others stay.
+Turn = tuple[Float[Tensor, "b l 1 r"], Float[Tensor, "b l 1 r"]]
+"""Cosines and sines of the angles, in the dtype of what they turn."""
 
-    Angles are float32 as in the published codes, or float64 for float64 inputs.
+
+def turn_of(call: Call, like: Float[Tensor, "b l h c"], width: int, base: float) -> Turn:
+    """The angles of a call's positions, worked out once for all layers of the pass.
+
+    They are float32 as in the published codes, or float64 for float64 inputs.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # The exponents are float32 in the published codes, whatever the model's dtype.
-    inv_freq = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=x.device) / width)
-    angle = positions[:, :, None, None].to(wide) * inv_freq.to(wide)
-    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
-    a, b = x[..., : width // 2], x[..., width // 2 : width]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., width:]], -1)
+    key = (width, base, like.dtype, like.device)
+    if key not in call.turns:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        # The exponents are float32 in the published codes, whatever the model's dtype.
+        inv_freq = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width)
+        positions = call.positions(like.shape[0], like.shape[1], like.device)
+        angle = positions[:, :, None, None].to(wide) * inv_freq.to(wide)
+        call.turns[key] = torch.cos(angle).to(like.dtype), torch.sin(angle).to(like.dtype)
+    return call.turns[key]
+
+
+def rotate(x: Float[Tensor, "b l h c"], turn: Turn) -> Float[Tensor, "b l h c"]:
+    """Turn the first numbers of every head by its position; the others stay."""
+    cos, sin = turn
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)

@@ -220,7 +220,6 @@ class RWKV7Mixer(Branch):
         "state": "hook_h",
     }
     vectors_site = "hook_y_gated"
-    norm_readers = tuple(f"{name}.weight" for name in ("receptance", "key", "value"))
 
     def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
         """v' through two taps, (1 - nu) and the first layer's value; the scan, the heads' norm, the bonus, the gate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mamba.hooks.points import StateHookPoint
+from hooked_mamba.model.beam_search import Rules, beam_search
 from hooked_mamba.model.text import PaddingSide
 from hooked_mamba.state import ModelState, Padding
 
@@ -85,6 +86,8 @@ class Generation:
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
         generator: torch.Generator | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> Any:
         """Continue a prompt. Hooks fire once for the prompt and once for every new token but the last.
 
@@ -113,6 +116,9 @@ class Generation:
             Memory to go on from.
         generator
             Source of randomness; default: torch's global one.
+        num_beams, length_penalty
+            More than one beam: the likeliest of the continuations that so many beams find, with `do_sample=False`; see
+            :mod:`hooked_mamba.model.beam_search`.
 
         Returns
         -------
@@ -123,6 +129,8 @@ class Generation:
             raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type must be 'input', 'str' or 'tokens', got {return_type!r}")
+        if num_beams < 1 or (num_beams > 1 and do_sample):
+            raise ValueError(f"num_beams={num_beams}: expected 1 or more, and more than 1 with do_sample=False")
         one_text = isinstance(input, str)
         if one_text and not input:
             prepend_bos = True
@@ -139,13 +147,16 @@ class Generation:
         bar = tqdm(total=max_new_tokens, disable=not verbose, desc="tokens", leave=False)
         with bar, self._counting_columns() as columns:
             step, state = tokens, initial_state
-            while len(made) < max_new_tokens and not ended.all():
+            if num_beams > 1 and max_new_tokens:
+                rules = Rules(num_beams, max_new_tokens, stops, length_penalty)
+                made = self._by_beams(tokens, padding, last, initial_state, rules, columns)
+            while num_beams == 1 and len(made) < max_new_tokens and not ended.all():
                 logits, state = self(  # type: ignore[operator]
                     step, attention_mask=None if made else padding, initial_state=state, return_state=True
                 )
                 columns(step.shape[1])
                 row = logits[:, -1] if made else logits[torch.arange(len(tokens)), last]
-                row = row.clone()
+                row = row.to(tokens.device, copy=True)
                 row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
                 seen = seen_mask = None
                 if freq_penalty:  # the whole text so far, made anew at every step: only where somebody counts it
@@ -166,6 +177,33 @@ class Generation:
             return torch.cat([tokens, added], 1)
         texts = [self._text(*row, stops) for row in zip(tokens, real, added, strict=True)]
         return texts[0] if len(texts) == 1 and not (is_text and not one_text) else texts
+
+    def _by_beams(
+        self,
+        tokens: Tensor,
+        padding: Padding | None,
+        last: Tensor,
+        state: ModelState | None,
+        rules: Rules,
+        columns: Callable[[int], None],
+    ) -> list[Tensor]:
+        """New tokens of all rows, one tensor a position; rows that end sooner are filled with the first end token."""
+
+        def read(new: Tensor, state: ModelState | None, padding: Padding | None = None) -> tuple[Tensor, ModelState]:
+            logits, state = self(new, attention_mask=padding, initial_state=state, return_state=True)  # type: ignore[operator]
+            columns(new.shape[1])
+            rows = (
+                logits[:, -1] if len(logits) != len(last) or padding is None else logits[torch.arange(len(new)), last]
+            )
+            rows = rows.to(tokens.device, copy=True)
+            rows[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
+            return rows, state
+
+        logits, after = read(tokens, state, padding)
+        found = beam_search(read, logits, after, rules)
+        length = max(map(len, found))
+        filled = [text + [rules.stops[0] if rules.stops else 0] * (length - len(text)) for text in found]
+        return list(torch.tensor(filled, device=tokens.device).unbind(1))
 
     def _text(self, prompt: Tensor, mask: Tensor, added: Tensor, stops: list[int]) -> str:
         new = added.tolist()

@@ -21,6 +21,7 @@ from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.loading.tokenizer import load_tokenizer
 from hooked_mamba.memory import check_cache_fits, keep_freed_memory
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.model.device_map import DeviceMap, placed, plan
 from hooked_mamba.model.generation import Generation
 from hooked_mamba.model.inputs import Inputs
 from hooked_mamba.model.stack import Block, Stack, Stages
@@ -107,6 +108,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         tokenizer: Any = None,
+        device_map: DeviceMap | None = None,
     ) -> Model:
         """Load trained weights.
 
@@ -123,9 +125,12 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             Default: the CPU.
         tokenizer
             An object, a local path or a hub id; default: the folder's own where it has one.
+        device_map
+            Instead of one device: "auto" fills the GPUs and then the CPU by their free memory; a mapping says where
+            "embed", "blocks.0", ..., "ln_final" and "unembed" go (see :mod:`hooked_mamba.model.device_map`).
         """
         checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision)
-        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map)
 
     @classmethod
     def from_checkpoint(
@@ -135,10 +140,14 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         tokenizer: Any = None,
+        device_map: DeviceMap | None = None,
     ) -> Model:
         """The model of a checkpoint that is open already; arguments as in :meth:`from_pretrained`."""
-        model = cls.empty(checkpoint.cfg)
-        loading.load_into(model, checkpoint.state_dict, dtype=as_dtype(dtype) or torch.float32, device=device or "cpu")
+        if device is not None and device_map is not None:
+            raise ValueError(f"give device={device!r} or device_map, not both")
+        model, wanted = cls.empty(checkpoint.cfg), as_dtype(dtype) or torch.float32
+        planned = None if device_map is None else plan(model, device_map, wanted)
+        loading.load_into(model, checkpoint.state_dict, dtype=wanted, device=placed(planned, device or "cpu"))
         model.tie_weights()
         model.tokenizer = load_tokenizer(
             tokenizer, checkpoint.folder, checkpoint.find_tokenizer() if tokenizer is None else None

@@ -20,6 +20,8 @@ class Inputs:
     to_tokens_and_mask: Any
     initial_state: Any
     blocks: Any
+    _checked: tuple[int, ModelState] | None = None
+    """The batch of the last state that was checked, and the shapes due."""
 
     def input_to_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: PaddingSide | None = None
@@ -70,7 +72,9 @@ class Inputs:
             raise TypeError(f"initial_state must be a ModelState as return_state gives it, got {type(state).__name__}")
         if len(state) != self.cfg.n_layers:
             raise ValueError(f"initial_state has {len(state)} layers, the model has {self.cfg.n_layers}")
-        for i, (mine, expected) in enumerate(zip(state, self.initial_state(batch, "meta"), strict=True)):
+        if not (self._checked and self._checked[0] == batch):
+            self._checked = batch, self.initial_state(batch, "meta")
+        for i, (mine, expected) in enumerate(zip(state, self._checked[1], strict=True)):
             if mine.branches.keys() != expected.branches.keys():
                 raise ValueError(
                     f"initial_state[{i}] is the memory of {', '.join(mine.branches) or 'nothing'}, block {i} has"

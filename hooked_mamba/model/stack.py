@@ -56,6 +56,8 @@ class Block(SitedModule):
         Whether `hook_{branch}_out` holds what each branch adds.
     norm
         Made of a width and an eps, one for each stage.
+    norm_after
+        Whether the norms stand behind the branches, one in each stage: `stream += norm(branch(stream))`.
     """
 
     place = "block"
@@ -77,6 +79,7 @@ class Block(SitedModule):
         out_scales: Mapping[str, float] | None = None,
         output_sites: bool = False,
         norm: type[SitedModule] = RMSNorm,
+        norm_after: bool = False,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -84,7 +87,7 @@ class Block(SitedModule):
         self.stages = tuple(tuple(stage) for stage in stages)
         self.norm_names = tuple(f"norm{i}" if i > 1 else "norm" for i in range(1, len(self.stages) + 1))
         self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
-        self.output_sites = output_sites
+        self.output_sites, self.norm_after = output_sites, norm_after
         for name in self.norm_names:
             setattr(self, name, norm(cfg.d_model, cfg.eps))  # type: ignore[call-arg]
         for name, branch in branches.items():
@@ -96,14 +99,21 @@ class Block(SitedModule):
         rows: list[Site | Child] = [declared["hook_resid_pre"]]
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             rows += [declared["hook_resid_mid"]] if i else []
-            rows += [replace(declared["norm2" if i else "norm"], name=norm)]
+            here = [replace(declared["norm2" if i else "norm"], name=norm)]
+            rows += [] if self.norm_after else here
             for name in stage:
                 rows += [Child(name)]
+                rows += here if self.norm_after else []
                 rows += [declared[f"hook_{name}_out"]] if self.output_sites else []
         return (*rows, declared["hook_resid_post"])
 
     def sizes(self) -> dict[str, int]:
         return {"d": self.cfg.d_model}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return getattr(self, self.norm_names[0]).weight.device
 
     @property
     def branches(self) -> dict[str, Branch]:
@@ -127,12 +137,13 @@ class Block(SitedModule):
         after: dict[str, BranchState] = {}
         for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             resid = self.hook_resid_mid(resid) if i else resid
-            x = getattr(self, norm)(resid)
+            x = resid.to(self.norm.weight.dtype) if self.norm_after else getattr(self, norm)(resid)
             outs: list[Tensor] = []
             for name in stage:
                 before = None if state is None else state[name]
                 with padding_known(getattr(self, name), call):
                     out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                out = getattr(self, norm)(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
                 outs.append(out)
@@ -225,14 +236,20 @@ class Stack(SitedModule):
         call = Call(padding, None if state is None else state.seen, dict(carry or {}))
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
-            resid, states[i] = self.blocks[i](resid, states[i], call)
+            device, before = self.block(i).device, states[i]
+            if device != resid.device:
+                resid, call = resid.to(device), call.to(device)
+            if before is not None and any(part.device != device for part in before):
+                before = before.map(lambda part, device=device: part.to(device))  # type: ignore[misc]
+            resid, states[i] = self.blocks[i](resid, before, call)
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""
-        return self.hook_logits(scaled(self.unembed(self.ln_final(resid)), self.logit_multiplier))
+        normed = self.ln_final(resid.to(self.ln_final.weight.device))
+        return self.hook_logits(scaled(self.unembed(normed.to(self.unembed.weight.device)), self.logit_multiplier))
 
     def block(self, layer: int) -> Block:
         """One block."""

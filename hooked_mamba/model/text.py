@@ -240,7 +240,7 @@ def lm_cross_entropy_loss(
     With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses.
     """
     log_probs = logits[:, :-1].log_softmax(-1)
-    losses = -log_probs.gather(-1, tokens[:, 1:, None])[..., 0]
+    losses = -log_probs.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
     if attention_mask is None:
         return losses if per_token else losses.mean()
     real = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(losses.dtype)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.frozen.run import out_site
 from hooked_mamba.models import HookedSSM, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
@@ -71,7 +70,7 @@ def coder_config(
         if reads not in sites:
             raise OptionError(f"reads must be 'normalized' or 'resid', got {reads!r}{near(str(reads), list(sites))}")
         block = f"blocks.{layer % model.cfg.n_layers}."
-        read, predicted = block + sites[reads], out_site(model, layer % model.cfg.n_layers)
+        read, predicted = block + sites[reads], f"{block}mixer.{model.mixer(layer % model.cfg.n_layers).out_site}"
         fields = {"reads": reads, "target": spec.get("target", "block")}
     else:
         raise OptionError('a coder needs a "site" (SAE) or a "layer" (MambaCoder)')

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
+from tests.kinds import MAMBA
 
 Model = HookedMamba | HookedMamba2
 
@@ -15,7 +16,7 @@ Model = HookedMamba | HookedMamba2
 def random_model(seed: int, family: str | None = None, n_layers: int | None = None) -> Model:
     """A small float64 model of random shape, all biases and norm weights away from their start."""
     draw = random.Random(seed)
-    family = family or draw.choice(["mamba", "mamba2"])
+    family = family or draw.choice(MAMBA)
     common = {
         "d_model": draw.choice([4, 6, 10]), "n_layers": n_layers or draw.choice([1, 2, 3]), "d_vocab": 17,
         "d_state": draw.choice([1, 2, 4]), "d_conv": draw.choice([2, 3, 4]), "use_bias": draw.random() < 0.5,

@@ -10,6 +10,7 @@ from circuits import Channel, Direction, Feature, FrozenModel, Logit, attribute,
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off, Replay
+from tests.kinds import MAMBA
 
 ARCHITECTURES = {
     "topk": {"k": 3}, "batchtopk": {"k": 3}, "jumprelu": {}, "standard": {}, "gated": {}, "matryoshka": {"k": 3},
@@ -95,7 +96,7 @@ def test_places_on_two_hundred_models(seed):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_padding(side, family):
     model, tokens = random_model(7, family, n_layers=2), random_tokens(7, batch=2, length=7)
     mask = np.ones((2, 7), bool)
@@ -110,7 +111,7 @@ def test_padding(side, family):
         check_places(model, tokens, row=0, mask=mask, taps=2)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_memory_before_the_first_position(family):
     model, tokens = random_model(3, family, n_layers=2), random_tokens(3, batch=2, length=9)
     with torch.no_grad():
@@ -218,7 +219,7 @@ def test_errors_say_what_is_wrong():
         attribute_heads(model, tokens, Feature(dt, 2))
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("target", [None, "local"])
 def test_heads_as_nodes(family, target):
     """Paths end at chosen heads, and each head traced on its own gives the rest of them back."""

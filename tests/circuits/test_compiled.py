@@ -17,6 +17,7 @@ from tests.circuits.compiled_models import (
     latch,
     latch_cases,
 )
+from tests.kinds import MAMBA
 
 FORMS = {"plain": {}, "distractors": {"distractors": True}, "turned": {"distractors": True, "turned": True}}
 
@@ -45,7 +46,7 @@ def check(compiled: Compiled, case: Case, filler: int, layer: int, unread: bool 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("via", ["marker", "value"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_latch(family, via, form):
     compiled = latch(family, via, 0, **FORMS[form])
     for case in latch_cases(2, via, 0):
@@ -55,7 +56,7 @@ def test_latch(family, via, form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("via", ["marker", "value"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_latch_on_many_models(family, via, form):
     for seed in range(1, 11):
         compiled = latch(family, via, seed, **FORMS[form])
@@ -64,7 +65,7 @@ def test_latch_on_many_models(family, via, form):
 
 
 @pytest.mark.parametrize("via", ["scan", "skip"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_echo(family, via):
     for seed in range(5):
         compiled = echo(family, via, seed)
@@ -80,7 +81,7 @@ def check_induction(family: str, form: str, seed: int, cases: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_induction(family, form):
     for seed in range(2):
         check_induction(family, form, seed, cases=2)
@@ -88,7 +89,7 @@ def test_induction(family, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_induction_on_many_models(family, form):
     for seed in range(2, 12):
         check_induction(family, form, seed, cases=10)

@@ -29,6 +29,7 @@ from circuits import (
 from tests.circuits.elsewhere import Elsewhere, another_device, moved
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
+from tests.kinds import MAMBA
 
 pytestmark = pytest.mark.usefixtures("fast")
 TARGET = Logit(3, minus=2)
@@ -89,7 +90,7 @@ def test_numbers_are_those_of_the_cpu(family, coded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("coded", [None, "block", "local"])
 def test_numbers_are_those_of_the_cpu_in_all_modes(family, coded):
     check(family, coded)

@@ -29,8 +29,9 @@ from hooked_mamba import HookedMamba
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
 from tests.circuits.test_graph import graph_of
+from tests.kinds import MAMBA
 
-FAMILIES = ("mamba", "mamba2")
+FAMILIES = MAMBA
 
 
 def frozen_for(family, target, seed=5):

@@ -10,9 +10,10 @@ from circuits.faithfulness import recovery
 from circuits.keep import Keep, only
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.circuits.models import random_model, random_tokens
+from tests.kinds import MAMBA
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_embeddings_sum_to_the_way_from_the_baseline(family):
     model, tokens = random_model(7, family, n_layers=2), random_tokens(7, batch=2, length=6)
     origin = model.embed.weight.detach()[5]
@@ -51,7 +52,7 @@ def coders_of(model):
     return [sae.double(), local.double()]
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("coded", [False, True])
 def test_nodes_sum_to_what_ablating_everything_loses(family, coded):
     model, tokens = random_model(3, family, n_layers=3), random_tokens(2, length=6)

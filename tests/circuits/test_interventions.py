@@ -31,8 +31,9 @@ from tests.hooked_mamba.analysis.models import every_family, model_for, two_fami
 from tests.hooked_mamba.analysis.test_knockout import DenseCuts
 from tests.hooked_mamba.reference import forward
 from tests.hooked_mamba.tiny import arrays, relative, tokens_for
+from tests.kinds import MAMBA
 
-FAMILIES = ("mamba", "mamba2")
+FAMILIES = MAMBA
 
 
 def coder_for(model, site="blocks.1.mixer.hook_out_proj", seed=0):

@@ -26,8 +26,9 @@ from saes import SparseCoder, sae_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off, Replay, array
 from tests.circuits.test_attribution import coders_for
+from tests.kinds import MAMBA
 
-FAMILIES = ("mamba", "mamba2")
+FAMILIES = MAMBA
 
 
 def vector_of(model, seed=0):

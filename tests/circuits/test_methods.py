@@ -7,6 +7,7 @@ import pytest
 from circuits import FrozenModel, Logit, PathOptions, trace_paths
 from tests.circuits.compiled_models import echo, echo_cases, echo_coder
 from tests.circuits.methods import CASES, SEEDS, TASKS, compiled_rates, tables
+from tests.kinds import MAMBA
 
 pytestmark = pytest.mark.usefixtures("fast")
 SOURCE, CHANNEL, EMBEDDING = range(3)
@@ -33,13 +34,13 @@ def check(task: str, family: str, seeds: range, cases: int) -> None:
         assert found[method][what].value <= 0.5
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("task", TASKS)
 def test_failures_are_those_that_the_faults_predict(task, family):
     check(task, family, seeds=range(3), cases=2)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_features_beside_heads_count_a_block_twice(family):
     compiled, case = echo(family, "skip", 0, distractors=False), echo_cases(1, 0)[0]
     frozen = FrozenModel(compiled.model, case.tokens, [echo_coder(compiled.model)])
@@ -52,7 +53,7 @@ def test_features_beside_heads_count_a_block_twice(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("task", TASKS)
 def test_on_all_cases_of_the_table(task, family):
     check(task, family, SEEDS, CASES)

@@ -10,6 +10,7 @@ from circuits import Channel, Direction, Feature, FrozenModel, Logit, attribute,
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Replay
+from tests.kinds import MAMBA
 
 
 def replay_of(model, tokens):
@@ -53,7 +54,7 @@ def test_every_term_is_a_difference_of_replays(seed):
     assert np.isclose(found.target, corner[0, 0, 0])
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_layers_padding_memory_and_all_kinds_of_targets(family):
     model, tokens = random_model(5, family, n_layers=3), random_tokens(5, length=8)
     d, E = model.cfg.d_model, model.cfg.E

@@ -9,10 +9,11 @@ from circuits import Direction, FrozenModel, Logit, build_graph
 from circuits.push import frozen_changes
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
+from tests.kinds import MAMBA
 
 
 @pytest.mark.parametrize("target", [None, "block", "local"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_a_removed_node_changes_what_its_edges_say(family, target):
     model = random_model(4, family, n_layers=3)
     coders = [] if target is None else coders_for(model, target, skip=True)

@@ -13,6 +13,7 @@ import torch
 from circuits import FrozenModel, Logit, attribute
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import array, sigmoid
+from tests.kinds import MAMBA
 
 SHARES = {"half": (0.0, 0.0, 1.0), "uneven": (0.5, 0.2, 0.3), "B alone": (0.0, 1.0, 0.0), "C alone": (1.0, 0.0, 0.0)}
 
@@ -93,7 +94,7 @@ class Block:
 
 @pytest.mark.parametrize("rule", SHARES)
 @pytest.mark.parametrize("start", ["padded", "with a past"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_embeddings_and_memory_add_what_is_missing_without_them(family, start, rule):
     model, tokens, row = random_model(13, family, n_layers=2), random_tokens(13, batch=2, length=5), 1
     if family == "mamba":

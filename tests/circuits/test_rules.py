@@ -10,6 +10,7 @@ from hooked_mamba.state import ModelState
 from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
+from tests.kinds import MAMBA
 
 
 def targets_of(model):
@@ -52,7 +53,7 @@ def difference(model, tokens, name, scaled, token=3, step=1e-5, **run):
     return (logit(1 + step) - logit(1 - step)) / (2 * step)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_gradients_of_the_real_model(family):
     model, tokens = random_model(7, family, n_layers=2), random_tokens(7, length=6)
     past = model(random_tokens(8), return_state=True)[1].detach()

@@ -12,6 +12,7 @@ from saes import SparseCoder, mambacoder_config
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Replay, array
 from tests.circuits.test_attribution import coders_for
+from tests.kinds import MAMBA
 
 PRESET = PathOptions.of("mambacoder")
 HEADS = ("conv", "ssm_input", "include_self", "include_D", "norm_at")
@@ -40,7 +41,7 @@ def weights_of(paths):
     return {tuple(node.key for node in path.nodes[1:]): path.weight for path in paths}
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
 def test_exact_paths_are_those_of_attribute(name, family):
     frozen, row = runs(5, family)[name], 1
@@ -70,7 +71,7 @@ def test_exact_paths_are_those_of_attribute(name, family):
         assert abs(total - first[node.key]) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_all_paths_to_their_ends_sum_to_the_target(family):
     frozen = FrozenModel(random_model(4, family, n_layers=2), random_tokens(4, length=3))
     found = trace_paths(frozen, Logit(3), k=10**6, length=3)
@@ -83,7 +84,7 @@ def test_all_paths_to_their_ends_sum_to_the_target(family):
         assert abs(sum(mine) - float(by_token[t])) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
 def test_options_at_their_defaults_are_the_exact_method(name, family):
     frozen = runs(6, family)[name]
@@ -163,7 +164,7 @@ class Loops:
         return self.replay.embed[t] * norm
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @pytest.mark.parametrize("name", [*HEADS, "all"])
 def test_choices_about_heads_are_their_formulas(name, family):
     model, tokens = random_model(3, family, n_layers=2), random_tokens(3, length=5)

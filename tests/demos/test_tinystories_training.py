@@ -21,6 +21,7 @@ from demos.tinystories.text import END, read_stories, write_stories
 from demos.tinystories.tokenizer import encode_stream, load_tokenizer, save_tokenizer, train_tokenizer
 from demos.tinystories.trainer import Trainer, build_model, build_optimizer, learning_rate
 from demos.tinystories.verbs import past, third_person, to_present
+from tests.kinds import MAMBA
 
 QUIET = Console(quiet=True)
 
@@ -255,7 +256,7 @@ def test_dropout_is_off_in_evaluation(options):
         assert not torch.equal(trainer.model(rows), before)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, family):
     options = dataclasses.replace(options, family=family, head_dim=8)
     corpus = load_corpus(options)

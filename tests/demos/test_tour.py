@@ -14,6 +14,7 @@ from demos.tour.measure import SHOWN_LAYERS, continue_prompt, load, take_tour
 from demos.tour.page import render
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
 from hooked_mamba.state import LayerState, ModelState
+from tests.kinds import MAMBA
 
 PROMPT = "<b>a cat</b> & a"
 
@@ -40,7 +41,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+@pytest.fixture(scope="module", params=MAMBA)
 def model(request, folders):
     return load(str(folders / request.param)).double()
 

@@ -22,6 +22,7 @@ from hooked_mamba.hooks import names
 from hooked_mamba.hooks.sited import DECLARED
 from hooked_mamba.mixers.base import KINDS
 from hooked_mamba.model.hooked_model import MODELS
+from hooked_mamba.models import HookedHybrid as HookedHybrid  # every kind is defined before a page is
 
 ROOT = Path(__file__).parents[2]
 SEPARATOR = "\x1e"

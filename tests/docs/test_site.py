@@ -41,9 +41,11 @@ def packages() -> list[str]:
     """Every package of the distribution whose `__init__` exports something that it does not define."""
     found = []
     for path in sorted(
-        path for top in ("hooked_mamba", "saes", "circuits") for path in (ROOT / top).rglob("__init__.py")
+        path for top in ("hooked_mamba", "saes", "circuits") for path in (ROOT / top).rglob("__init__.py*")
     ):
-        if re.search(r" import (\w+) as \1$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        if path.suffix in (".py", ".pyi") and re.search(
+            r" import (\w+) as \1$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             found.append(".".join(path.parent.relative_to(ROOT).parts))
     return found
 

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from tests.hooked_mamba.tiny import build, relative, tokens_for
+from tests.kinds import MAMBA
 
 
 def check(family: str, backend: str) -> None:
@@ -27,6 +28,6 @@ def check(family: str, backend: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ("mamba", "mamba2"):
+    for name in MAMBA:
         check(name, "eager")
     print("compiled models are equal")

@@ -12,12 +12,13 @@ from torch import Tensor
 from hooked_mamba import ActivationCache, HookPoint, ModelState
 from hooked_mamba.hooks.names import get_act_name
 from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
+from tests.kinds import MAMBA
 
 DT = "blocks.0.mixer.hook_dt"
 DTS = ["blocks.0.mixer.hook_dt", "blocks.1.mixer.hook_dt"]
 
 
-@pytest.fixture(params=["mamba", "mamba2"])
+@pytest.fixture(params=MAMBA)
 def model(request):
     return build(request.param).double()
 

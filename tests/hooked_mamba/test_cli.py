@@ -21,6 +21,7 @@ from hooked_mamba.cli import base
 from hooked_mamba.loading.files import bundled_names
 from hooked_mamba.models import load_model
 from tests.hooked_mamba.saved import save_tiny
+from tests.kinds import MAMBA
 
 OURS = {"circuit": "circuits.commands:app", "explore": "saes.commands:explore_app", "sae": "saes.commands:app"}
 APP = main.make_app([EntryPoint(name, value, main.GROUP) for name, value in OURS.items()])
@@ -98,7 +99,7 @@ def test_markup_in_names_stays_text(tmp_path, capsys):
     assert "[/nothing]" in shown
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_models_of_either_family_are_told_by_their_files(family, tmp_path):
     model = load_model(str(save_tiny(tmp_path / "m", family)))
     assert model.family == family

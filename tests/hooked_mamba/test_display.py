@@ -13,6 +13,7 @@ from hooked_mamba import analysis as an
 from hooked_mamba.analysis.memory_probes import ReceptiveField, Saliency
 from hooked_mamba.analysis.rank_one_edit import RankOneEdit
 from hooked_mamba.display import Shown, table, value_html
+from tests.kinds import MAMBA
 
 EVIL = "<script>alert('x')</script>&amp;"
 VOID = {"br", "hr", "img"}
@@ -42,7 +43,7 @@ class Checked(HTMLParser):
         self.texts.append(data)
 
 
-@pytest.fixture(params=["mamba", "mamba2"])
+@pytest.fixture(params=MAMBA)
 def model(request):
     if request.param == "mamba":
         return HookedMamba(MambaConfig(d_model=8, n_layers=2, d_vocab=20, d_state=4, model_name=EVIL), seed=0)

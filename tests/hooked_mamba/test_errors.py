@@ -20,12 +20,13 @@ from hooked_mamba import (
 from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.loading import CheckpointError
 from tests.hooked_mamba.tiny import build, tokens_for
+from tests.kinds import MAMBA, MIXERS
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 DT = "blocks.0.mixer.hook_dt"
 
 
-@pytest.fixture(params=["mamba", "mamba2"])
+@pytest.fixture(params=MAMBA)
 def model(request):
     return build(request.param)
 
@@ -226,6 +227,7 @@ def test_a_cache_larger_than_memory(model, tokens, monkeypatch):
     model.run_with_cache(tokens)
 
 
+@pytest.mark.parametrize("model", MIXERS, indirect=True)
 def test_the_estimate_of_a_cache_is_exact(model, tokens, monkeypatch):
     """Free memory of exactly the cache's size is enough, one byte less is not."""
     names = list(model.hook_dict)
@@ -415,7 +417,7 @@ def test_an_unknown_field():
         MambaConfig(d_modle=3)
 
 
-@pytest.mark.parametrize("cfg", [build("falcon").cfg, build("mamba2-groups").cfg], ids=["mamba", "mamba2"])
+@pytest.mark.parametrize("cfg", [build("falcon").cfg, build("mamba2-groups").cfg], ids=MAMBA)
 def test_a_config_round_trip(cfg):
     assert type(cfg).from_dict(cfg.to_dict()) == cfg
 

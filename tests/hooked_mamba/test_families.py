@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 from hooked_mamba.config import BranchConfig
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.models import MODELS
@@ -24,22 +26,47 @@ KINDS |= {
 FAMILIES = set(MODELS)
 
 
+SYMBOLS = {"E", "H", "P", "G", "N", "R", "K", "F", "d_state", "d_inner", "head_dim", "n_groups", "dt_rank"}
+"""What only some kinds of configs and mixers have."""
+
+
+OTHERS = {"asked == 'hybrid'"}
+"""Comparisons with a family's name that mean something else: an old name of a coder's mode in circuits."""
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """The last parts of all names below a node: {"MambaConfig"} of `config.MambaConfig`."""
+    found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return found | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+
+
+def texts_in(*nodes: ast.AST) -> set[str]:
+    """All strings below some nodes."""
+    parts = (part for node in nodes for part in ast.walk(node))
+    return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def of_a_kind(node: ast.expr) -> bool:
+    """Whether a compared value names a family, or a class of a kind."""
+    return bool(texts_in(node) & FAMILIES) or bool(names_in(node) & KINDS)
+
+
 def asks(tree: ast.Module) -> list[int]:
-    """Lines that ask for a kind: isinstance of its class, its family's name compared, a config's own field."""
+    """Lines that ask for a kind: isinstance of its class, its type or its family's name compared, a match on its class,
+    hasattr or getattr with a default on a config or of a symbol that only some kinds have."""
     lines = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            named = {part.id for argument in node.args[1:] for part in ast.walk(argument) if isinstance(part, ast.Name)}
-            of_config = bool(node.args) and ast.unparse(node.args[0]).endswith("cfg")
-            if node.func.id in ("isinstance", "issubclass") and named & KINDS:
-                lines.append(node.lineno)
-            if node.func.id == "hasattr" and of_config:
-                lines.append(node.lineno)
-        if isinstance(node, ast.Compare):
-            parts = [node.left, *node.comparators]
-            texts = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
-            if texts & FAMILIES and any(ast.unparse(part).endswith("family") for part in parts):
-                lines.append(node.lineno)
+        found = False
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            called, rest = node.func.id, node.args[1:]
+            maybe = called == "hasattr" or (called == "getattr" and len(node.args) == 3)
+            found = called in ("isinstance", "issubclass") and any(map(of_a_kind, rest))
+            found |= maybe and (ast.unparse(node.args[0]).endswith("cfg") or bool(texts_in(*rest[:1]) & SYMBOLS))
+        elif isinstance(node, ast.Compare):
+            found = ast.unparse(node) not in OTHERS and any(map(of_a_kind, (node.left, *node.comparators)))
+        elif isinstance(node, (ast.MatchClass, ast.MatchValue)):
+            found = of_a_kind(node.cls if isinstance(node, ast.MatchClass) else node.value)
+        lines += [node.lineno] if found else []
     return lines
 
 
@@ -53,6 +80,30 @@ def test_no_file_asks_which_kind_it_has():
     assert not found, found
 
 
-def test_the_search_finds_what_it_looks_for():
-    source = "isinstance(m, Mamba2Mixer)\nhasattr(model.cfg, 'H')\nx.family == 'mamba'\nisinstance(x, A | MambaConfig)"
-    assert sorted(asks(ast.parse(source))) == [1, 2, 3, 4]
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(m, Mamba2Mixer)",
+        "isinstance(x, A | config.MambaConfig)",
+        "issubclass(cls, (A, HookedMamba))",
+        "hasattr(model.cfg, 'anything')",
+        "getattr(cfg, 'anything', None)",
+        "hasattr(mixer, 'd_state')",
+        "x.family == 'mamba'",
+        "kind in ('mamba', 'mamba2')",
+        "type(cfg) is MambaConfig",
+        "type(cfg) in (A, RWKV7Config)",
+        "cls is HookedMamba2",
+        "match cfg:\n    case DeltaNetConfig():\n        pass",
+        "match kind:\n    case 'rwkv7':\n        pass",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(source):
+    assert asks(ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source", ["isinstance(x, Tensor)", "type(cfg) is cls", "name == 'mambas'", "getattr(x, 'y', None)", "a = 'mamba'"]
+)
+def test_the_search_finds_nothing_else(source):
+    assert not asks(ast.parse(source))

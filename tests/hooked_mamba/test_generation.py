@@ -9,12 +9,13 @@ from torch import Tensor
 from hooked_mamba.model.generation import sample_logits
 from tests.hooked_mamba.test_text import WORDS, word_tokenizer
 from tests.hooked_mamba.tiny import build, relative, tokens_for
+from tests.kinds import MIXERS, WITH_STATES
 
 pytestmark = pytest.mark.usefixtures("fast")
 GREEDY = {"do_sample": False, "verbose": False, "stop_at_eos": False}
 
 
-@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+@pytest.fixture(scope="module", params=MIXERS)
 def model(request):
     return build(request.param, seed=5).double().requires_grad_(False)
 
@@ -138,6 +139,7 @@ def test_hooks_fire_at_each_step(model):
     assert torch.equal(out, by_hand(model, tokens, 5, double))
 
 
+@pytest.mark.parametrize("model", WITH_STATES, indirect=True)
 def test_a_state_hook_fires_in_the_call_that_holds_its_position(model):
     tokens, fired = tokens_for(model, rows=1, length=4), []
 
@@ -151,6 +153,7 @@ def test_a_state_hook_fires_in_the_call_that_holds_its_position(model):
         model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.mixer.hook_h.6", note)])
 
 
+@pytest.mark.parametrize("model", WITH_STATES, indirect=True)
 @pytest.mark.parametrize("t", [1, 3, 5])
 def test_a_state_edit_while_generating_equals_one_forward_pass(model, t):
     tokens = tokens_for(model, rows=2, length=4)
@@ -163,6 +166,7 @@ def test_a_state_edit_while_generating_equals_one_forward_pass(model, t):
         assert torch.equal(logits[:, -1].argmax(-1), out[:, n])
 
 
+@pytest.mark.parametrize("model", WITH_STATES, indirect=True)
 def test_a_failing_hook_leaves_no_trace(model):
     tokens = tokens_for(model, rows=1, length=4)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, ModelState, ops
 from tests.hooked_mamba.tiny import FAMILIES, build, relative, tokens_for
+from tests.kinds import MAMBA
 
 pytestmark = pytest.mark.usefixtures("fast")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -292,7 +293,7 @@ def test_padded_rows_are_what_they_are_alone(family, seed, first, second, materi
             assert relative(sites2[name][i, there], value[0, a:]) < 1e-12, name
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_edits_in_a_padded_row_are_those_of_the_row_alone(family):
     """A hook that scales every position alike, at each site in turn: left padding gives nothing to scale."""
     model = model_of(family)
@@ -365,7 +366,7 @@ def test_loss_of_a_padded_batch_is_the_mean_over_its_tokens(family):
 
 @pytest.mark.parametrize("format", ["hf", "raw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon"])
+@pytest.mark.parametrize("family", [*MAMBA, "falcon"])
 def test_saved_and_loaded(family, dtype, format, tmp_path):
     if (family, format) == ("falcon", "raw"):
         pytest.skip("mamba_ssm has no norms inside the mixer")
@@ -498,7 +499,7 @@ def test_state_of_a_float64_model_is_float64():
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
 def test_residual_precision(residual_in_fp32):
-    for family in ("mamba", "mamba2"):
+    for family in MAMBA:
         model = build(family, residual_in_fp32=residual_in_fp32).to(torch.bfloat16)
         _, cache = model.run_with_cache(tokens_for(model))
         wide = torch.float32 if residual_in_fp32 else torch.bfloat16

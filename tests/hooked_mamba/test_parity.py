@@ -16,6 +16,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from hooked_mamba import HookedMamba, HookedMamba2, LayerState, Mamba2Config, MambaConfig, ModelState
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.tiny import FAMILIES, arrays, build, randomize, relative, tokens_for
+from tests.kinds import MAMBA
 
 FP32 = 1e-5  # of the largest |logit|
 FP64 = 1e-12
@@ -291,7 +292,7 @@ def test_decode_step_of_mamba2_skips_the_clamp_in_transformers():
 
 @where_seen
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_step_after_right_padding_in_transformers(family):
     cfg = random_mamba(4) if family == "mamba" else random_mamba2(5)
     hf = hf_twin(cfg, 1)
@@ -307,7 +308,7 @@ def test_step_after_right_padding_in_transformers(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_hooks_on_convolutions_never_fire_in_transformers(family):
     hf = hf_twin(random_mamba(0) if family == "mamba" else random_mamba2(1), 1)
     model = ours(hf)

@@ -16,6 +16,7 @@ from hooked_mamba import HookPoint, ops
 from hooked_mamba.hooks.names import match_names
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.tiny import FAMILIES, arrays, build, relative, tokens_for
+from tests.kinds import MAMBA
 
 pytestmark = pytest.mark.usefixtures("fast")
 EXACT = 1e-10
@@ -381,7 +382,7 @@ MANY = {n: range(n) for n in (1, 2, 3, 7, 8, 9, 15, 16, 17)} | {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2-groups"])
+@pytest.mark.parametrize("family", [*MAMBA, "mamba2-groups"])
 def test_positions_before_a_state_edit_keep_every_bit(family, backend, monkeypatch):
     check_bits(family, torch.float32, backend, FEW, monkeypatch)
 

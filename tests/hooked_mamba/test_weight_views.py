@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.hooked_mamba.tiny import build, relative, tokens_for
+from tests.kinds import MAMBA
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon"])
@@ -64,7 +65,7 @@ def test_weight_views_of_mamba2_reproduce_its_forward(family):
 
 
 def test_views_carry_gradients():
-    for family in ("mamba", "mamba2"):
+    for family in MAMBA:
         model = build(family)
         (model.W_in_x.square().sum() + model.W_out.sum()).backward()
         assert all(block.mixer.in_proj.weight.grad is not None for block in model.blocks)

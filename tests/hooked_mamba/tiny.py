@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
+from hooked_mamba import HookedModel, Mamba2Config, MambaConfig
+from hooked_mamba.config import HeadedMambaConfig, ModelConfig
+from hooked_mamba.hybrid_config import AttentionConfig, HybridConfig, MLPConfig, MoEConfig, ShortConvConfig
+from hooked_mamba.model.hooked_model import model_class
+from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config, RWKV7Config
 
 FAMILIES = ("mamba", "falcon", "mamba2", "mamba2-groups")
 """Kinds of tiny models; the two main ones are the first and third."""
@@ -47,24 +51,79 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def config(family: str, **changes) -> MambaConfig | Mamba2Config:
-    """Odd little sizes, so that no axis can pass for another."""
-    if family in ("mamba", "falcon"):
-        fields = {"d_model": 10, "n_layers": 2, "d_vocab": 17, "d_state": 3, "d_conv": 4, "dt_rank": 2}
-        fields |= {"expand": 2, "mixer_norms": family == "falcon", "use_bias": family == "falcon"}
-        return MambaConfig(**(fields | changes))
+STACK = {"d_model": 6, "n_layers": 2}
+ATTENTION = AttentionConfig(**STACK, n_heads=4, n_key_value_heads=2, d_head=4, rotary_dim=2, qkv_bias=True)
+MLP = MLPConfig(**STACK, d_mlp=7)
+MOE = MoEConfig(**STACK, n_experts=3, top_k=2, d_mlp=5)
+
+
+def hybrid(mixer, *layout: tuple[tuple[str, ...], ...], **changes) -> HybridConfig:
+    """Two blocks of a mixer with attention, MLP and experts around it."""
+    branches = {"mixer": mixer, "attn": ATTENTION, "mlp": MLP, "moe": MOE}
+    used = {name: branches[name] for name in branches if any(name in stage for block in layout for stage in block)}
+    fields = {"d_vocab": 17, "branches": used, "layout": layout, "tie_embeddings": False, **STACK}
+    return HybridConfig(**(fields | changes))
+
+
+def mamba(**changes) -> MambaConfig:
+    fields = {"d_model": 10, "n_layers": 2, "d_vocab": 17, "d_state": 3, "d_conv": 4, "dt_rank": 2, "expand": 2}
+    return MambaConfig(**(fields | changes))
+
+
+def mamba2(**changes) -> Mamba2Config:
     fields = {"d_model": 6, "n_layers": 2, "d_vocab": 17, "d_state": 5, "d_conv": 4, "expand": 2, "head_dim": 3}
-    fields |= {"tie_embeddings": False}
-    if family == "mamba2-groups":
-        fields |= {"n_groups": 2, "dt_limit": (0.05, 0.6), "use_bias": True, "tie_embeddings": True}
-    return Mamba2Config(**(fields | changes))
+    return Mamba2Config(**({"tie_embeddings": False} | fields | changes))
 
 
-def build(family_or_cfg: str | MambaConfig | Mamba2Config, seed: int = 0, **changes) -> HookedMamba | HookedMamba2:
+def rwkv7(**changes) -> RWKV7Config:
+    ranks = {"decay_rank": 3, "rate_rank": 2, "value_rank": 4, "gate_rank": 5}
+    return RWKV7Config(**(STACK | {"d_vocab": 17, "head_dim": 3, "d_mlp": 7} | ranks | changes))
+
+
+def gated_deltanet(**changes) -> HybridConfig:
+    mixer = DeltaNetConfig(**STACK, n_key_heads=2, n_value_heads=4, key_dim=3, value_dim=5)
+    return hybrid(mixer, (("mixer",), ("mlp",)), (("mixer", "attn"), ("moe",)), **changes)
+
+
+def mamba3(**changes) -> HybridConfig:
+    mixer = Mamba3Config(**STACK, A_act="softplus", d_state=5, head_dim=3, n_groups=2)
+    return hybrid(mixer, (("mixer",), ("mlp",)), (("mixer",), ("mlp",)), **changes)
+
+
+def mamba_heads(**changes) -> HybridConfig:
+    sizes = {"d_vocab": 17, "d_state": 3, "d_inner": 8, "dt_rank": 2, "n_heads": 2}
+    return hybrid(HeadedMambaConfig(**STACK, **sizes), (("mixer",),), (("attn",), ("mixer",)), **changes)
+
+
+def short_conv(**changes) -> HybridConfig:
+    return hybrid(ShortConvConfig(**STACK), (("mixer",), ("mlp",)), (("mixer",), ("mlp",)), **changes)
+
+
+TINY: dict[str, Callable[..., ModelConfig]] = {
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "rwkv7": rwkv7,
+    "gated_deltanet": gated_deltanet,
+    "mamba3": mamba3,
+    "mamba_heads": mamba_heads,
+    "short_conv": short_conv,
+    "falcon": lambda **changes: mamba(**({"mixer_norms": True, "use_bias": True} | changes)),
+    "mamba2-groups": lambda **changes: mamba2(
+        **({"n_groups": 2, "dt_limit": (0.05, 0.6), "use_bias": True, "tie_embeddings": True} | changes)
+    ),
+}
+"""Kind of mixer, or a variant of one -> a config of odd little sizes, so that no axis can pass for another."""
+
+
+def config(kind: str, **changes) -> ModelConfig:
+    """The tiny config of a kind, with some fields changed."""
+    return TINY[kind](**changes)
+
+
+def build(kind_or_cfg: str | ModelConfig, seed: int = 0, **changes) -> HookedModel:
     """A tiny model in float32, in evaluation mode."""
-    cfg = config(family_or_cfg, **changes) if isinstance(family_or_cfg, str) else family_or_cfg
-    cls = HookedMamba2 if isinstance(cfg, Mamba2Config) else HookedMamba
-    return randomize(cls(cfg), seed).eval()
+    cfg = config(kind_or_cfg, **changes) if isinstance(kind_or_cfg, str) else kind_or_cfg
+    return randomize(model_class(cfg)(cfg), seed).eval()
 
 
 def tokens_for(model, rows: int = 2, length: int = 7, seed: int = 0) -> Tensor:

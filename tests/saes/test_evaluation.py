@@ -15,6 +15,7 @@ from saes.report import METRICS
 from saes.store import DocumentRows, ListedDocuments, Rows
 from saes.targets import local_part, sites_of
 from tests.hooked_mamba.tiny import tokens_for
+from tests.kinds import LINEAR
 from tests.saes.models import mambacoder_on, sae_on, tiny
 
 OUT = "blocks.0.mixer.hook_out_proj"
@@ -59,7 +60,7 @@ def by_hand(model, tokens, mask, coders, constants=None, counted=None):
     return ce, np.array([lp[b, t] for b, t in pairs])
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", LINEAR)
 def test_every_figure_by_hand(family):
     model = tiny(family)
     coders = {"sae": sae_on(model, POST), "local": mambacoder_on(model, 0, target="local")}

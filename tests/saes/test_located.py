@@ -11,21 +11,27 @@ from saes import splice
 from saes.located import locate
 from saes.targets import LOCAL, stream_values
 from tests.hooked_mamba.tiny import tokens_for
+from tests.kinds import MIXERS
 from tests.saes.models import mambacoder_on, sae_on, tiny
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MIXERS)
 def test_widths_are_those_of_the_activations(family):
     model = tiny(family)
-    streams = [name for name in model.hook_dict if name.startswith("blocks.1.") and not name.endswith("hook_h.-1")]
-    streams += ["hook_embed", "ln_final.hook_out", f"blocks.1.mixer.hook_out_proj{LOCAL}"]
+    block = [model.site(name) for name in model.hook_dict if name.startswith("blocks.1.")]
+    streams = [
+        "hook_embed",
+        "ln_final.hook_out",
+        *(site.name for site in block if " m" not in site.row.shape and not site.row.integer),
+    ]
+    streams += [f"blocks.1.mixer.{model.mixer(1).out_site}{LOCAL}"] if model.mixer(1).frozen_sites else []
     for stream in streams:
         place = locate(stream, model)
         _, cache = model.run_with_cache(tokens_for(model, 2, 5), names_filter=list(place.sites))
         assert stream_values(stream, cache, model).shape == (2, 5, place.width), stream
-    state = "blocks.1.mixer.hook_h"
-    _, cache = model.run_with_cache(tokens_for(model, 2, 5), names_filter=[state])
-    assert stream_values(state, cache, model, [1, 2]).shape[2] == locate(state, model, [1, 2]).width
+    several = next(site.name for site in block if ".mixer.hook_" in site.name)
+    _, cache = model.run_with_cache(tokens_for(model, 2, 5), names_filter=[several])
+    assert stream_values(several, cache, model, [1, 0]).shape[2] == locate(several, model, [1, 0]).width
 
 
 def test_what_a_model_does_not_have():

@@ -12,6 +12,7 @@ from saes.diff import compare, compare_dictionaries, compare_models
 from saes.features import residual_directions
 from saes.splicing import LatentEdit
 from tests.hooked_mamba.tiny import tokens_for
+from tests.kinds import MIXERS
 from tests.saes.models import mambacoder_on, sae_on, tiny
 
 OUT = "blocks.0.mixer.hook_out_proj"
@@ -79,21 +80,21 @@ def test_reading_inside_a_splice_sees_the_edit():
     assert (moved - clean).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MIXERS)
 def test_feature_logits_by_hand(family):
     """Decoder row times norm weight times unembedding; for what out_proj reads, through out_proj first."""
     model = tiny(family)
-    inner = "y_gated" if family == "mamba" else "norm.hook_out"
-    site = f"blocks.1.mixer.{'hook_' if family == 'mamba' else ''}{inner}"
+    read = model.mixer(1).vectors_site
     cases = [
         (sae_on(model, "blocks.1.hook_resid_post"), None),
-        (sae_on(model, site), 1),
+        (sae_on(model, f"blocks.1.mixer.{model.mixer(1).out_site}"), None),
         (mambacoder_on(model, 0), None),
     ]
+    cases += [(sae_on(model, f"blocks.1.mixer.{read}"), 1)] if read else []
     for coder, through in cases:
         direction = coder.W_dec[5].detach().numpy()
         if through is not None:
-            direction = model.blocks[1].mixer.out_proj.weight.detach().numpy() @ direction
+            direction = model.mixer(1).value_output().W.detach().numpy() @ direction
         logits = model.unembed.weight.detach().numpy() @ (model.ln_final.weight.detach().numpy() * direction)
         logits = logits - logits.mean()
         got = feature_logits(model, coder, 5, k=4)

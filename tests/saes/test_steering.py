@@ -8,6 +8,7 @@ import torch
 from hooked_mamba.analysis.columns import columns_before
 from saes.steering import ablate, scale_features, set_features, steer
 from tests.hooked_mamba.tiny import tokens_for
+from tests.kinds import MIXERS
 from tests.saes.models import mambacoder_on, sae_on, tiny
 
 OUT = "blocks.1.mixer.hook_out_proj"
@@ -84,7 +85,7 @@ def test_only_where_asked():
         torch.testing.assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MIXERS)
 def test_generation_follows(family):
     """Greedy tokens under steering and ablation are those of whole passes under it, and differ from the clean ones."""
     model = tiny(family)

@@ -245,7 +245,7 @@ def stack_config(cfg: HybridConfig) -> dict[str, Any]:
         "vocab_size": cfg.d_vocab,
         "tie_word_embeddings": cfg.tie_embeddings,
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
+        "eos_token_id": list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id,
         "pad_token_id": cfg.pad_token_id,
         "model_type": cfg.architecture,
     }

@@ -36,10 +36,10 @@ def test_detect(config, name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba3", "hidden_size": 8}, "'mamba3' is not supported.*did you mean 'mamba"),
-        ({"model_type": "mixtral", "hidden_size": 8}, "expected one of mamba, mamba2, falcon_mamba, bamba"),
+        ({"model_type": "mamba9", "hidden_size": 8}, "'mamba9' is not supported.*did you mean 'mamba"),
+        ({"model_type": "mixtral", "hidden_size": 8}, "expected one of mamba, mamba2, falcon_mamba"),
         ({"hidden_size": 8}, "model_type None"),
-        ({"d_model": 8, "ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg layer 'Mamba3'.*expected one of Mamba1, Mamba2"),
+        ({"d_model": 8, "ssm_cfg": {"layer": "Mamba9"}}, "ssm_cfg layer 'Mamba9'.*expected one of Mamba1, Mamba2"),
         ({"dim": 8, "n_heads": 4}, "no known format: it has dim, n_heads"),
         ({}, "no fields"),
     ],

@@ -15,6 +15,7 @@ from hooked_mamba.ops.selective_scan import naive
 from hooked_mamba.ops.ssd import naive as naive_ssd
 from tests.hooked_mamba.ops.cases import selective_inputs, ssd_inputs
 from tests.hooked_mamba.tiny import build
+from tests.kinds import MAMBA
 
 
 def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
@@ -87,7 +88,7 @@ def test_refuses_what_its_kernels_cannot_do(choosing):
         peer.run(**inputs, positions=None)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 @torch.no_grad()
 def test_whole_models_run_on_it(choosing, monkeypatch, family):
     """A model that starts from nothing must not pass a state of zeros: Mamba-1's kernel takes none."""

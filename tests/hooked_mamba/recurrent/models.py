@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -43,9 +44,12 @@ def config(kind: str, n_layers: int = 2) -> RWKV7Config | HybridConfig:
 
 
 @torch.no_grad()
-def build(kind: str, seed: int = 0, n_layers: int = 2):
+def build(kind: str, seed: int = 0, n_layers: int = 2, mlp: bool = True):
     """A float64 model in evaluation mode."""
     cfg = config(kind, n_layers)
+    if not mlp:
+        branches = {"mixer": cfg.branches["mixer"]}
+        cfg = dataclasses.replace(cfg, branches=branches, layout=((("mixer",),),) * n_layers)
     model = (HookedRWKV7 if kind == "rwkv7" else HookedHybrid)(cfg, seed=seed).double()
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -61,6 +65,12 @@ def build(kind: str, seed: int = 0, n_layers: int = 2):
 def model_of(kind: str):
     """One model a kind; every test leaves it without hooks."""
     return build(kind)
+
+
+@functools.lru_cache(maxsize=len(KINDS))
+def bare(kind: str):
+    """One model a kind for linear forms: gated DeltaNet's blocks have nothing but the mixer."""
+    return build(kind) if kind == "rwkv7" else build(kind, mlp=False)
 
 
 def tokens_for(rows: int = 2, length: int = 7, seed: int = 0) -> Tensor:

@@ -240,6 +240,9 @@ def deltanet(
         x = rec(f"{at}hook_resid_pre", x)
         n = rms_norm(rec, f"{at}norm", x, p["norm.weight"], cfg.eps)
         x = x + rec(f"{at}hook_mixer_out", _deltanet(mix, rec, i, p, n, before, after[i], wrong))
+        if "norm2.weight" not in p:  # nothing but the mixer
+            x = rec(f"{at}hook_resid_post", x)
+            continue
         x = rec(f"{at}hook_resid_mid", x)
         n = rms_norm(rec, f"{at}norm2", x, p["norm2.weight"], cfg.eps)
         gate = rec(f"{at}mlp.hook_pre", n @ p["mlp.gate_proj.weight"].T)

@@ -13,6 +13,7 @@ from saes.options import OptionError
 from saes.store.data import DataConfig, rows_of
 from saes.store.rows import take
 from tests.hooked_mamba.tiny import build
+from tests.kinds import MAMBA
 from tests.saes.explorer import explored
 
 OPTIONS = {"context_length": 13, "top": 3, "sampled": 5, "before": 4, "after": 2, "progress": False}
@@ -166,7 +167,7 @@ def test_some_features_are_rows_of_all(case):
     assert torch.equal(both["b"].top.tokens, data.top.tokens[[5]])
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_promoted_tokens_are_those_whose_logits_the_decoder_raises(family):
     """Against the model itself: the direction added to its output, the final norm's divisor held."""
     model = build(family).double()

@@ -17,6 +17,7 @@ from saes.naming import default_name
 from saes.options import OptionError
 from saes.store import DataConfig, ShardReader
 from saes.training import RunConfig, TrainConfig, coder_config, load_model, run, train_coders, train_sae
+from tests.kinds import MAMBA
 
 WORDS = ["<|endoftext|>", *["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p"]]
 TEXTS = ["a b c d e f g", "h i j k", "l m n o p a b c", "d e f g h i j k l m n o p"] * 20
@@ -158,7 +159,7 @@ def test_a_large_site_with_chosen_positions_and_channels(model: HookedMamba) -> 
     assert sae.cfg.d_in == 6
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_a_run_from_a_file(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if family == "mamba":
         made = HookedMamba(MambaConfig(d_model=8, n_layers=2, d_vocab=len(WORDS), d_state=3), tokenizer(), seed=0)

@@ -1,0 +1,114 @@
+"""What any single write, removal or decay of a delta rule does to a number, each switched off by itself, exactly.
+
+    S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T,      y_t = S_t r_t,      T = sum_t vy_t . y_t
+
+T is affine in each single write, removal and decay, so that one forward scan (S, recall) and one from the end (Lam)
+give what T changes by when any ONE of them is switched off:
+
+    write      -v_s . Lam_s k_s                     the state does without v_s k_s^T
+    removal    -(S_{s-1} a_s) . Lam_s b_s           what lies under the key stays
+    decay      <S_{s-1} (1 - w_s), Lam_s>           w_s = 1; where the removal reads the decayed state, also there
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mamba.display import Shown
+from hooked_mamba.frozen.delta import DeltaScan
+from hooked_mamba.frozen.run import Run
+
+
+@dataclass(frozen=True)
+class Erasure(Shown):
+    """Changes of a target when one thing at one position is switched off; batch, position."""
+
+    write: Float[Tensor, "b l"]
+    """The value is not written into the state; what reads it beside the state (RWKV-7's bonus) stays."""
+    removal: Float[Tensor, "b l"]
+    """What lies under the key is not removed."""
+    decay: Float[Tensor, "b l"]
+    """The state does not decay."""
+
+
+@torch.no_grad()
+def erasure(run: Run, layer: int, head: int, target: str | int | Float[Tensor, "..."]) -> Erasure:
+    """The effect of switching off each single write, removal and decay of one head, in linear time.
+
+    Everything else is held at the run's numbers: what selects, gates, norms' divisors, and all other layers, so that
+    the target is what this layer's mixer adds directly. Effects of several things switched off together do not sum:
+    after a removal is gone, there is more for the next one to remove.
+
+    Parameters
+    ----------
+    run
+        A :class:`~hooked_mamba.frozen.run.Run` of the prompt.
+    layer, head
+        Which mixer, and which of its heads.
+    target
+        A token (text or id), for its logit at the last position by way of the final norm; or a covector on what the
+        mixer adds to the stream: d (at the last position), or batch position d.
+
+    Returns
+    -------
+    Erasure
+        Target when switched off - target.
+
+    Raises
+    ------
+    ValueError
+        The mixer has no delta rule, or a covector of another shape.
+    IndexError
+        A layer, head or token that does not exist.
+    """
+    if not -run.n_layers <= layer < run.n_layers:
+        raise IndexError(f"layer {layer} is out of range: there are {run.n_layers}")
+    chain = run.chain(layer % run.n_layers)
+    scan = chain.scan
+    if not isinstance(scan, DeltaScan):
+        title = run.model.mixer(layer % run.n_layers).title
+        raise ValueError(f"erasure is about delta rules, which remove before they write; layer {layer} is {title}")
+    rows = torch.arange(run.batch, device=run.tokens.device)
+    vy = chain.pull(_covector(run, target), rows, until="y").below.unflatten(2, (scan.n_lanes, -1))
+    h0 = chain.h0
+    if h0 is not None:
+        h0 = h0.reshape(run.batch, scan.n_lanes, scan.width, -1)
+    (at,) = scan.lane_numbers([head])
+    return _of_head(scan.chosen([at]), vy[:, :, [at]], None if h0 is None else h0[:, [at]])
+
+
+def _of_head(scan: DeltaScan, vy: Float[Tensor, "b l 1 P"], h0: Float[Tensor, "b 1 P K"] | None) -> Erasure:
+    S = scan.out(h0, states_at=range(scan.length)).states
+    assert S is not None  # they were asked for
+    first = torch.zeros_like(S[:, 0]) if h0 is None else h0.to(S.dtype)
+    S = torch.cat([first.unsqueeze(1), S[:, :-1]], 1)  # before each position
+    Lam = scan.adjoint(vy)
+    v = scan.strength.unsqueeze(-1) * scan.u
+    write = -torch.einsum("blhv,blhvk,blhk->bl", v, Lam, scan.k)
+    recall = torch.einsum("blhvk,blhk->blhv", S, scan.a)
+    removal = -torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, scan.b.expand_as(scan.k))
+    decay = (S * (1 - scan.w).unsqueeze(-2) * Lam).flatten(2).sum(-1)
+    if scan.removes_decayed:
+        undecayed = -scan.strength.unsqueeze(-1) * scan.k
+        decay = decay + torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, undecayed - scan.b)
+    return Erasure(write, removal, decay)
+
+
+def _covector(run: Run, target: str | int | Tensor) -> Float[Tensor, "b l d"]:
+    """The target as a covector on the stream."""
+    out = torch.zeros_like(run.resid(run.n_layers))
+    if not isinstance(target, Tensor):
+        direction = run.unembedding[:, run.token_id(target)]
+        rows = torch.arange(run.batch, device=out.device)
+        out[:, -1] = run.behind_norm(run.n_layers, direction.expand(run.batch, -1), (rows, run.length - 1))
+        return out
+    if target.shape == out.shape:
+        return target.to(out.dtype)
+    if target.shape != out.shape[2:]:
+        raise ValueError(f"target must be a token, [{out.shape[2]}] or {list(out.shape)}; got {list(target.shape)}")
+    out[:, -1] = target.to(out.dtype)
+    return out
