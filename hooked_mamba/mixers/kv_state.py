@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hooked_mamba.state import loadable
+
 
 class _Columns(NamedTuple):
     k: Tensor
@@ -45,6 +47,7 @@ class Buffer:
         return same and self.end + new[0].shape[1] <= self.columns[0].shape[1]
 
 
+@loadable
 class KVState(_Columns):  # a subclass, since a named tuple has no attributes beside its fields
     """Memory of attention: the keys and values of all columns so far, padded ones included.
 
@@ -58,6 +61,9 @@ class KVState(_Columns):  # a subclass, since a named tuple has no attributes be
     """Where its columns stand; None: on their own, as of a state that was copied or of which rows were chosen."""
     whole: bool | None = None
     """Whether all columns are real; None: not looked at yet."""
+
+    def __reduce__(self) -> tuple[type[KVState], tuple[Tensor, ...]]:
+        return KVState, tuple(self)  # a copy has columns of its own, and no room behind them
 
     def all_real(self) -> bool:
         """Whether no column is padding."""

@@ -28,9 +28,10 @@ from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_h
 from hooked_mamba.mixers.token_shift import shifted
 from hooked_mamba.ops.interface import ScanOut
 from hooked_mamba.recurrent_config import Mamba3Config
-from hooked_mamba.state import BranchState, Call, zero_padding
+from hooked_mamba.state import BranchState, Call, loadable, zero_padding
 
 
+@loadable
 class Mamba3State(NamedTuple):
     """Memory of a Mamba-3 mixer."""
 
