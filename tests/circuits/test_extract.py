@@ -288,8 +288,8 @@ def test_the_json_of_circuit_tracer():
     for link in found["links"]:
         assert {link["source"], link["target"]} <= set(ids)
     for node in found["nodes"]:
-        layer, feature, position = node["node_id"].split("_")
-        assert (layer, int(feature), int(position)) == (node["layer"], node["feature"], node["ctx_idx"])
+        layer, _, position = node["node_id"].split("_")
+        assert (layer, int(position)) == (node["layer"], node["ctx_idx"])
         if node["feature_type"] == "logit":  # their front end takes the probability from the title, and fails without
             assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(node["token_prob"], abs=1e-3)
     required = {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold"}  # their data classes

@@ -13,6 +13,7 @@ from circuits import FrozenModel
 from tests.hooked_mamba.hybrids import tiny as hybrids
 from tests.hooked_mamba.recurrent import models as recurrent
 from tests.hooked_mamba.tiny import build, tokens_for
+from tests.kinds import MAMBA
 
 FAMILIES = ("mamba", "falcon", "mamba2", "deltanet", "rwkv7", "jamba", "lfm2", "granite")
 
@@ -86,7 +87,7 @@ def attach(model: nn.Module, name: str, change: Tensor, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["adapter", "hook", "parametrisation"])
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in ("mamba", "mamba2", "jamba") else pytest.mark.slow) for f in FAMILIES]
+    "family", [pytest.param(f, marks=[] if f in (*MAMBA, "jamba") else pytest.mark.slow) for f in FAMILIES]
 )
 def test_every_layer_acts_as_if_merged_or_is_refused(unchecked, family, how):
     """Every linear layer and convolution in turn, of every kind of layer once."""
@@ -121,7 +122,7 @@ def test_every_layer_acts_as_if_merged_or_is_refused(unchecked, family, how):
 
 @pytest.mark.parametrize("how", ["adapter", "hook"])
 @pytest.mark.parametrize("name", ["in_proj", "conv1d", "out_proj"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_what_reads_weights_refuses(unchecked, family, name, how):
     model, full = model_of(family), f"blocks.1.mixer.{name}"
     tokens = tokens_for(model)

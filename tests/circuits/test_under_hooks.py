@@ -6,6 +6,7 @@ from circuits import FrozenModel, Logit, attribute, build_graph, patch_effects, 
 from circuits.interventions import ScaleEmbedding, frozen_effects
 from saes import steer
 from tests.hooked_mamba.tiny import tokens_for
+from tests.kinds import MAMBA
 from tests.saes.models import sae_on, tiny
 
 
@@ -13,7 +14,7 @@ def halved(value, hook):
     return value / 2
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_every_site(fast, family):
     model = tiny(family)
     tokens = tokens_for(model, rows=1)

@@ -11,8 +11,9 @@ import torch
 from tests.hooked_mamba.hybrids import tiny as hybrids
 from tests.hooked_mamba.recurrent import models as recurrent
 from tests.hooked_mamba.tiny import build, tokens_for
+from tests.kinds import MAMBA
 
-FAMILIES = ("mamba", "mamba2", "rwkv7", "deltanet", "jamba", "lfm2")
+FAMILIES = (*MAMBA, "rwkv7", "deltanet", "jamba", "lfm2")
 
 
 def model_of(family):
