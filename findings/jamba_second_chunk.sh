@@ -27,17 +27,46 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Ja
 
 print("torch", torch.__version__, "transformers", transformers.__version__)
 
-SHAPE = dict(vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2, num_hidden_layers=4)
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    num_hidden_layers=4,
+)
 MODELS = {
-    "jamba": lambda: JambaForCausalLM(JambaConfig(
-        **SHAPE, attn_layer_period=3, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1,
-        mamba_d_state=6, mamba_dt_rank=5)),
-    "granitemoehybrid": lambda: GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(
-        **SHAPE, layer_types=["mamba", "attention", "mamba", "mamba"], position_embedding_type="rope",
-        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=40,
-        mamba_d_state=6, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_chunk_size=5)),
+    "jamba": lambda: JambaForCausalLM(
+        JambaConfig(
+            **SHAPE,
+            attn_layer_period=3,
+            attn_layer_offset=1,
+            num_experts=1,
+            num_experts_per_tok=1,
+            mamba_d_state=6,
+            mamba_dt_rank=5,
+        )
+    ),
+    "granitemoehybrid": lambda: GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **SHAPE,
+            layer_types=["mamba", "attention", "mamba", "mamba"],
+            position_embedding_type="rope",
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=40,
+            mamba_d_state=6,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_n_groups=2,
+            mamba_chunk_size=5,
+        )
+    ),
 }
+
 
 def build(name):
     """A model whose every matrix is random and of order one in effect: nothing is hidden by a small init."""
@@ -47,6 +76,7 @@ def build(name):
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.5 if "embed" in key else p.shape[-1] ** -0.5)
     return model
+
 
 @torch.no_grad()
 def errors(model, tokens, split=9):
@@ -58,18 +88,33 @@ def errors(model, tokens, split=9):
     cache = model(tokens[:, :split], use_cache=True).cache
     chunk = model(tokens[:, split:], cache=cache, use_cache=True).logits
 
-    out = model.generate(tokens, max_new_tokens=1, do_sample=False, prefill_chunk_size=4,
-                         output_logits=True, return_dict_in_generate=True)
-    return [float((got - want).abs().max()) for got, want in (
-        (torch.cat(steps, 1), full[:, split:]), (chunk, full[:, split:]), (out.logits[0], full[:, -1]))]
+    out = model.generate(
+        tokens,
+        max_new_tokens=1,
+        do_sample=False,
+        prefill_chunk_size=4,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return [
+        float((got - want).abs().max())
+        for got, want in (
+            (torch.cat(steps, 1), full[:, split:]),
+            (chunk, full[:, split:]),
+            (out.logits[0], full[:, -1]),
+        )
+    ]
+
 
 tokens = torch.randint(3, 61, (2, 17), generator=torch.Generator().manual_seed(5))
 as_described = True
 print("largest error of the logits against one pass")
 for name in MODELS:
     step, chunk, generate = errors(build(name), tokens)
-    print(f"{name:<18}  steps of one token {step:.0e}   second chunk {chunk:.2g}   "
-          f"generate(prefill_chunk_size=4) {generate:.2g}")
+    print(
+        f"{name:<18}  steps of one token {step:.0e}   second chunk {chunk:.2g}   "
+        f"generate(prefill_chunk_size=4) {generate:.2g}"
+    )
     wrong = name == "jamba"
     as_described &= step < 1e-3 and all((e > 0.1) if wrong else (e < 1e-3) for e in (chunk, generate))
 raise SystemExit(0 if as_described else "the behaviour has changed")
