@@ -82,12 +82,12 @@ def test_the_lens_ends_in_the_logits(case):
     assert relative(lens[-1], logits) < FP64
 
 
-@pytest.mark.parametrize("case", having("attn"))
+# In Zamba's shared blocks attention adds to no stream by itself.
+@pytest.mark.parametrize("case", [case for case in having("attn") if not case.startswith("zamba")])
 def test_heads_of_attention(case):
     model, _, cache = run(case)
     layers = [i for i in range(model.cfg.n_layers) if "attn" in model.block(i).written]
-    if not layers:
-        pytest.skip("attention writes into no stream by itself")
+    assert layers
     stack, labels = cache.stack_head_results(kind="attn", return_labels=True)
     heads = [[k for k, label in enumerate(labels) if label.startswith(f"L{i}H")] for i in layers]
     for i, mine in zip(layers, heads, strict=True):
