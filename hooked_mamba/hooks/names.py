@@ -186,7 +186,7 @@ def _match_one(pattern: str, names: Sequence[str]) -> list[str]:
     state = split_state_point(pattern)
     base, suffix = (state[0], f".{state[1]}") if state else (pattern, "")
     is_glob = any(c in base for c in "*?[")
-    found = fnmatch.filter(names, base) if is_glob else [name for name in names if name == base]
+    found = fnmatch.filter(names, base) if is_glob else [base] * (base in names)
     if not found:
         raise unknown_name(pattern, names)
     return [name + suffix for name in found]

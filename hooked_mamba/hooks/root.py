@@ -261,7 +261,10 @@ class HookedRoot(SitedModule):
         """
         self._check_arguments(model_kwargs)
         select = PositionSelect(pos_slice)
-        points = self.points_of(names_filter if names_filter is not None else self.default_names())
+        if names_filter is None:
+            points = {name: self._hook_points[name] for name in self.default_names()}
+        else:
+            points = self.points_of(names_filter)
         model_args, model_kwargs = self.prepared(points, select, device, model_args, model_kwargs, incl_bwd)
         values: dict[str, Tensor] = {}
 
