@@ -17,8 +17,6 @@ from hooked_mamba.model.hybrid import HookedHybrid as HookedHybrid
 from hooked_mamba.model.hybrid import HookedMamba3 as HookedMamba3
 from hooked_mamba.model.rwkv7 import HookedRWKV7 as HookedRWKV7
 
-HookedSSM = HookedModel
-
 
 class HookedMamba(HookedModel):
     """Mamba-1 (and Falcon-Mamba) with a hook point at every internal site."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.metrics.model_loss import LossSums, next_token_log_probs
 from saes.metrics.reconstruction import ReconstructionSums
@@ -37,7 +37,7 @@ TOGETHER = "all together"
 
 
 def evaluate(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Coders,
     data: Data,
     metrics: Sequence[str] | None = None,
@@ -179,7 +179,7 @@ class _Run:
     """The two passes."""
 
     def __init__(
-        self, model: HookedSSM, named: dict[str, SparseCoder], exclude: tuple[int, ...], wanted: tuple[str, ...]
+        self, model: HookedModel, named: dict[str, SparseCoder], exclude: tuple[int, ...], wanted: tuple[str, ...]
     ) -> None:
         self.model, self.named, self.exclude, self.wanted = model, named, exclude, wanted
         self.sums = {name: _Sums(coder) for name, coder in named.items()}
@@ -261,7 +261,9 @@ def _mask(rows: Rows) -> Tensor | None:
     return None if bool(rows.real.all()) else rows.real
 
 
-def _batches(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None) -> Iterator[Rows]:
+def _batches(
+    model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None
+) -> Iterator[Rows]:
     """Rows of any data, at most `batch_size` at a time, until `n_tokens` real tokens were read."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -274,7 +276,7 @@ def _batches(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, 
                 return
 
 
-def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, unlimited: bool) -> Iterator[Rows]:
+def _rows(model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, unlimited: bool) -> Iterator[Rows]:
     if mask is not None and not (isinstance(data, Tensor) or _is_ids(data)):
         raise ValueError("attention_mask= goes with token ids; texts are masked by themselves, rows bring their own")
     if isinstance(data, Rows):
@@ -303,7 +305,7 @@ def _is_ids(data: Any) -> bool:
     return isinstance(data, int)
 
 
-def _as_rows(model: HookedSSM, data: Any, mask: Tensor | None) -> Rows:
+def _as_rows(model: HookedModel, data: Any, mask: Tensor | None) -> Rows:
     tokens, found = model.input_to_tokens(data)
     mask = found if mask is None else torch.as_tensor(mask, device=tokens.device)
     if mask is not None and mask.shape != tokens.shape:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.located import locate
 from saes.store.rows import Rows
 from saes.targets import last_layer, stream_values
@@ -38,7 +38,7 @@ class Capture:
 
     def __init__(
         self,
-        model: HookedSSM,
+        model: HookedModel,
         streams: Sequence[str],
         *,
         positions_per_row: int | None = None,

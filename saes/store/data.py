@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.options import OptionError, check_choice, check_number, from_mapping
 from saes.store.blocks import BlockSource, DiskBlocks, ModelBlocks
 from saes.store.capture import Capture
@@ -87,7 +87,7 @@ Text = str | Path | Sequence[Any] | Tensor | Iterable[Any] | RowSource
 mappings (a `datasets` data set); rows made elsewhere."""
 
 
-def rows_of(text: Text, model: HookedSSM, config: DataConfig) -> RowSource:
+def rows_of(text: Text, model: HookedModel, config: DataConfig) -> RowSource:
     """Rows of tokens from any text.
 
     Raises
@@ -122,7 +122,7 @@ def rows_of(text: Text, model: HookedSSM, config: DataConfig) -> RowSource:
 
 
 def make_store(
-    model: HookedSSM,
+    model: HookedModel,
     streams: Sequence[str],
     text: Text,
     config: DataConfig,
