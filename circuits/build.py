@@ -125,19 +125,22 @@ def build_graph(
 
     effects, values = trace(chosen)
     head_places = [i for i, node in enumerate(columns.nodes) if node.kind == "head"]
-    for start in range(0, len(head_places), batch):
-        places = head_places[start : start + batch]
-        here = [columns.nodes[i] for i in places]
-        rows.add(places, *trace([Channel(node.layer, node.index, node.position) for node in here]))
-    candidates = {i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0}
+    # More at once than go down together: those that start close together can then be found among them.
+    for start in range(0, len(head_places), 4 * batch):
+        here = [columns.nodes[i] for i in head_places[start : start + 4 * batch]]
+        found = trace([Channel(node.layer, node.index, node.position) for node in here])
+        rows.add(head_places[start : start + 4 * batch], *found)
+    places = [i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0]
     if keep is not None:
-        candidates = {i for i in candidates if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]}
+        places = [i for i in places if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]]
+    candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
     traced = 0
-    while traced < max_features and candidates:
-        reach = rows.reach(effects, weight)
-        best = sorted(candidates, key=lambda i: -float(reach[i]))[: min(batch, max_features - traced)]
-        best = best if keep is not None else [i for i in best if reach[i] > 0]
+    while traced < max_features and len(candidates):
+        reach = rows.reach(effects, weight)[candidates]
+        order = reach.argsort(descending=True, stable=True)[: min(batch, max_features - traced)]
+        order = order if keep is not None else order[reach[order] > 0]
+        best = candidates[order].tolist()
         if not best:
             break
         features = [
@@ -145,7 +148,9 @@ def build_graph(
             for node in (columns.nodes[i] for i in best)
         ]
         rows.add(best, *trace(features))
-        candidates -= set(best)
+        left = torch.ones(len(candidates), dtype=torch.bool)
+        left[order] = False
+        candidates = candidates[left]
         traced += len(best)
         bar.update(len(best))
     bar.close()

@@ -8,13 +8,14 @@ split   o = sum_j z_j d_j + b_dec + skip + error + (what the frozen mixer moves 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Run, out_site
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
@@ -89,12 +90,17 @@ class CodedLayer:
         codes = Codes(codes.values.to(run.dtype), codes.indices)
         return cls(coder, layer, mode, codes, true - said)
 
+    def upto(self, stop: int) -> CodedLayer:
+        """The same at the first positions alone."""
+        codes = Codes(self.codes.values[:, :stop], self.codes.indices[:, :stop])
+        return replace(self, codes=codes, error=self.error[:, :stop])
+
     @property
     def W_dec(self) -> Float[Tensor, "F d"]:
         """Decoder rows."""
         return self.coder.W_dec.detach()
 
-    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l k"]:
+    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Rows) -> Float[Tensor, "n l k"]:
         """z_j V . d_j of the active latents."""
         values, indices = self.codes.values[rows], self.codes.indices[rows]
         # One position at a time: rows of W_dec for all at once would be l k d numbers.
@@ -107,7 +113,7 @@ class CodedLayer:
         """V . b_dec, summed over positions."""
         return (V @ self.coder.b_dec.detach().to(V.dtype)).sum(1)
 
-    def error_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l"]:
+    def error_effects(self, V: Float[Tensor, "n l d"], rows: Rows) -> Float[Tensor, "n l"]:
         """V . error at each position."""
         return (V * self.error[rows]).sum(-1)
 
@@ -118,7 +124,7 @@ class CodedLayer:
         read = delta if self.coder.cfg.reads == "resid" else delta * norm
         return read @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, run: Run, V: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | None:
+    def pull_skip(self, run: Run, V: Float[Tensor, "n l d"], rows: Rows) -> Tensor | None:
         """What a skip adds to V below; None without one."""
         if self.coder.W_skip is None:
             return None

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,8 +22,17 @@ from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
 from hooked_mamba.frozen.run import Part
 
+SHARES = 8
+"""How many parts layers and positions are divided into, to find covectors that start close together."""
+
 INSIDE: tuple[Stream, ...] = ("y", "u", "p")
 """Nodes of a branch at which targets may start."""
+
+
+def below(covector: Covector) -> int:
+    """How many layers, from the bottom, add to a number."""
+    layer = int(str(covector.layer).partition(".")[0])
+    return layer if covector.stream == "resid" else layer + 1
 
 
 class Descent:
@@ -51,6 +62,8 @@ class Descent:
         nodes: dict[int, Float[Tensor, "l E"]],
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, rows
+        self.top = max(below(covector) for covector in covectors)
+        """Layers from here up add nothing to any of them."""
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
         self.carried: dict[str, Tensor] = {}
         """Covectors on values that a lower layer makes for several above it, by name."""
@@ -58,11 +71,13 @@ class Descent:
 
     def run(self) -> Parts:
         """What the targets are made of."""
-        frozen = self.frozen
-        bottom = frozen.resid(0)
-        V = bottom.new_zeros(len(self.covectors), frozen.length, bottom.shape[-1])
-        self.join(V, "resid", frozen.n_layers)
-        for layer in reversed(range(frozen.n_layers)):
+        frozen, V = self.frozen, self.start()
+        self.join(V, "resid", self.top)
+        for layer in range(self.top, frozen.n_layers):
+            for stage in frozen.stages(layer):
+                for part in stage:
+                    self.nothing(part)
+        for layer in reversed(range(self.top)):
             for stage in reversed(frozen.stages(layer)):
                 above = V
                 for part in stage:
@@ -73,6 +88,11 @@ class Descent:
             self.join(V, "resid", layer)
         self.parts.embeddings = (V * frozen.embeddings[self.rows]).sum(-1)
         return self.parts
+
+    def start(self) -> Float[Tensor, "n l d"]:
+        """The covectors on the stream above all targets: nothing yet."""
+        bottom = self.frozen.resid(0)
+        return bottom.new_zeros(len(self.covectors), self.frozen.length, bottom.shape[-1])
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
@@ -97,7 +117,7 @@ class Descent:
             pulled = self.frozen.pull(part, out, rows, passing)
             self.keep(part, pulled)
             return pulled.below
-        mine: Bool[Tensor, " n"] = torch.zeros(len(rows), dtype=torch.bool, device=out.device)
+        mine: Bool[Tensor, " n"] = torch.zeros(len(out), dtype=torch.bool, device=out.device)
         mine[self.reading("out", part)] = True
         by_coder, by_mixer = out * ~mine[:, None, None], out * mine[:, None, None]
         below = torch.zeros_like(out)
@@ -108,12 +128,28 @@ class Descent:
             below = pulled.below
             self.keep(part, pulled)
         else:
-            parts.biases[part] = parts.initial[part] = out.new_zeros(len(rows))
+            parts.biases[part] = parts.initial[part] = out.new_zeros(len(out))
         parts.features[coded.layer] = coded.feature_effects(by_coder, rows)
         parts.coder_biases[coded.layer] = coded.bias_effect(by_coder)
         parts.errors[coded.layer] = coded.error_effects(by_coder, rows)
         skip = coded.pull_skip(self.frozen, by_coder, rows)
         return below if skip is None else below + skip
+
+    def nothing(self, part: Part) -> None:
+        """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""
+        frozen, parts, coded, nodes = self.frozen, self.parts, self._coded(part), self._nodes(part)
+        n, l = len(self.covectors), frozen.length
+        zeros = parts.embeddings.new_zeros
+        parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
+        if coded is None or frozen.is_split(part) or part in self.read_out:
+            if self.keep_heads:
+                width = frozen.chain(part).width
+                parts.heads[part], parts.token_heads[part] = zeros(n, l, width), zeros(n, l, width)
+            if nodes is not None:
+                parts.node_heads[part] = zeros(n, int(nodes.sum()))
+        if coded is not None:
+            parts.features[coded.layer] = zeros(n, l, coded.codes.values.shape[-1])
+            parts.coder_biases[coded.layer], parts.errors[coded.layer] = zeros(n), zeros(n, l)
 
     def across(
         self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
@@ -193,3 +229,31 @@ class Descent:
 
     def _nodes(self, part: Part) -> Tensor | None:
         return self.nodes.get(part) if isinstance(part, int) else None
+
+
+def share(size: int) -> int:
+    """How many layers, or positions, count as about the same."""
+    return max(1, size // SHARES)
+
+
+def until(covectors: Sequence[Covector], length: int) -> int:
+    """Behind the positions of a batch, so rounded up that batches have such numbers in common."""
+    step = share(length)
+    return min(length, (max(covector.position for covector in covectors) // step + 1) * step)
+
+
+def alike(covectors: Sequence[Covector], frozen: FrozenModel, most: int) -> list[list[int]]:
+    """Batches of covectors that start at about the same layer and position, as places among all.
+
+    What is above the highest of a batch and behind its last position adds nothing to any of it, and is left out.
+
+    Parameters
+    ----------
+    most
+        Of a batch.
+    """
+    layers, positions = (share(size) for size in (frozen.n_layers, frozen.length))
+    tiles: dict[tuple[int, int], list[int]] = {}
+    for i, covector in enumerate(covectors):
+        tiles.setdefault((below(covector) // layers, covector.position // positions), []).append(i)
+    return [tile[i : i + most] for _, tile in sorted(tiles.items()) for i in range(0, len(tile), most)]

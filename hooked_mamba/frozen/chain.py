@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project
+from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project, Rows
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
@@ -152,7 +152,7 @@ class Chain:
     def pull(
         self,
         v: Float[Tensor, "n l e"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Shares | None = None,
         *,
         start: str | None = None,
@@ -202,7 +202,7 @@ class Chain:
         bias = _summed([*biases[-1:], *biases[:-1]], none)
         return Pulled(v, met, bias, _summed(initial, none).to(none.dtype), carried=carried)
 
-    def carried(self, v: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> dict[str, Float[Tensor, "n l E"]]:
+    def carried(self, v: Float[Tensor, "n l E"], rows: Rows) -> dict[str, Float[Tensor, "n l E"]]:
         """Covectors on u as ones on the values that other layers made."""
         return {name: gain.of(rows).pull(v).covector for name, gain in self.takes.items()}
 

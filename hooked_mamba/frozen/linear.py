@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.layers import has_no_hook
+
+Rows = Int[Tensor, " n"] | tuple[Int[Tensor, "n 1"], Int[Tensor, "n 1"]]
+"""Rows of a run that n targets belong to; or (row, position) pairs, of targets that have one position each."""
 
 
 class Back(NamedTuple):

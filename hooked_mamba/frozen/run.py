@@ -6,9 +6,10 @@ constants of each branch are read from the cache when they are first asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
 from hooked_mamba.model.hooked_model import HookedModel
-from hooked_mamba.model.stack import scaled
+from hooked_mamba.model.stack import Block, scaled
 from hooked_mamba.state import ModelState, Padding
 
 Stream = Literal["resid", "out", "y", "u", "p"]
@@ -91,7 +93,7 @@ class Run:
                 self.tokens, names_filter=names, attention_mask=attention_mask, initial_state=initial_state
             )
         assert isinstance(cache, ActivationCache)  # return_cache_object is its default
-        self.cache = cache
+        self.cache: ActivationCache | Beginning = cache
         self.logits: Float[Tensor, "b l V"] = logits.detach()
         self._chains: dict[Part, Chain] = {}
 
@@ -237,6 +239,23 @@ class Run:
         layer, _, branch = str(part).partition(".")
         return int(layer), branch or "mixer"
 
+    def upto(self, stop: int) -> Run:
+        """The run of the first `stop` positions, made of this one's values and not run again.
+
+        It is the whole run where a position may read later ones, and where functions sat on hook points, which may
+        have looked at how many there are.
+        """
+        branches = (branch for block in self.model.blocks for branch in cast(Block, block).branches.values())
+        if stop >= self.length or self.edited or not all(branch.causal for branch in branches):
+            return self
+        other = copy.copy(self)
+        other.cache = Beginning(self.cache, self.length, stop)
+        other.tokens, other.logits = self.tokens[:, :stop], self.logits[:, :stop]
+        other.mask = None if self.mask is None else self.mask[:, :stop]
+        other._chains = {}
+        vars(other).pop("final_norm", None)
+        return other
+
     def chain(self, part: Part) -> Chain:
         """One branch as an affine map of the stream that its norm reads."""
         if part not in self._chains:
@@ -361,7 +380,7 @@ def norm_name(model: HookedModel, layer: int, branch: str) -> str:
 
 
 def frozen_branch(
-    cache: ActivationCache, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
+    cache: ActivationCache | Beginning, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
 ) -> Chain:
     """One branch as an affine map, from a cache of its block's :func:`frozen_sites`."""
     model: Any = cache.model

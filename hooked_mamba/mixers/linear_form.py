@@ -73,6 +73,8 @@ class LinearForm(SitedModule):
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
     rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
+    causal: ClassVar[bool] = True
+    """Whether no position reads a later one."""
 
     @property
     def moves_values(self) -> bool:
