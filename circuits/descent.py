@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +24,7 @@ from hooked_mamba.frozen.chain import Pulled
 from hooked_mamba.frozen.run import Part
 
 SHARES = 8
-"""How many parts layers and positions are divided into, to find covectors that start close together."""
+"""How many parts a prompt is divided into, to find covectors that start close together."""
 
 INSIDE: tuple[Stream, ...] = ("y", "u", "p")
 """Nodes of a branch at which targets may start."""
@@ -61,8 +62,9 @@ class Descent:
         keep_heads: bool,
         nodes: dict[int, Float[Tensor, "l E"]],
     ) -> None:
-        self.frozen, self.covectors, self.rows = frozen, covectors, rows
-        self.top = max(below(covector) for covector in covectors)
+        self.frozen, self.covectors, self.rows = frozen, covectors, cast(Any, rows)
+        self.all_rows, self.below = rows, [below(covector) for covector in covectors]
+        self.top = max(self.below)
         """Layers from here up add nothing to any of them."""
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
         self.carried: dict[str, Tensor] = {}
@@ -72,12 +74,13 @@ class Descent:
     def run(self) -> Parts:
         """What the targets are made of."""
         frozen, V = self.frozen, self.start()
-        self.join(V, "resid", self.top)
         for layer in range(self.top, frozen.n_layers):
             for stage in frozen.stages(layer):
                 for part in stage:
                     self.nothing(part)
         for layer in reversed(range(self.top)):
+            V = self.join(self.grown(V, self.going(layer)), "resid", layer + 1)
+            self.rows = self.started(len(V))
             for stage in reversed(frozen.stages(layer)):
                 above = V
                 for part in stage:
@@ -85,14 +88,26 @@ class Descent:
                     V = V + self.through(part, self.join(above.clone(), "out", part))
                     for node in INSIDE:
                         V = V + self.from_inside(part, node)
-            self.join(V, "resid", layer)
-        self.parts.embeddings = (V * frozen.embeddings[self.rows]).sum(-1)
+        V = self.join(self.grown(V, len(self.covectors)), "resid", 0)
+        self.parts.embeddings = (V * frozen.embeddings[self.started(len(V))]).sum(-1)
         return self.parts
 
     def start(self) -> Float[Tensor, "n l d"]:
-        """The covectors on the stream above all targets: nothing yet."""
+        """The covectors on the stream above all targets: none yet."""
         bottom = self.frozen.resid(0)
-        return bottom.new_zeros(len(self.covectors), self.frozen.length, bottom.shape[-1])
+        return bottom.new_zeros(0, self.frozen.length, bottom.shape[-1])
+
+    def going(self, layer: int) -> int:
+        """How many of the covectors, from the first on, have started when they go through a layer."""
+        return max((i + 1 for i, count in enumerate(self.below) if count > layer), default=0)
+
+    def started(self, n: int) -> Any:
+        """Where the constants of the first n covectors stand in the run's: their rows of it."""
+        return self.all_rows[:n]
+
+    def grown(self, V: Float[Tensor, "m ..."], n: int) -> Float[Tensor, "n ..."]:
+        """More covectors, which are nothing yet."""
+        return V if len(V) >= n else torch.cat([V, V.new_zeros(n - len(V), *V.shape[1:])])
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
@@ -138,7 +153,7 @@ class Descent:
     def nothing(self, part: Part) -> None:
         """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""
         frozen, parts, coded, nodes = self.frozen, self.parts, self._coded(part), self._nodes(part)
-        n, l = len(self.covectors), frozen.length
+        n, l = 0, frozen.length
         zeros = parts.embeddings.new_zeros
         parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
         if coded is None or frozen.is_split(part) or part in self.read_out:
@@ -173,7 +188,8 @@ class Descent:
     def carry(self, pulled: Pulled) -> None:
         """Add a branch's covectors on values that lower layers make to those of the layers above."""
         for name, covector in pulled.carried.items():
-            self.carried[name] = self.carried[name] + covector if name in self.carried else covector
+            above = self.carried.get(name)
+            self.carried[name] = covector if above is None else self.grown(above, len(covector)) + covector
 
     def from_carried(self, part: Part) -> Float[Tensor, "n l d"] | float:
         """What all layers above pull from the stream below through a value that this branch made for them."""
@@ -181,7 +197,7 @@ class Descent:
         below: Tensor | float = 0.0
         for name, node in chain.gives.items():
             if name in self.carried:
-                covector = self.carried.pop(name)
+                covector = self.grown(self.carried.pop(name), len(self.rows))
                 self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
                 pulled = self.frozen.pull_u(part, covector, self.rows)
                 self.constants(part, pulled)
@@ -202,7 +218,7 @@ class Descent:
             self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
-            self.parts.node_heads[part] = (pulled.at["u"] * chain.u[rows])[:, source, channel]
+            self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
         self.constants(part, pulled)
         self.carry(pulled)
 
@@ -213,7 +229,7 @@ class Descent:
             return 0.0
         chain = self.frozen.chain(part)
         like = chain.values.get(node, chain.u)
-        covector = like.new_zeros(len(self.covectors), *like.shape[1:])
+        covector = like.new_zeros(len(self.rows), *like.shape[1:])
         for i in mine:
             covector[i, self.covectors[i].position] = self.covectors[i].vector
         if node == "u":
@@ -231,9 +247,9 @@ class Descent:
         return self.nodes.get(part) if isinstance(part, int) else None
 
 
-def share(size: int) -> int:
-    """How many layers, or positions, count as about the same."""
-    return max(1, size // SHARES)
+def share(length: int) -> int:
+    """How many positions count as about the same."""
+    return max(1, length // SHARES)
 
 
 def until(covectors: Sequence[Covector], length: int) -> int:
@@ -243,17 +259,16 @@ def until(covectors: Sequence[Covector], length: int) -> int:
 
 
 def alike(covectors: Sequence[Covector], frozen: FrozenModel, most: int) -> list[list[int]]:
-    """Batches of covectors that start at about the same layer and position, as places among all.
+    """Batches of covectors that start at about the same position, the highest first, as places among all.
 
-    What is above the highest of a batch and behind its last position adds nothing to any of it, and is left out.
+    What is behind the last position of a batch adds nothing to any of it, and is left out.
 
     Parameters
     ----------
     most
         Of a batch.
     """
-    layers, positions = (share(size) for size in (frozen.n_layers, frozen.length))
-    tiles: dict[tuple[int, int], list[int]] = {}
-    for i, covector in enumerate(covectors):
-        tiles.setdefault((below(covector) // layers, covector.position // positions), []).append(i)
-    return [tile[i : i + most] for _, tile in sorted(tiles.items()) for i in range(0, len(tile), most)]
+    groups: dict[int, list[int]] = {}
+    for i in sorted(range(len(covectors)), key=lambda i: -below(covectors[i])):
+        groups.setdefault(covectors[i].position // share(frozen.length), []).append(i)
+    return [group[i : i + most] for _, group in sorted(groups.items()) for i in range(0, len(group), most)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -63,9 +64,11 @@ class EffectRows:
         self._among[:start, start:stop] = self._rows[:start][:, places].abs()
         self.values += values.tolist()
 
-    def by_place(self) -> dict[int, tuple[Float[Tensor, " m"], float]]:
-        """Node -> its row and value."""
-        return {place: (self._rows[i], self.values[i]) for i, place in enumerate(self.places)}
+    def blocks(self) -> Iterator[tuple[list[int], Float[Tensor, "n m"]]]:
+        """Some nodes and their rows at a time."""
+        for start in range(0, len(self), BLOCK):
+            stop = min(start + BLOCK, len(self))
+            yield self.places[start:stop], self._rows[start:stop]
 
     def reach(self, effects: Float[Tensor, "n m"], weight: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """Influence of all columns on targets, as far as rows are known: a node without a row passes nothing on.
@@ -86,9 +89,8 @@ class EffectRows:
             entering = arriving / self._sizes[:n]
             passed += entering
             arriving = entering @ self._among[:n, :n]
-        for start in range(0, n, BLOCK):
-            block = slice(start, min(start + BLOCK, n))
-            total += passed[block] @ self._rows[block].abs()
+        for start, (places, block) in zip(range(0, n, BLOCK), self.blocks(), strict=True):
+            total += passed[start : start + len(places)] @ block.abs()
         return total
 
 

@@ -67,12 +67,12 @@ class Parts:
 
 
 def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: int) -> Tensor:
-    """Rows of several tensors at their places; zeros where one has no numbers, up to a width of the second axis."""
+    """Rows of several tensors at their places; zeros where one is shorter than its places, or than the width."""
     there = next(piece for piece in pieces if piece is not None)
     sizes = (width, *there.shape[2:]) if there.ndim > 1 else ()
     whole = there.new_zeros(sum(len(place) for place in places), *sizes)
     for piece, place in zip(pieces, places, strict=True):
         if piece is not None:
             seen = whole if piece.ndim == 1 else whole[:, : piece.shape[1]]
-            seen[place.to(whole.device)] = piece
+            seen[place[: len(piece)].to(whole.device)] = piece
     return whole

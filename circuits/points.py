@@ -7,7 +7,6 @@ the error and the embedding of its own position.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +16,7 @@ from circuits.descent import Descent
 from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
+from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Part
 
 
@@ -46,8 +46,6 @@ class PointDescent(Descent):
     ) -> None:
         super().__init__(frozen, covectors, rows, set(), keep_heads, {})
         self.positions = torch.tensor([covector.position for covector in covectors], device=rows.device)
-        index: Any = (rows[:, None], self.positions[:, None])
-        self.rows = index
 
     def run(self) -> Parts:
         found = super().run()
@@ -59,7 +57,10 @@ class PointDescent(Descent):
 
     def start(self) -> Float[Tensor, "n 1 d"]:
         bottom = self.frozen.resid(0)
-        return bottom.new_zeros(len(self.covectors), 1, bottom.shape[-1])
+        return bottom.new_zeros(0, 1, bottom.shape[-1])
+
+    def started(self, n: int) -> Rows:
+        return self.all_rows[:n, None], self.positions[:n, None]
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         for i in self.reading(stream, part):
@@ -72,5 +73,5 @@ class PointDescent(Descent):
             return at_point
         n, _, *more = at_point.shape
         whole = at_point.new_zeros(n, self.frozen.length, *more)
-        whole[torch.arange(n, device=whole.device), self.positions] = at_point[:, 0]
+        whole[torch.arange(n, device=whole.device), self.positions[:n]] = at_point[:, 0]
         return whole

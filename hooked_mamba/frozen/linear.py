@@ -92,7 +92,8 @@ class Gain(Piece):
     """b l e, or what broadcasts to it; e where it is the same in all rows."""
 
     def of(self, rows: Any) -> Gain:
-        return self if self.factor.ndim < 2 else Gain(self.factor[rows])
+        same = self.factor.ndim < 2 or (len(self.factor) == 1 and isinstance(rows, Tensor))
+        return self if same else Gain(self.factor[rows])
 
     def push(self, x: Tensor) -> Tensor:
         return x * self.factor
@@ -200,12 +201,14 @@ class Conv(Piece):
 
     def pull(self, v: Float[Tensor, "n l E"]) -> Back:
         K, l = self.taps.shape[1], v.shape[1]
-        back = v.new_zeros(v.shape[0], K - 1 + l, v.shape[2])
-        for k in range(K):  # position t reads the input k positions before it
-            first = K - 1 - k
-            back[:, first : first + l] += self.taps[:, K - 1 - k] * v
-        initial = (back[:, : K - 1] * self.history).flatten(1).sum(1)
-        return Back(back[:, K - 1 :], (v @ self.bias).sum(1), initial)
+        back, initial = v * self.taps[:, -1], v.new_zeros(len(v))
+        for k in range(1, K):  # position t reads the input k positions before it
+            tap = self.taps[:, K - 1 - k]
+            back[:, : max(0, l - k)].addcmul_(v[:, k:], tap)
+            early = v[:, :k]  # of which some lie before the first position
+            past = self.history[:, K - 1 - k :][:, : early.shape[1]]
+            initial = initial + (early * tap * past).flatten(1).sum(1)
+        return Back(back, (v @ self.bias).sum(1), initial)
 
     def here(self) -> Gain:
         return Gain(self.diagonal())

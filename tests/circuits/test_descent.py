@@ -42,7 +42,7 @@ def targets_of(frozen):
     found = [Logit(t % 17, t, minus=1) for t in (6, 9, LENGTH - 1)]
     for layer in range(frozen.n_layers):
         vector = torch.randn(frozen.model.cfg.d_model, generator=torch.Generator().manual_seed(layer)).double()
-        found += [Direction(vector, layer, t) for t in (5, 12)]
+        found += [Direction(vector, layer, t) for t in (5, 12)] + [Direction(vector, layer + 1, 9)]
         if layer in frozen.coded:
             found += [Feature(frozen.coded[layer].coder, layer, t) for t in (7, 18)]
         else:
@@ -56,7 +56,7 @@ def whole(frozen, targets, nodes):
     pieces = []
     for covector, row in zip(covectors, frozen.rows_of(len(targets)), strict=True):
         descent = Descent(frozen, [covector], row[None], set(), True, nodes)
-        descent.top = frozen.n_layers
+        descent.top, descent.below = frozen.n_layers, [frozen.n_layers]
         pieces.append(descent.run())
     return Parts.joined(pieces, [[i] for i in range(len(pieces))], frozen.length, nodes)
 
@@ -88,8 +88,9 @@ def test_points_are_what_streams_are():
     targets = [target for target in targets_of(frozen) if not isinstance(target, Channel)]
     covectors = [target.covector(frozen, row) for target in targets for row in range(2)]
     assert stays(frozen, covectors)
-    found = PointDescent(frozen, covectors, frozen.rows_of(len(targets)), True).run()
-    check(found, whole(frozen, targets, {}))
+    rows, order = frozen.rows_of(len(targets)), alike(covectors, frozen, 64)
+    pieces = [PointDescent(frozen, [covectors[i] for i in places], rows[places], True).run() for places in order]
+    check(Parts.joined(pieces, order, LENGTH, {}), whole(frozen, targets, {}))
     assert not stays(frozen.read_by(frozen.rule, {}), covectors)  # without coders, mixers mix
 
 
