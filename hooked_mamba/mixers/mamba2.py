@@ -146,11 +146,11 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
         xBC, before, history = with_history(xBC, past, padding)
         x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv).split([E, GN, GN], -1)
-        x = self.hook_x(real(rearrange(x, "b l (h p) -> b l h p", h=H)))
+        x = self.hook_x(real(x.unflatten(-1, (H, cfg.P))))
         dt_pre = self.hook_dt_pre(at_least_fp32(dt_pre) + self.dt_bias)
-        dt = self.hook_dt(real(softplus(dt_pre).clamp(*cfg.dt_limit)))
-        B = self.hook_B(rearrange(B, "b l (g n) -> b l g n", g=cfg.G))
-        C = self.hook_C(rearrange(C, "b l (g n) -> b l g n", g=cfg.G))
+        dt = softplus(dt_pre)
+        dt = self.hook_dt(real(dt if cfg.dt_limit == (0, math.inf) else dt.clamp(*cfg.dt_limit)))
+        B, C = self.hook_B(B.unflatten(-1, (cfg.G, -1))), self.hook_C(C.unflatten(-1, (cfg.G, -1)))
 
         y_scan, h = self.ssm(x, dt, B, C, h0)
         y_scan = self.hook_y_scan(y_scan)
@@ -158,7 +158,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
         y = self.hook_y(y_scan + skip)
 
         gate = self.hook_gate(silu(z))
-        y = rearrange(y, "b l h p -> b l (h p)")
+        y = y.flatten(2)
         if cfg.gated_norm == "gate_first":
             out = self.norm(self.hook_y_gated(y * gate))
         else:
@@ -215,10 +215,12 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.hook_Bx.read(x.shape[1], Bx_at)
 
         # Settled for the whole call: positions before an edited state must keep every bit.
-        chunk = ops.default_chunk(x.shape[1])
+        chunk, everywhere = ops.default_chunk(x.shape[1]), slice(0, x.shape[1])
 
         def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ops.ScanOut:
-            return ops.ssd(x[:, t], dt[:, t], A, B[:, t], C[:, t], h0=h, states_at=states_at, chunk=chunk)
+            here = (x, dt, B, C) if t == everywhere else (v[:, t] for v in (x, dt, B, C))
+            u, step, B_t, C_t = here
+            return ops.ssd(u, step, A, B_t, C_t, h0=h, states_at=states_at, chunk=chunk)
 
         return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, read_out)
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_mamba.components import Linear, at_least_fp32
+from hooked_mamba.components import Linear, at_least_fp32, linear
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import MoEConfig
@@ -82,7 +82,7 @@ class MoE(Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
         router, _ = weights_of(self.router, "router")
-        logits = self.hook_router_logits(nn.functional.linear(at_least_fp32(resid), at_least_fp32(router)))
+        logits = self.hook_router_logits(linear(at_least_fp32(resid), at_least_fp32(router)))
         scores = self.hook_router_scores(self.scores(logits))
         indices = self.hook_expert_indices(self.choose(scores))
         weights = self.hook_expert_weights(self.weigh(logits, scores, indices))
@@ -133,13 +133,17 @@ class MoE(Branch):
         """
         batch, length, k = indices.shape
         flat = indices.reshape(-1)
-        order = flat.argsort(stable=True)
-        back = order.argsort()
-        counts = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()
+        one_token = batch * length == 1
+        order = torch.arange(k, device=x.device) if one_token else flat.argsort(stable=True)
+        back = order if one_token else order.argsort()
+        if one_token:  # a step of generation: one row an expert, in the order of the choices
+            hit, counts = flat.tolist(), [1] * k
+        else:
+            found = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()
+            hit, counts = [e for e, n in enumerate(found) if n], [n for n in found if n]
 
         def grouped(values: Tensor, W: Float[Tensor, "X o i"]) -> Tensor:
-            pieces = [v @ W[e].t() for e, v in enumerate(values.split(counts)) if len(v)]
-            return torch.cat(pieces) if pieces else values.new_zeros(0, W.shape[1])
+            return torch.cat([linear(v[None], W[e])[0] for e, v in zip(hit, values.split(counts), strict=True)])
 
         def through(hook: HookPoint, values: Tensor) -> Tensor:
             if not hook.wanted:
