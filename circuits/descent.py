@@ -18,6 +18,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.routed import of_experts
 from hooked_mamba.frozen.run import Part
 
 INSIDE: tuple[Stream, ...] = ("y", "u", "p")
@@ -54,6 +55,8 @@ class Descent:
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
         self.carried: dict[str, Tensor] = {}
         """Covectors on values that a lower layer makes for several above it, by name."""
+        self.at_embedding: Float[Tensor, "n l d"] | None = None
+        """Covectors on the embedding as blocks read it that read it once more."""
         self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
     def run(self) -> Parts:
@@ -65,14 +68,34 @@ class Descent:
         for layer in reversed(range(frozen.n_layers)):
             for stage in reversed(frozen.stages(layer)):
                 above = V
+                read = torch.zeros_like(V)  # on what the stage reads
                 for part in stage:
-                    V = V + self.from_carried(part)
-                    V = V + self.through(part, self.join(above.clone(), "out", part))
-                    for node in INSIDE:
-                        V = V + self.from_inside(part, node)
+                    read = read + self.below(part, above)
+                V = above + read + self.beside(layer, read)
             self.join(V, "resid", layer)
         self.parts.embeddings = (V * frozen.embeddings[self.rows]).sum(-1)
+        if self.at_embedding is not None:
+            self.parts.embeddings = self.parts.embeddings + (self.at_embedding * frozen.embedded[self.rows]).sum(-1)
         return self.parts
+
+    def below(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
+        """Covectors on a branch's output, those that start at or in it included, as ones on what it reads."""
+        found = self.from_carried(part) + self.through(part, self.join(out.clone(), "out", part))
+        for node in INSIDE:
+            found = found + self.from_inside(part, node)
+        return found
+
+    def beside(self, layer: int, read: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"] | float:
+        """What passes to the stream below through a transformer beside it; what passes to the embedding is kept."""
+        side = self.frozen.side(layer)
+        if side is None:
+            return 0.0
+        v = side.into.pull(read).covector
+        for part in reversed(side.parts):
+            v = self.below(part, v)
+        below = side.split(v)
+        self.at_embedding = below.embedding if self.at_embedding is None else self.at_embedding + below.embedding
+        return below.stream
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
@@ -84,7 +107,7 @@ class Descent:
         """Which covectors start at this stream."""
         return [i for i, c in enumerate(self.covectors) if (c.stream, c.layer) == (stream, part)]
 
-    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
         """What a branch's output adds goes into the parts; what passes to the stream below is returned.
 
         A coder does not stand between its own layer's output and a target that reads this very output: such targets
@@ -164,6 +187,8 @@ class Descent:
         if self.keep_heads:
             self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
             self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
+        if chain.routing is not None:
+            self.parts.experts[part] = of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows)
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[part] = (pulled.at["u"] * chain.u[rows])[:, source, channel]

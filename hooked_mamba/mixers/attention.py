@@ -25,7 +25,7 @@ from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.kv_state import KVState, remember
-from hooked_mamba.mixers.linear_form import Read, projection
+from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
 from hooked_mamba.state import BranchState, Call
@@ -198,6 +198,8 @@ class Attention(Branch):
     def value_input(self) -> Project:
         """v's weights, those of a key-value head once for each of its query heads."""
         own, c, Q = projection(self.v_proj, where="v_proj"), self.cfg.d_head, self.cfg.n_heads
+        if self.cfg.adapter_rank is not None:
+            own = Project(own.W + low_rank(self.adapters["v"], "adapters.v"), own.b)
         W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
         return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
 

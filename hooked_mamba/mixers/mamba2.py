@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hooked_mamba import ops
 from hooked_mamba.components import GroupedRMSNorm, Linear, at_least_fp32, conv_silu, silu, softplus
 from hooked_mamba.config import Mamba2Config
+from hooked_mamba.frozen.linear import Project
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Child, Site
@@ -255,6 +256,12 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     def token_path(self, read: Read) -> TokenPath:
         return TokenPath.silu(self.conv1d, *(read(f"hook_{name}") for name in ("x_pre", "conv", "x")))
+
+    def value_input(self) -> Project:
+        own, scales = super().value_input(), self.cfg.in_scales
+        if scales is None:
+            return own
+        return Project(own.W * scales[1], None if own.b is None else own.b * scales[1])
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
         """The gate, and the gated norm's weight and divisor."""

@@ -129,6 +129,11 @@ class Block(SitedModule):
             for name, branch in self.branches.items()
         }
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Branches that write into what another one reads and not into the stream, in computing order."""
+        return tuple(name for name in self.branches if name not in self.written)
+
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BlockState]:
