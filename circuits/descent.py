@@ -21,6 +21,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.routed import of_experts
 from hooked_mamba.frozen.run import Part
 
 SHARES = 8
@@ -30,7 +31,7 @@ INSIDE: tuple[Stream, ...] = ("y", "u", "p")
 """Nodes of a branch at which targets may start."""
 
 
-def below(covector: Covector) -> int:
+def depth(covector: Covector) -> int:
     """How many layers, from the bottom, add to a number."""
     layer = int(str(covector.layer).partition(".")[0])
     return layer if covector.stream == "resid" else layer + 1
@@ -63,33 +64,37 @@ class Descent:
         nodes: dict[int, Float[Tensor, "l E"]],
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, cast(Any, rows)
-        self.all_rows, self.below = rows, [below(covector) for covector in covectors]
-        self.top = max(self.below)
+        self.all_rows, self.depths = rows, [depth(covector) for covector in covectors]
+        self.top = max(self.depths)
         """Layers from here up add nothing to any of them."""
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
         self.carried: dict[str, Tensor] = {}
         """Covectors on values that a lower layer makes for several above it, by name."""
+        self.at_embedding: Float[Tensor, "n l d"] | None = None
+        """Covectors on the embedding as blocks read it that read it once more."""
         self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
     def run(self) -> Parts:
         """What the targets are made of."""
         frozen, V = self.frozen, self.start()
         for layer in range(self.top, frozen.n_layers):
-            for stage in frozen.stages(layer):
-                for part in stage:
-                    self.nothing(part)
+            for part in frozen.parts(layer):
+                self.nothing(part)
         for layer in reversed(range(self.top)):
             V = self.join(self.grown(V, self.going(layer)), "resid", layer + 1)
             self.rows = self.started(len(V))
             for stage in reversed(frozen.stages(layer)):
                 above = V
+                read = torch.zeros_like(V)  # on what the stage reads
                 for part in stage:
-                    V = V + self.from_carried(part)
-                    V = V + self.through(part, self.join(above.clone(), "out", part))
-                    for node in INSIDE:
-                        V = V + self.from_inside(part, node)
+                    read = read + self.below(part, above)
+                V = above + read + self.beside(layer, read)
         V = self.join(self.grown(V, len(self.covectors)), "resid", 0)
-        self.parts.embeddings = (V * frozen.embeddings[self.started(len(V))]).sum(-1)
+        where = self.started(len(V))
+        self.parts.embeddings = (V * frozen.embeddings[where]).sum(-1)
+        if self.at_embedding is not None:
+            again = self.grown(self.at_embedding, len(V)) * frozen.embedded[where]
+            self.parts.embeddings = self.parts.embeddings + again.sum(-1)
         return self.parts
 
     def start(self) -> Float[Tensor, "n l d"]:
@@ -99,7 +104,7 @@ class Descent:
 
     def going(self, layer: int) -> int:
         """How many of the covectors, from the first on, have started when they go through a layer."""
-        return max((i + 1 for i, count in enumerate(self.below) if count > layer), default=0)
+        return max((i + 1 for i, count in enumerate(self.depths) if count > layer), default=0)
 
     def started(self, n: int) -> Any:
         """Where the constants of the first n covectors stand in the run's: their rows of it."""
@@ -108,6 +113,27 @@ class Descent:
     def grown(self, V: Float[Tensor, "m ..."], n: int) -> Float[Tensor, "n ..."]:
         """More covectors, which are nothing yet."""
         return V if len(V) >= n else torch.cat([V, V.new_zeros(n - len(V), *V.shape[1:])])
+
+    def below(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
+        """Covectors on a branch's output, those that start at or in it included, as ones on what it reads."""
+        found = self.from_carried(part) + self.through(part, self.join(out.clone(), "out", part))
+        for node in INSIDE:
+            found = found + self.from_inside(part, node)
+        return found
+
+    def beside(self, layer: int, read: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"] | float:
+        """What passes to the stream below through a transformer beside it; what passes to the embedding is kept."""
+        side = self.frozen.side(layer)
+        if side is None:
+            return 0.0
+        v = side.into.pull(read).covector
+        for part in reversed(side.parts):
+            v = self.below(part, v)
+        below = side.split(v)
+        above = self.at_embedding
+        embedding = below.embedding
+        self.at_embedding = embedding if above is None else self.grown(above, len(embedding)) + embedding
+        return below.stream
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
@@ -119,7 +145,7 @@ class Descent:
         """Which covectors start at this stream."""
         return [i for i, c in enumerate(self.covectors) if (c.stream, c.layer) == (stream, part)]
 
-    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
         """What a branch's output adds goes into the parts; what passes to the stream below is returned.
 
         A coder does not stand between its own layer's output and a target that reads this very output: such targets
@@ -157,8 +183,11 @@ class Descent:
         zeros = parts.embeddings.new_zeros
         parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
         if coded is None or frozen.is_split(part) or part in self.read_out:
+            chain = frozen.chain(part)
+            if chain.routing is not None:
+                parts.experts[part] = zeros(n, l, chain.routing.n_experts)
             if self.keep_heads:
-                width = frozen.chain(part).width
+                width = chain.width
                 parts.heads[part], parts.token_heads[part] = zeros(n, l, width), zeros(n, l, width)
             if nodes is not None:
                 parts.node_heads[part] = zeros(n, int(nodes.sum()))
@@ -216,6 +245,8 @@ class Descent:
         if self.keep_heads:
             self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
             self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
+        if chain.routing is not None:
+            self.parts.experts[part] = of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows)
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
@@ -269,6 +300,6 @@ def alike(covectors: Sequence[Covector], frozen: FrozenModel, most: int) -> list
         Of a batch.
     """
     groups: dict[int, list[int]] = {}
-    for i in sorted(range(len(covectors)), key=lambda i: -below(covectors[i])):
+    for i in sorted(range(len(covectors)), key=lambda i: -depth(covectors[i])):
         groups.setdefault(covectors[i].position // share(frozen.length), []).append(i)
     return [group[i : i + most] for _, group in sorted(groups.items()) for i in range(0, len(group), most)]

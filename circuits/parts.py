@@ -27,6 +27,8 @@ class Parts:
     token_heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what token s adds through all taps of channel e; with the convolution's bias they sum as heads do.
     In split layers the local part, which the features stand for, is left out."""
+    experts: dict[Part, Float[Tensor, "n l X"]] = field(default_factory=dict)
+    """Layer ("3.moe") -> what each expert adds at each position, 0 where it was not chosen; sums over its neurons."""
     node_heads: dict[Part, Float[Tensor, "n m"]] = field(default_factory=dict)
     """Layer -> what the channels add that are nodes of their own, in the order of their (source, channel). In split
     layers the source is the token."""

@@ -24,8 +24,7 @@ def stays(frozen: FrozenModel, covectors: list[Covector]) -> bool:
     """Whether all that is below these covectors keeps them at their positions."""
     if frozen.rule.name != "none" or any(covector.stream != "resid" for covector in covectors):
         return False
-    parts = (part for layer in range(frozen.n_layers) for stage in frozen.stages(layer) for part in stage)
-    return all(_stays(frozen, part) for part in parts)
+    return all(_stays(frozen, part) for layer in range(frozen.n_layers) for part in frozen.parts(layer))
 
 
 def _stays(frozen: FrozenModel, part: Part) -> bool:

@@ -65,12 +65,22 @@ class Pushed:
         for layer in range(frozen.n_layers):
             delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
             for stage in frozen.stages(layer):
-                entering = delta
+                entering = delta + self.beside(layer, delta)
                 for part in stage:
                     delta = delta + self.through(part, entering)
         self.streams[frozen.n_layers] = delta + changes.streams.get(frozen.n_layers, 0.0)
 
-    def through(self, part: Part, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def beside(self, layer: int, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"] | float:
+        """What a transformer beside the stream makes of its change, and of the embeddings'."""
+        side = self.frozen.side(layer)
+        if side is None:
+            return 0.0
+        x = side.joined(delta, self.changes.streams.get(0, torch.zeros_like(delta)))
+        for part in side.parts:
+            x = self.through(part, x)
+        return side.into.push(x)
+
+    def through(self, part: Part, delta: Float[Tensor, "n l i"]) -> Float[Tensor, "n l d"]:
         """What a branch makes of a change of the stream that its stage reads."""
         frozen, changes, rows = self.frozen, self.changes, self.changes.rows
         chain = frozen.chain(part)

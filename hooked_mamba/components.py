@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ class RMSNorm(SitedModule):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
@@ -78,7 +77,7 @@ class LayerNorm(SitedModule):
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
         x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight + self.bias).to(self.weight.dtype))
 
@@ -127,9 +126,9 @@ class GroupedRMSNorm(RMSNorm):
         return {**super().sizes(), "G": self.groups}
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        x = rearrange(at_least_fp32(x), "b l (g w) -> b l g w", g=self.groups)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = self.hook_normalized(rearrange(x / scale, "b l g w -> b l (g w)"))
+        x = at_least_fp32(x).unflatten(-1, (self.groups, -1))
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized((x / scale).flatten(2))
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
 
@@ -143,7 +142,7 @@ def conv_silu(
     x: Float[Tensor, "b l c"], history: Float[Tensor, "b h c"] | None, conv: nn.Conv1d, hook: HookPoint
 ) -> Float[Tensor, "b m c"]:
     """SiLU of the causal convolution, whose own output is formed only where something sits on `hook`."""
-    if hook.wanted or what_is_on(conv):
+    if hook.wanted or what_is_on(conv) is not None:
         return silu(hook(convolved(x, conv, history)))
     return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
 

@@ -164,6 +164,8 @@ class Call:
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
+    all_real: Bool[Tensor, "b l"] | None = None
+    """The mask of a call without padding, once a layer has asked for it."""
 
     def to(self, device: torch.device) -> Call:
         """The same for blocks that are on another device."""
@@ -178,6 +180,14 @@ class Call:
         else:
             columns = (self.padding.mask.long().cumsum(1) - 1).clamp(min=0)
         return columns if self.seen is None else columns + self.seen[:, None]
+
+    def real_columns(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
+        """Which columns hold real tokens; made once for all layers."""
+        if self.padding is not None:
+            return self.padding.mask
+        if self.all_real is None or self.all_real.device != device:
+            self.all_real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        return self.all_real
 
     def seen_after(self, batch: int, length: int, device: torch.device) -> Int[Tensor, " b"]:
         """Real tokens of each row when this call is over."""
@@ -256,13 +266,15 @@ def with_history(
 
     In a left-padded row the history stands right before the first real position, and in a right-padded row the
     next history ends at the last real one: each row is what it would be alone. With padding the inputs that come
-    back hold their history (m = k + l), and None stands for what is before them.
+    back hold their history (m = k + l), and None stands for what is before them; so also where they are fewer than k.
     """
     k, length = history.shape[1], x.shape[1]
     history = history.to(x.dtype)
+    if padding is None and length < k:  # joined once; as small as it is, a view of it keeps little alive
+        x = torch.cat([history, x], 1)
+        return x, None, x[:, length:]
     if padding is None:
-        recent = x if length >= k else torch.cat([history, x], 1)
-        return x, history, recent[:, recent.shape[1] - k :].clone()  # a view would keep what is not needed alive
+        return x, history, x[:, length - k :].clone()  # a view would keep what is not needed alive
     x = torch.cat([history, x], 1)
     offsets = torch.arange(k, device=x.device)
 

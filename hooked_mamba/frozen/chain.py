@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project, Rows
+from hooked_mamba.frozen.routed import Routing
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
@@ -69,6 +70,8 @@ class Chain:
     """Name of a value that another layer made -> the factor with which it is added to u."""
     gives: Mapping[str, str] = field(default_factory=dict)
     """Name of a value that other layers take -> the node here at which it is made."""
+    routing: Routing | None = None
+    """Which experts the channels belong to; None where there are no experts."""
 
     # What it is made of ----------------------------------------------------------------------------------------
 
@@ -123,7 +126,14 @@ class Chain:
     @property
     def input_bias(self) -> Float[Tensor, " E"] | float:
         """What p has without any stream."""
-        return next((piece.b for piece in self.pieces if isinstance(piece, Project) and piece.b is not None), 0.0)
+        before = self.between(until="p")
+        first = next((i for i, piece in enumerate(before) if isinstance(piece, Project) and piece.b is not None), None)
+        if first is None:
+            return 0.0
+        bias: Any = cast(Project, before[first]).b
+        for piece in before[first + 1 :]:
+            bias = piece.push(bias)
+        return bias
 
     def between(self, start: str | None = None, until: str | None = None) -> tuple[Piece, ...]:
         """The pieces from one node (None: the stream) to another (None: the output)."""
@@ -140,6 +150,8 @@ class Chain:
 
     def with_output(self, factor: float) -> Chain:
         """The same with its output times a factor."""
+        if not isinstance(self.pieces[-1], Project):
+            return self.followed_by(Gain(self.u.new_tensor(factor)))
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
 

@@ -180,6 +180,25 @@ class Plus(Piece):
 
 
 @dataclass(frozen=True)
+class Offset(Piece):
+    """x + b, the b counting as a bias."""
+
+    b: Float[Tensor, " e"]
+
+    def push(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x + self.b
+
+    def pull(self, v: Tensor) -> Back:
+        return Back(v, (v @ self.b).sum(1))
+
+    def diagonal(self) -> Tensor:
+        return torch.ones_like(self.b)
+
+
+@dataclass(frozen=True)
 class Conv(Piece):
     """A causal depthwise convolution: sum_k taps[K-1-k] x_{t-k} + bias."""
 

@@ -20,9 +20,11 @@ from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
+from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
+from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import Block, scaled
 from hooked_mamba.state import ModelState, Padding
@@ -227,8 +229,27 @@ class Run:
         return held_norm(self.model.ln_final, self.cache["ln_final.hook_scale"])
 
     def stages(self, layer: int) -> list[list[Part]]:
-        """The parts of a block, stage by stage in the order of the forward pass."""
-        return [[self.part(layer, name) for name in stage] for stage in self.model.block(layer).stages]
+        """The parts of a block that write into the stream, stage by stage in the order of the forward pass."""
+        block = self.model.block(layer)
+        written = [[self.part(layer, name) for name in stage if name in block.written] for stage in block.stages]
+        return [stage for stage in written if stage]
+
+    def parts(self, layer: int) -> list[Part]:
+        """All parts of a block, those beside the stream included."""
+        side = self.side(layer)
+        return [*([] if side is None else side.parts), *(part for stage in self.stages(layer) for part in stage)]
+
+    def side(self, layer: int) -> Side | None:
+        """A block's transformer beside the stream, whose output joins what its mixer reads; None: there is none."""
+        block: Any = self.model.block(layer)
+        if not block.beside:
+            return None
+        return Side(tuple(f"{layer}.{name}" for name in block.beside), projection(block.linear, where="linear"))
+
+    @property
+    def embedded(self) -> Float[Tensor, "b l d"]:
+        """The embeddings, as blocks read them that read them once more."""
+        return at_least_fp32(self.cache["hook_embed"])
 
     def part(self, layer: int, branch: str) -> Part:
         """What a branch is called here: the number of its layer for a mixer, with the branch's name for others."""
@@ -287,8 +308,15 @@ class Run:
     def entering(self, part: Part) -> Float[Tensor, "b l d"]:
         """The residual stream that a part's norm reads."""
         layer, name = self.branch_of(part)
-        first = name in self.model.block(layer).stages[0]
-        return self.resid(layer) if first else at_least_fp32(self.cache[f"blocks.{layer}.hook_resid_mid"])
+        block, at = self.model.block(layer), f"blocks.{layer}."
+        if block.beside:
+            if name not in block.beside:
+                return at_least_fp32(self.cache[f"{at}hook_mixer_in"])
+            place = block.beside.index(name)
+            if place:
+                return self.out(layer, block.beside[place - 1])
+            return torch.cat([self.resid(layer), self.embedded], -1)
+        return self.resid(layer) if name in block.stages[0] else at_least_fp32(self.cache[f"{at}hook_resid_mid"])
 
     def behind_norm(
         self, layer: int, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
@@ -342,7 +370,8 @@ class Run:
         site = unalias(site)
         name = SiteName.parse(site)
         if name.layer is not None:
-            if name.local in ("hook_resid_pre", "norm.hook_out"):
+            beside = self.model.block(name.layer).beside
+            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not beside):
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
@@ -357,7 +386,8 @@ class Run:
 def frozen_sites(model: HookedModel, layer: int) -> list[str]:
     """The sites of one block that its branches' affine maps are made of."""
     block, at = model.block(layer), f"blocks.{layer}."
-    names = [f"{at}hook_resid_pre"] + [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
+    names = [f"{at}hook_resid_pre"]
+    names += [f"{at}hook_mixer_in"] if block.beside else [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
     names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
     for name, branch in block.branches.items():
         names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
@@ -368,9 +398,7 @@ def frozen_sites(model: HookedModel, layer: int) -> list[str]:
 def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
     """The site of what a branch adds to the stream."""
     block = model.block(layer)
-    if block.output_sites:
-        return f"blocks.{layer}.hook_{branch}_out"
-    return f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
+    return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
 
 
 def norm_name(model: HookedModel, layer: int, branch: str) -> str:

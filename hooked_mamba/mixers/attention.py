@@ -25,7 +25,7 @@ from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.kv_state import KVState, remember
-from hooked_mamba.mixers.linear_form import Read, projection
+from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
 from hooked_mamba.state import BranchState, Call
@@ -105,7 +105,7 @@ class Attention(Branch):
         if cfg.rotary_dim:
             turn = turn_of(call, q, cfg.rotary_dim, cfg.rotary_base)
             q, k = self.hook_rot_q(rotate(q, turn)), self.hook_rot_k(rotate(k, turn))
-        new = KVState(k, v, real_columns(call, batch, length, resid.device))
+        new = KVState(k, v, call.real_columns(batch, length, resid.device))
         new.whole = call.padding is None
         memory = remember(state, new)
         z = self.hook_z(self.mix(q, memory, call))
@@ -115,7 +115,7 @@ class Attention(Branch):
             out = self.hook_result(self.of_heads(z)).sum(2)
             out = out if self.o_proj.bias is None else out + self.o_proj.bias
         else:
-            out = self.o_proj(rearrange(z, "b l h c -> b l (h c)"))
+            out = self.o_proj(z.flatten(2))
             self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
         return self.hook_out(out), memory
 
@@ -130,7 +130,7 @@ class Attention(Branch):
         out = self.get_submodule(f"{name}_proj")(resid)
         if self.cfg.adapter_rank is not None and name in self.adapters:
             out = out + self.adapters[name](resid)
-        return rearrange(out, "b l (h c) -> b l h c", c=self.cfg.d_head)
+        return out.unflatten(-1, (-1, self.cfg.d_head))
 
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
@@ -145,15 +145,18 @@ class Attention(Branch):
             self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t))
             self.hook_pattern.read(length, lambda t: self.scores(q, memory, t).softmax(-1).to(q.dtype))
             mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
+            # At one position the heads that share keys are rows of one product.
+            rows = q.transpose(1, 2) if length > 1 else q.unflatten(2, (memory.k.shape[2], -1))[:, 0]
             z = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
+                rows,
                 memory.k.transpose(1, 2),
                 memory.v.transpose(1, 2),
                 attn_mask=None if mask is None else mask[:, None],
                 is_causal=mask is None and length > 1,
                 scale=self.cfg.score_scale,
-                enable_gqa=True,
-            ).transpose(1, 2)
+                enable_gqa=length > 1,
+            )
+            z = z.transpose(1, 2) if length > 1 else z.flatten(1, 2).unsqueeze(1)
         return z if call.padding is None else call.padding.zero(z)
 
     def scores(self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice) -> Float[Tensor, "b Q q m"]:
@@ -195,6 +198,8 @@ class Attention(Branch):
     def value_input(self) -> Project:
         """v's weights, those of a key-value head once for each of its query heads."""
         own, c, Q = projection(self.v_proj, where="v_proj"), self.cfg.d_head, self.cfg.n_heads
+        if self.cfg.adapter_rank is not None:
+            own = Project(own.W + low_rank(self.adapters["v"], "adapters.v"), own.b)
         W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
         return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
 
@@ -216,13 +221,6 @@ class Attention(Branch):
             self.q_norm_weight.fill_(1)
             self.k_norm_weight.fill_(1)
         self.o_proj.weight /= self.cfg.n_layers**0.5
-
-
-def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
-    """Which columns of a call hold real tokens."""
-    if call.padding is not None:
-        return call.padding.mask
-    return torch.ones(batch, length, dtype=torch.bool, device=device)
 
 
 def visible(real: Bool[Tensor, "b m"], length: int) -> Bool[Tensor, "b l m"]:

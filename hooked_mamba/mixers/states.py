@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -107,12 +107,16 @@ def _replaced(values: Tensor, column: int, rows: Tensor, new: Tensor) -> Tensor:
     return torch.cat([values[:, :column], new, values[:, column + 1 :]], 1)
 
 
-@contextmanager
-def padding_known(branch: nn.Module, call: Call | None) -> Iterator[None]:
+def padding_known(branch: nn.Module, call: Call | None) -> AbstractContextManager[None]:
     """Tell a branch's hook points on states, for one call, where its rows are padded."""
-    if call is None or call.padding is None:
-        yield
-        return
+    return _NOTHING_TO_TELL if call is None or call.padding is None else _padding_told(branch, call)
+
+
+_NOTHING_TO_TELL = nullcontext()
+
+
+@contextmanager
+def _padding_told(branch: nn.Module, call: Call) -> Iterator[None]:
     points = [point for point in branch.modules() if isinstance(point, StateHookPoint)]
     for point in points:
         point.padding = call.padding

@@ -67,6 +67,9 @@ def sample_logits(
 class Generation:
     """`generate`, for a model with TextMethods and a forward that takes and returns its state."""
 
+    columns_before: int | None = None
+    """Columns of earlier calls while `generate` runs; None outside of it."""
+
     @torch.no_grad()
     def generate(
         self,
@@ -218,10 +221,12 @@ class Generation:
 
     @contextmanager
     def _counting_columns(self) -> Iterator[Any]:
-        """Tell single-state hook points how many columns earlier calls had; gives a function that counts on."""
+        """Say on the model and on single-state hook points how many columns earlier calls had; gives a function that
+        counts on."""
         sites = [p for p in self.hook_dict.values() if isinstance(p, StateHookPoint)]  # type: ignore[attr-defined]
 
         def count(columns: int) -> None:
+            self.columns_before = (self.columns_before or 0) + columns
             for site in sites:
                 site.offset = (site.offset or 0) + columns
 
@@ -229,6 +234,7 @@ class Generation:
         try:
             yield count
         finally:
+            self.columns_before = None
             for site in sites:
                 site.offset = None
 

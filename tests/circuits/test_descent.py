@@ -56,7 +56,7 @@ def whole(frozen, targets, nodes):
     pieces = []
     for covector, row in zip(covectors, frozen.rows_of(len(targets)), strict=True):
         descent = Descent(frozen, [covector], row[None], set(), True, nodes)
-        descent.top, descent.below = frozen.n_layers, [frozen.n_layers]
+        descent.top, descent.depths = frozen.n_layers, [frozen.n_layers]
         pieces.append(descent.run())
     return Parts.joined(pieces, [[i] for i in range(len(pieces))], frozen.length, nodes)
 
