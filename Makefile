@@ -82,4 +82,5 @@ PEERS := .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --u
 .venv/peers/.installed: $(wildcard tests/benchmarks/requirements*.txt) .venv/.dev
 	$(PEERS) .venv/peers -r tests/benchmarks/requirements.txt
 	$(PEERS) .venv/peers/transformer_lens_4 -r tests/benchmarks/requirements-transformer-lens.txt
+	$(PEERS) .venv/peers/nnsight_8 -r tests/benchmarks/requirements-nnsight.txt
 	touch $@

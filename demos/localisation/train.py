@@ -30,8 +30,16 @@ CARD_SEED = 1_000_002
 CARD_PROMPTS = 5000
 
 
-def train(options: Options, resume: bool = False, console: Console | None = None) -> bool:
+def train(
+    options: Options,
+    resume: bool = False,
+    console: Console | None = None,
+    trainer_class: type[Trainer] = Trainer,
+    last: Callable[[Trainer], Path] | None = None,
+) -> bool:
     """Train until the last step or until asked to stop; returns whether the run is complete.
+
+    `last` saves the finished model and returns its folder; None: :func:`finish`.
 
     Raises
     ------
@@ -41,7 +49,7 @@ def train(options: Options, resume: bool = False, console: Console | None = None
     console = console or Console()
     if options.threads:
         torch.set_num_threads(options.threads)
-    trainer = Trainer(options)
+    trainer = trainer_class(options)
     if resume:
         trainer.resume()
         console.print(f"Resumed at step {trainer.step}.")
@@ -52,7 +60,7 @@ def train(options: Options, resume: bool = False, console: Console | None = None
     if not complete:
         console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with --resume.")
         return False
-    console.print(f"Model and card saved in {finish(trainer)}")
+    console.print(f"Model and card saved in {(last or finish)(trainer)}")
     return True
 
 

@@ -15,9 +15,10 @@ import dataclasses
 import json
 import math
 import time
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from demos.localisation.options import Options
 from demos.localisation.task import SMALLEST, Task
@@ -50,7 +51,7 @@ def learning_rate(step: int, options: Options) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: HookedMamba, task: Task, n: int, seed: int) -> float:
+def accuracy(model: Any, task: Task, n: int, seed: int) -> float:
     """The share of prompts whose likeliest next token is the answer."""
     prompts = task.prompts(n, seed)
     return float((model(prompts.tokens)[:, -1].argmax(-1) == prompts.answers).float().mean())
@@ -61,14 +62,7 @@ class Trainer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        cfg = MambaConfig(
-            d_model=options.d_model,
-            n_layers=options.n_layers,
-            d_vocab=options.vocab,
-            d_state=options.d_state,
-            model_name=f"localisation-{options.task}",
-        )
-        self.model = HookedMamba(cfg, seed=options.seed)
+        self.model = self.build(options)
         named = list(self.model.named_parameters())
         decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("A_log")]
         free = [p for name, p in named if p.ndim < 2 or name.endswith("A_log")]
@@ -81,6 +75,21 @@ class Trainer:
         self._started = time.perf_counter()
         self.checkpoint_path = options.out / "checkpoint.safetensors"
         self.log_path = options.out / "log.jsonl"
+
+    def build(self, options: Any) -> Any:
+        """A model with random weights drawn from the run's seed."""
+        cfg = MambaConfig(
+            d_model=options.d_model,
+            n_layers=options.n_layers,
+            d_vocab=options.vocab,
+            d_state=options.d_state,
+            model_name=f"localisation-{options.task}",
+        )
+        return HookedMamba(cfg, seed=options.seed)
+
+    def extra_loss(self) -> Tensor | float:
+        """What is added to the loss of the answers, from what the last pass left behind."""
+        return 0.0
 
     def wall_seconds(self) -> float:
         """Seconds of running, resumed stretches added up."""
@@ -104,7 +113,7 @@ class Trainer:
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {self.step}: try a lower --lr or a smaller --clip")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + self.extra_loss()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
         self.optimizer.step()
         self.step += 1

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from demos.tinystories import checkpoint
+from demos.tinystories.balance import expert_shares
 from demos.tinystories.data import HeldOut, held_out_loss
 from demos.tinystories.effects import planted_shares, share_table
 from demos.tinystories.grammar import FORBIDDEN
@@ -22,7 +23,7 @@ CURVE_ROWS = 16
 CARD_OPTIONS = entries(
     "family/name/n_layers/steps/batch/length/lr/warmup/final_lr/weight_decay/beta2/clip/dropout/seed"
 )
-TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
+TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2", "hybrid": "hybrid (Mamba-2, attention, experts, MLP)"}
 
 
 def finish(trainer: Trainer) -> Path:
@@ -33,6 +34,7 @@ def finish(trainer: Trainer) -> Path:
     stored = type(trainer.model).from_pretrained(folder)
     values = {**_settings(trainer), **_data(trainer), **_losses(trainer, stored, best, folder)}
     values["probes"] = probe_table(stored)
+    values["balance"] = _balance(trainer, stored)
     samples = sample_stories(stored, trainer.options.sample_tokens)
     values["samples"] = "\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in samples)
     template = Template((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
@@ -43,12 +45,22 @@ def finish(trainer: Trainer) -> Path:
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     options, cfg = trainer.options, trainer.model.cfg
-    shape = f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}"
-    if options.family == "mamba2":
-        shape += f", {cfg.H} heads of {cfg.P}"
+    mixer = cfg.branches["mixer"] if options.family == "hybrid" else cfg
+    shape = f"d_model {cfg.d_model}, d_inner {mixer.E}, d_state {mixer.d_state}, d_conv {mixer.d_conv}"
+    if options.family != "mamba":
+        shape += f", {mixer.H} heads of {mixer.P}"
+    if options.family == "hybrid":
+        shape += (
+            f"; attention in block{'s' * (options.pattern.count('*') > 1)}"
+            f" {', '.join(str(i) for i, letter in enumerate(options.pattern) if letter == '*')} in place of Mamba-2:"
+            f" {options.n_heads} query heads, {options.n_kv_heads} of keys and values, {options.d_head} wide, no"
+            f" positions; in every block then {options.n_experts} experts of {options.d_expert} neurons,"
+            f" {options.top_k} a token, beside an MLP of {options.d_mlp}"
+        )
     values = {name: getattr(options, name) for name in CARD_OPTIONS}
     return values | {
         "title": TITLES[options.family],
+        "dropped": "branch's" if options.family == "hybrid" else "mixer's",
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
@@ -57,6 +69,21 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "wall": f"{trainer.wall_seconds() / 60:.0f} minutes",
         "threads": torch.get_num_threads(),
     }
+
+
+def _balance(trainer: Trainer, stored: Any) -> str:
+    """How evenly the stored file's experts are used on held-out text; nothing where there are none."""
+    shares = expert_shares(stored, trainer.corpus.held_out)
+    if not shares:
+        return ""
+    names = [f"expert {e}" for e in range(len(next(iter(shares.values()))))]
+    rows = [f"| {layer} | " + " | ".join(f"{share:.1%}" for share in row) + " |" for layer, row in shares.items()]
+    return (
+        f"\n{trainer.options.balance} times the experts' balance (Fedus et al. 2021, arXiv:2101.03961) is added to the"
+        " loss. Where the choices fall on held-out text, in the stored file:\n\n"
+        + "\n".join([f"| block | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows])
+        + "\n"
+    )
 
 
 def _data(trainer: Trainer) -> dict[str, Any]:

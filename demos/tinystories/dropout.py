@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ADDED = re.compile(r"blocks\.\d+\.hook_(mixer|attn|moe|mlp)_out")
 
-def dropout_hooks(n_layers: int, rate: float, generator: torch.Generator) -> list[tuple[str, Any]]:
-    """Forward hooks that drop entries of the embedding and of every mixer's output into the residual stream.
+
+def dropout_hooks(model: Any, rate: float, generator: torch.Generator) -> list[tuple[str, Any]]:
+    """Forward hooks that drop entries of the embedding and of what every block's branches add to the residual stream.
 
     Each entry is set to 0 with probability `rate`, the rest divided by 1 - rate (Srivastava et al. 2014).
     The masks come from `generator` alone, so that a checkpoint can keep its state.
@@ -26,5 +29,10 @@ def dropout_hooks(n_layers: int, rate: float, generator: torch.Generator) -> lis
         keep = torch.empty_like(value).bernoulli_(1 - rate, generator=generator)
         return value * keep.div_(1 - rate)
 
-    sites = ["hook_embed", *(f"blocks.{i}.mixer.hook_out_proj" for i in range(n_layers))]
-    return [(site, drop) for site in sites]
+    return [(site, drop) for site in ("hook_embed", *added_sites(model))]
+
+
+def added_sites(model: Any) -> list[str]:
+    """The sites of what each branch adds to the stream, in the order of the forward pass."""
+    branches = [name for name in model.hook_dict if ADDED.fullmatch(name)]
+    return branches or [f"blocks.{i}.mixer.hook_out_proj" for i in range(model.cfg.n_layers)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("mamba", "mamba2")
+FAMILIES = ("mamba", "mamba2", "hybrid")
 
 
 def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
@@ -22,7 +22,7 @@ class Options:
     text: Path = field(metadata=_about("training text: stories parted by lines <|endoftext|>"))
     valid: Path = field(metadata=_about("held-out text, the same format"))
     out: Path = field(metadata=_about("folder for checkpoints, log and the finished model"))
-    family: str = field(metadata=_about("mamba or mamba2"))
+    family: str = field(metadata=_about("mamba, mamba2 or hybrid"))
     name: str = field(default="tinystories", metadata=_about("name of the model, for its card"))
     tokenizer: Path | None = field(
         default=None, metadata=_about("folder of a trained tokenizer; default: train one on the mix")
@@ -34,8 +34,20 @@ class Options:
     generated_stories: int = field(default=6000, metadata=_about("stories of the grammar to draw those rows from", 1))
     d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
     n_layers: int = field(default=4, metadata=_about("blocks", 1))
-    d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, 64 for mamba2", 1))
-    head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2)", 1))
+    d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, else 64", 1))
+    head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2, hybrid)", 1))
+    pattern: str = field(
+        default="MM*M",
+        metadata=_about("hybrid: a letter a block, M for Mamba-2, * for attention; experts and MLP follow"),
+    )
+    n_heads: int = field(default=6, metadata=_about("hybrid: query heads of attention", 1))
+    n_kv_heads: int = field(default=2, metadata=_about("hybrid: its heads of keys and values", 1))
+    d_head: int = field(default=32, metadata=_about("hybrid: width of such a head", 1))
+    d_mlp: int = field(default=192, metadata=_about("hybrid: neurons of the MLP", 1))
+    n_experts: int = field(default=4, metadata=_about("hybrid: experts", 1))
+    top_k: int = field(default=2, metadata=_about("hybrid: experts of each token", 1))
+    d_expert: int = field(default=64, metadata=_about("hybrid: neurons of an expert", 1))
+    balance: float = field(default=0.01, metadata=_about("hybrid: weight of the term that evens the experts' load", 0))
     steps: int = field(default=1400, metadata=_about("optimiser steps", 1))
     batch: int = field(default=16, metadata=_about("rows a step", 1))
     length: int = field(default=256, metadata=_about("tokens a row", 2))
@@ -48,7 +60,7 @@ class Options:
     beta2: float = field(default=0.98, metadata=_about("AdamW's second beta; the first is 0.9", 0, 1))
     clip: float = field(default=1.0, metadata=_about("largest gradient norm", 0))
     dropout: float = field(
-        default=0.1, metadata=_about("dropout on the embedding and on every mixer's output", 0, 0.95)
+        default=0.1, metadata=_about("dropout on the embedding and on what every block's branches add", 0, 0.95)
     )
     eval_every: int = field(default=100, metadata=_about("steps between held-out measurements", 1))
     checkpoint_every: int = field(default=100, metadata=_about("steps between checkpoints", 1))
@@ -59,6 +71,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {FAMILIES}, got {self.family!r}")
+        if self.family == "hybrid" and (set(self.pattern) - set("M*") or len(self.pattern) != self.n_layers):
+            raise ValueError(f"pattern must be {self.n_layers} letters (n_layers), M or * each, got {self.pattern!r}")
         for entry in dataclasses.fields(self):
             value, low, high = getattr(self, entry.name), entry.metadata.get("low"), entry.metadata.get("high")
             if value is None or low is None:

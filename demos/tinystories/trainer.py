@@ -1,6 +1,7 @@
 """The training loop's state and one step of it.
 
-A step: crops -> loss with dropout hooks -> gradients, clipped -> AdamW at the learning rate of this step.
+A step: crops -> loss with dropout hooks, plus the balance of experts -> gradients, clipped -> AdamW at the learning
+rate of this step.
 Everything a step reads (weights, moments, two random states, the step's number) is in the checkpoint, so a resumed
 run goes on bit for bit.
 """
@@ -16,22 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from demos.tinystories import checkpoint
+from demos.tinystories.balance import Balance
 from demos.tinystories.data import Corpus, HeldOut, crops, held_out_loss
 from demos.tinystories.dropout import dropout_hooks
+from demos.tinystories.models import build_model
 from demos.tinystories.options import Options
-from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
-
-
-def build_model(options: Options, tokenizer: Any) -> HookedMamba | HookedMamba2:
-    """A model with random weights drawn from the run's seed."""
-    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
-    shape = {"d_model": options.d_model, "n_layers": options.n_layers, "model_name": options.name}
-    d_vocab = math.ceil(len(tokenizer) / 16) * 16
-    if options.family == "mamba":
-        cfg = MambaConfig(d_vocab=d_vocab, d_state=options.d_state or 16, **shape, **ids)
-        return HookedMamba(cfg, tokenizer, seed=options.seed)
-    cfg2 = Mamba2Config(d_vocab=d_vocab, d_state=options.d_state or 64, head_dim=options.head_dim, **shape, **ids)
-    return HookedMamba2(cfg2, tokenizer, seed=options.seed)
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -66,7 +56,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, options)
         self.data_random = torch.Generator().manual_seed(options.seed + 1)
         self.dropout_random = torch.Generator().manual_seed(options.seed + 2)
-        self.dropout = dropout_hooks(options.n_layers, options.dropout, self.dropout_random)
+        self.dropout = dropout_hooks(self.model, options.dropout, self.dropout_random)
+        self.balance = Balance(self.model)
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.recent: list[float] = []
@@ -102,10 +93,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tokens = crops(self.corpus, self.options, self.data_random)
-        with self.model.hooks(fwd_hooks=self.dropout):
+        with self.model.hooks(fwd_hooks=self.dropout + self.balance.hooks()):
             loss = self.model(tokens, return_type="loss")
+        even = self.options.balance * self.balance.loss() if self.balance.places else 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + even).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip or math.inf)
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.benchmarks import analysis, attribution, cache, coder_step, delta, hybrids, model, scan, states
+from tests.benchmarks import analysis, attribution, cache, coder_step, delta, hybrid_peers, hybrids, model, scan, states
 from tests.benchmarks.machine import described
 from tests.benchmarks.report import Section, show, write_section
 from tests.benchmarks.sizes import FULL, QUICK, Sizes
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "hooks": cache.run_hooks,
     "generation": model.run_generation,
     "hybrids": hybrids.run,
+    "hybrid-peers": hybrid_peers.run,
     "analysis": analysis.run,
     "attention": analysis.run_long,
     "attribution": attribution.run,

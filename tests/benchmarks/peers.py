@@ -122,7 +122,7 @@ def transformer_lens_model(hf_model: Any) -> Any:
     def build() -> Any:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-        return build_bridge_from_module(hf_model, "MambaForCausalLM", hf_config=hf_model.config)
+        return build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
 
     return quietly(build)
 

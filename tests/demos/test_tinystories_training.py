@@ -12,14 +12,16 @@ import torch
 from rich.console import Console
 
 from demos.tinystories import checkpoint, effects, ngrams, probes, train
+from demos.tinystories.balance import balance, expert_shares
 from demos.tinystories.card import finish
 from demos.tinystories.data import held_out_loss, load_corpus, windows
 from demos.tinystories.dropout import dropout_hooks
 from demos.tinystories.grammar import FORBIDDEN, tell_stories
+from demos.tinystories.models import build_model
 from demos.tinystories.options import Options, parse_args
 from demos.tinystories.text import END, read_stories, write_stories
 from demos.tinystories.tokenizer import encode_stream, load_tokenizer, save_tokenizer, train_tokenizer
-from demos.tinystories.trainer import Trainer, build_model, build_optimizer, learning_rate
+from demos.tinystories.trainer import Trainer, build_optimizer, learning_rate
 from demos.tinystories.verbs import past, third_person, to_present
 from tests.kinds import MAMBA
 
@@ -57,6 +59,13 @@ def options(texts, tmp_path):
         family="mamba", d_model=16, n_layers=2, d_state=4, steps=6, batch=2, length=24, warmup=2, eval_every=3,
         checkpoint_every=3, generated_share=0.5, generated_stories=20, sample_tokens=3,
     )  # fmt: skip
+
+
+@pytest.fixture
+def hybrid(options):
+    return dataclasses.replace(
+        options, family="hybrid", pattern="M*", head_dim=8, n_heads=2, n_kv_heads=1, d_head=4, d_mlp=8, d_expert=6
+    )
 
 
 def state_of(trainer):
@@ -216,6 +225,9 @@ def test_wrong_options_are_errors(options, capsys):
     for field, value in (("family", "rnn"), ("dropout", 1.5), ("generated_share", -0.1), ("length", 1)):
         with pytest.raises(ValueError, match=field):
             dataclasses.replace(options, **{field: value})
+    for pattern in ("M", "M+"):
+        with pytest.raises(ValueError, match="pattern must be 2 letters"):
+            dataclasses.replace(options, family="hybrid", pattern=pattern)
 
 
 def test_schedule_and_decay(options):
@@ -234,15 +246,51 @@ def test_schedule_and_decay(options):
 # Runs
 
 
-def test_dropout_keeps_the_mean_and_follows_its_generator():
-    hooks = dropout_hooks(3, 0.25, torch.Generator().manual_seed(0))
+def test_dropout_keeps_the_mean_and_follows_its_generator(options):
+    model = build_model(dataclasses.replace(options, n_layers=3), load_tokenizer(options.tokenizer))
+    hooks = dropout_hooks(model, 0.25, torch.Generator().manual_seed(0))
     assert [name for name, _ in hooks] == ["hook_embed", *(f"blocks.{i}.mixer.hook_out_proj" for i in range(3))]
     dropped = hooks[0][1](torch.ones(1, 100, 100), None)
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    again = dropout_hooks(3, 0.25, torch.Generator().manual_seed(0))[0][1](torch.ones(1, 100, 100), None)
+    again = dropout_hooks(model, 0.25, torch.Generator().manual_seed(0))[0][1](torch.ones(1, 100, 100), None)
     assert torch.equal(dropped, again)
-    assert dropout_hooks(3, 0.0, torch.Generator()) == []
+    assert dropout_hooks(model, 0.0, torch.Generator()) == []
+
+
+def test_dropout_of_a_hybrid_is_on_all_that_is_added_to_the_stream(hybrid):
+    model = build_model(hybrid, load_tokenizer(hybrid.tokenizer))
+    names = [name for name, _ in dropout_hooks(model, 0.25, torch.Generator())]
+    tokens = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+    _, cache = model.run_with_cache(tokens)
+    torch.testing.assert_close(sum(cache[name] for name in names), cache["blocks.1.hook_resid_post"])
+
+
+def test_balance_is_one_where_experts_are_used_alike_and_grows_where_not():
+    even = torch.eye(4).reshape(1, 4, 4) * 50
+    assert balance(even, torch.arange(4).reshape(1, 4, 1)).item() == pytest.approx(1)
+    one = torch.tensor([50.0, 0, 0, 0]).expand(1, 4, 4)
+    assert balance(one, torch.zeros(1, 4, 1, dtype=torch.long)).item() == pytest.approx(4)
+    logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    chosen = logits.topk(2, -1).indices
+    share = [(chosen == e).double().mean().item() for e in range(4)]
+    mean = [logits.softmax(-1)[..., e].mean().item() for e in range(4)]
+    found = balance(logits, chosen)
+    assert found.item() == pytest.approx(4 * sum(f * p for f, p in zip(share, mean, strict=True)), rel=1e-5)
+    found.backward()
+    assert logits.grad.abs().max() > 0
+
+
+def test_the_loss_of_a_hybrid_has_its_balance_and_its_report_counts_choices(hybrid):
+    corpus = load_corpus(hybrid)
+    weighted, without = (Trainer(dataclasses.replace(hybrid, balance=w), corpus) for w in (5.0, 0.0))
+    for trainer in (weighted, without):
+        trainer.take_step()
+    moved = [not torch.equal(*pair) for pair in zip(*(t.model.parameters() for t in (weighted, without)), strict=True)]
+    assert any(moved)
+    shares = expert_shares(weighted.model, corpus.held_out)
+    assert shares.keys() == {0, 1}
+    assert all(sum(row) == pytest.approx(1) and len(row) == 4 for row in shares.values())
 
 
 def test_dropout_is_off_in_evaluation(options):
@@ -256,9 +304,9 @@ def test_dropout_is_off_in_evaluation(options):
         assert not torch.equal(trainer.model(rows), before)
 
 
-@pytest.mark.parametrize("family", MAMBA)
-def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, family):
-    options = dataclasses.replace(options, family=family, head_dim=8)
+@pytest.mark.parametrize("family", [*MAMBA, "hybrid"])
+def test_a_resumed_run_equals_an_uninterrupted_one(options, hybrid, tmp_path, family):
+    options = dataclasses.replace(hybrid if family == "hybrid" else options, family=family, head_dim=8)
     corpus = load_corpus(options)
     whole = Trainer(options, corpus)
     losses = [whole.take_step() for _ in range(6)]

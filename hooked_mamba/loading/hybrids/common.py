@@ -258,6 +258,8 @@ def attention_fields(cfg: AttentionConfig) -> dict[str, Any]:
         "num_key_value_heads": cfg.n_key_value_heads,
         "attention_bias": cfg.qkv_bias,
     }
+    if cfg.d_head * cfg.n_heads != cfg.d_model:  # a key that the classes read and their configs do not list
+        fields["head_dim"] = cfg.d_head
     if cfg.rotary_dim:
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": cfg.rotary_base}
     return fields

@@ -47,6 +47,20 @@ def test_objects_and_files_both_ways(case, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["bamba", "granite-dense", "jamba", "lfm2"])
+def test_heads_whose_widths_do_not_add_up_to_that_of_the_stream(case, tmp_path):
+    """The classes read a key head_dim that their configs do not list."""
+    hf, tokens = twin(case, head_dim=12), tokens_for()
+    assert hf.config.hidden_size != 12 * hf.config.num_attention_heads
+    model = HookedHybrid.from_hf(hf)
+    assert relative(model(tokens), hf(tokens).logits) < FP32
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
+    again = published(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert relative(again(tokens).logits, hf(tokens).logits) < FP32
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens(case):
     hf, tokens = tiny(case).hf, tokens_for(length=9)
