@@ -16,8 +16,14 @@ from torch import Tensor
 
 import hooked_mamba.models  # noqa: F401  # short names are known once every kind of branch is defined
 from hooked_mamba.display import Shown, table
+from hooked_mamba.factored_matrix import FactoredMatrix
 from hooked_mamba.hooks.names import get_act_name as get_act_name
+from hooked_mamba.model.generation import sample_logits as sample_logits
 from hooked_mamba.model.text import lm_cross_entropy_loss as lm_cross_entropy_loss
+from hooked_mamba.names_elsewhere import import_advice
+from hooked_mamba.transformerlens_names import UTILS
+
+__getattr__ = import_advice(__name__, UTILS)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -26,6 +32,55 @@ def to_numpy(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
     return np.asarray(value)
+
+
+def get_corner(tensor: Any, n: int = 3) -> Tensor:
+    """The first n entries along every axis of a tensor (of a FactoredMatrix, of the product)."""
+    corner = tensor[(slice(n),) * tensor.ndim]
+    return corner.AB if isinstance(corner, FactoredMatrix) else corner
+
+
+def transpose(tensor: Float[Tensor, "... a b"]) -> Float[Tensor, "... b a"]:
+    """The last two axes exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def remove_batch_dim(tensor: Tensor) -> Tensor:
+    """Without the first axis where that has length 1, else as it is."""
+    return tensor[0] if len(tensor) == 1 else tensor
+
+
+def is_square(x: Tensor) -> bool:
+    """Whether it is a square matrix."""
+    return x.ndim == 2 and x.shape[0] == x.shape[1]
+
+
+def is_lower_triangular(x: Tensor) -> bool:
+    """Whether it is a square matrix with nothing above its diagonal."""
+    return is_square(x) and bool((x == x.tril()).all())
+
+
+def get_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def composition_scores(
+    left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True
+) -> Float[Tensor, "*leading"]:
+    """|L R| / (|L| |R|), Frobenius norms: how far what L writes is what R reads.
+
+    With `broadcast_dims` every left matrix is paired with every right one: axes of the left in front.
+    """
+    if broadcast_dims:
+        before, behind = left.ndim - 2, right.ndim - 2
+        for _ in range(before):
+            right = right.unsqueeze(0)
+        for _ in range(behind):
+            left = left.unsqueeze(before)
+    product = left @ right
+    assert isinstance(product, FactoredMatrix)
+    return product.norm() / left.norm() / right.norm()
 
 
 def lm_accuracy(

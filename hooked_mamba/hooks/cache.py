@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from hooked_mamba.display import cache_html
 from hooked_mamba.hooks.names import unknown_name
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import CACHE
 
 Key = str | tuple[str, int] | tuple[str, int, str | None]
 """A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
@@ -45,6 +47,12 @@ class HookCache:
         self.model = model
         self.has_batch_dim = has_batch_dim
         self.mask = mask
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for names that do not exist; for TransformerLens' the error says what they are here."""
+        if name in CACHE:
+            raise AttributeError(advice(name, CACHE))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, key: Key) -> Tensor:
         name = self._full_name(key)

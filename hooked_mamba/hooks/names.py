@@ -27,6 +27,11 @@ IN_NORMS = ("scale", "normalized", "out")
 """Short names that mean the block's norm, or without a layer the final norm, as in TransformerLens."""
 
 
+OF_ATTENTION = ("hook_z",)
+"""Sites whose short name means attention's, as in TransformerLens, although mixers have one of that name too: a mixer's
+is ("mixer.z", 3)."""
+
+
 class HookNameError(KeyError):
     """A name that no hook site has."""
 
@@ -84,7 +89,7 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
     ("dt", 3) -> blocks.3.mixer.hook_dt; ("resid_pre", 0) -> blocks.0.hook_resid_pre; ("embed") -> hook_embed;
     ("scale", 2) -> blocks.2.norm.hook_scale; ("scale", 2, "mixer.norm") for the gated norm; ("scale") -> the final
-    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4; ("attn.z", 2) -> blocks.2.attn.hook_z where other branches have a z.
+    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4; ("z", 2) -> blocks.2.attn.hook_z; ("mixer.z", 2) for a mixer's own z.
     Full names come back as they are.
     """
     if layer is None:
@@ -110,6 +115,8 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
         return hook
     if ("", hook) in known.rows:
         return str(site)
+    if hook in OF_ATTENTION:
+        return str(site.at("attn", hook))
     if hook in known.aliases:
         place, _, hook = known.aliases[hook].rpartition(".")
         return str(site.at(place, hook))

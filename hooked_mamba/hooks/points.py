@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import POINT
 
 HookFunction = Callable[..., Any]
 """`fn(tensor, hook) -> tensor or None`: None keeps the value, a tensor replaces it."""
@@ -84,6 +86,12 @@ class HookPoint(nn.Module):
         self.fwd_hooks: list[Hook] = []
         self.bwd_hooks: list[Hook] = []
         self.readers: list[Reader] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Torch's own; for TransformerLens' names an error that says what they are here."""
+        if name in POINT:
+            raise AttributeError(advice(name, POINT))
+        return super().__getattr__(name)
 
     # What sits here ------------------------------------------------------------------------------------------
 

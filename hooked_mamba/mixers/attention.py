@@ -28,10 +28,11 @@ from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
+from hooked_mamba.mixers.weight_views import AttentionViews
 from hooked_mamba.state import BranchState, Call
 
 
-class Attention(Branch):
+class Attention(AttentionViews, Branch):
     """q, k, v -> positions -> scores -> pattern -> z -> output, with a hook point at every site."""
 
     kind = "attention"

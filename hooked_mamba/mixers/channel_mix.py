@@ -45,7 +45,7 @@ class ChannelMix(Branch):
         Site("hook_x_k", "b l d", "input mixed with the one before it"),
         Site("hook_pre", "b l F", "neurons before relu^2"),
         Site("hook_post", "b l F", "neurons after relu^2"),
-        Site("hook_out", "b l d", "output of the layer"),
+        Site("hook_out", "b l d", "output of the layer", also=("hook_mlp_out",)),
     )
 
     def __init__(self, cfg: RWKV7Config, layer: int = 0) -> None:

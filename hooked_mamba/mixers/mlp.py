@@ -21,6 +21,7 @@ from hooked_mamba.hybrid_config import Activation, MLPConfig
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.mixers.weight_views import MLPViews
 from hooked_mamba.state import BranchState, Call
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(Branch):
+class MLP(MLPViews, Branch):
     """x -> neurons -> output, with a hook point at every site."""
 
     kind = "mlp"

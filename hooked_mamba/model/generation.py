@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from hooked_mamba.hooks.points import StateHookPoint
 from hooked_mamba.model.beam_search import Rules, beam_search
 from hooked_mamba.model.text import PaddingSide
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 def sample_logits(
@@ -67,6 +69,7 @@ def sample_logits(
 class Generation:
     """`generate`, for a model with TextMethods and a forward that takes and returns its state."""
 
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def generate(
         self,

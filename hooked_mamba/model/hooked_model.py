@@ -26,7 +26,9 @@ from hooked_mamba.model.generation import Generation
 from hooked_mamba.model.inputs import Inputs
 from hooked_mamba.model.stack import Block, Stack, Stages
 from hooked_mamba.model.text import PaddingSide, TextMethods, lm_cross_entropy_loss
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 from hooked_mamba.weights import SharedWeights
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -100,6 +102,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         return cls(cfg, tokenizer, seed=seed)
 
     @classmethod
+    @knows_options(OPTIONS, GRANTED)
     def from_pretrained(
         cls: type[Model],
         name_or_path: str | Path,
@@ -131,6 +134,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         """
         checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map)
+
+    from_pretrained_no_processing = from_pretrained
+    """TransformerLens' name: nothing is ever processed here."""
 
     @classmethod
     def from_checkpoint(
@@ -230,6 +236,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
 
     # Running -------------------------------------------------------------------------------------------------
 
+    @knows_options(OPTIONS, GRANTED)
     def forward(
         self,
         input: str | Sequence[Any] | Tensor,

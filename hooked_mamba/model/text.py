@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 SPACE_MARK = "\u2581"
 """What stands for a space in SentencePiece's tokens."""
@@ -36,6 +38,12 @@ class TextMethods:
         """Where the weights are."""
         return self.embed.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, and of most weights."""
+        return self.embed.weight.dtype
+
+    @knows_options(OPTIONS, GRANTED)
     def to_tokens(
         self,
         input: str | Sequence[str],
@@ -98,6 +106,7 @@ class TextMethods:
             raise ValueError(f"expected tokens of one or two axes, got {list(ids.shape)}")
         return tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
 
+    @knows_options(OPTIONS, GRANTED)
     def to_str_tokens(
         self, input: str | Int[Tensor, "..."] | Sequence[Any], prepend_bos: bool | None = None
     ) -> list[str] | list[list[str]]:
@@ -139,6 +148,7 @@ class TextMethods:
         """The text of one token id."""
         return self._str_tokens(torch.tensor([int_token]), None)[0]
 
+    @knows_options(OPTIONS, GRANTED)
     def get_token_position(
         self,
         single_token: str | int,

@@ -19,11 +19,13 @@ MAY_IMPORT = {
 PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
-    {"config", "ops", "display", "lazy", "renamed", "layers"},
+    {"transformerlens_names"},
+    {"names_elsewhere"},
+    {"config", "ops", "display", "lazy", "renamed", "layers", "factored_matrix"},
     {"recurrent_config"},
     {"hybrid_config"},
     {"hooks"},
-    {"state", "memory"},
+    {"state", "memory", "hook_points"},
     {"components"},
     {"frozen"},
     {"scan_view", "token_sources"},

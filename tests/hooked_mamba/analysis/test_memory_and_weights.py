@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hooked_mamba import utils
-from hooked_mamba.analysis.factored_matrix import FactoredMatrix
 from hooked_mamba.analysis.memory_probes import half_life, layer_half_lives, receptive_field, saliency, write_survival
 from hooked_mamba.analysis.weight_views import (
     channel_OV,
@@ -16,6 +15,7 @@ from hooked_mamba.analysis.weight_views import (
     mixer_composition_scores,
     mixer_OV,
 )
+from hooked_mamba.factored_matrix import FactoredMatrix
 from tests.hooked_mamba.analysis.models import every_family, model_for, run, two_families
 from tests.hooked_mamba.tiny import relative, tokens_for
 
