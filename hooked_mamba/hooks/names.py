@@ -199,16 +199,20 @@ def _match_one(pattern: str, names: Sequence[str]) -> list[str]:
     return [name + suffix for name in found]
 
 
+def spelled_like(name: str, names: Sequence[str]) -> list[str]:
+    """Up to three names whose last part is spelled most like that of a wrong name, the likeliest first; where there is
+    none, names that are alike as a whole."""
+    hooks = dict.fromkeys(full.rpartition(".")[2] for full in names)
+    near = difflib.get_close_matches(name.rpartition(".")[2], hooks, n=3, cutoff=0.7)
+    found = [next(full for full in names if full.rpartition(".")[2] == hook) for hook in near]
+    return found or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+
+
 def unknown_name(name: str, names: Sequence[str]) -> HookNameError:
     """The error for a name that does not exist, with the nearest ones."""
-    same_site = [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = difflib.get_close_matches(name, [*same_site, *names], n=6, cutoff=0.5)
     block = SiteName.parse(name).block
     here = [n for n in names if SiteName.parse(n).block == block] if block is not None else []
-    if here:  # rather a wrong site than a wrong layer
-        same_site = [n for n in same_site if n in here]
-        near = [*difflib.get_close_matches(name, here, n=2, cutoff=0.5), *near]
-    suggestions = list(dict.fromkeys([*same_site[:1], *near]))[:3]
+    suggestions = spelled_like(name, here or names)  # rather a wrong site than a wrong layer
     blocks = {SiteName.parse(n).block for n in names} - {None}
     meant = meant_by(name, names, None if block is None or not here else f"blocks.{block}.")
     if meant is not None:

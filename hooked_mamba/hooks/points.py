@@ -49,7 +49,11 @@ class Hook:
         return True
 
     def __call__(self, value: Tensor, hook_point: HookPoint) -> Any:
-        return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
+        try:
+            return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
+        except Exception as error:  # torch's errors do not say where
+            error.add_note(f"in a hook at {hook_point.name}, whose value is {_describe(value)}")
+            raise
 
 
 @dataclass(eq=False)

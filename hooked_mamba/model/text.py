@@ -220,9 +220,11 @@ class TextMethods:
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         """Ids of one text. False forbids also what the tokenizer itself would put in front; None leaves it that."""
         tokenizer = self._needs_tokenizer("text input")
+        # transformers warns of texts longer than model_max_length, which is no limit of these models.
+        quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         if prepend_bos is False:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tokenizer(text)["input_ids"]
+            return tokenizer(text, add_special_tokens=False, **quiet)["input_ids"]
+        ids = tokenizer(text, **quiet)["input_ids"]
         if not prepend_bos:
             return ids
         bos = self.bos_token_id

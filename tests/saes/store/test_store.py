@@ -26,6 +26,7 @@ from saes.store import (
     StoreError,
     capture_to_disk,
     capture_to_memory,
+    read_text_file,
 )
 
 STREAMS = ["blocks.0.norm.hook_out", "blocks.0.mixer.hook_out_proj"]
@@ -267,3 +268,10 @@ def test_processes_share_shards(folder: Path) -> None:
     sums = [[float(b[STREAMS[0]].sum()) for b in iter(part.next_block, None)] for part in parts]
     assert len(sums[0]) == len(sums[1]) == n // 2
     assert not set(sums[0]) & set(sums[1])
+
+
+def test_a_text_taken_for_a_path():
+    for text in ("Once upon a time", "Once upon a time. " * 500):
+        with pytest.raises(FileNotFoundError, match="a text itself is given in a list") as caught:
+            read_text_file(text)
+        assert len(str(caught.value)) < 300
