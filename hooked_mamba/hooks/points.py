@@ -257,6 +257,8 @@ class StateHookPoint(LazyHookPoint):
         """Columns before this call, while generating; None outside, where a position out of range is an error."""
         self.padding: Any = None
         """The :class:`~hooked_mamba.state.Padding` of the call under way; None where all columns are real."""
+        self.documents: Any = None
+        """The :class:`~hooked_mamba.documents.Documents` of the call under way; None where each row is one."""
 
     def at(self, t: int) -> HookPoint:
         """The hook point of the state after position t; negative t counts from each row's last real token."""

@@ -330,7 +330,12 @@ class HookedRoot(SitedModule):
 
         ordered = [*points, *(f"{name}_grad" for name in points)]
         mask = self.mask_of(*model_args, **model_kwargs)
-        cache = self.cache_class({name: values[name] for name in ordered if name in values}, self, mask=mask)
+        cache = self.cache_class(
+            {name: values[name] for name in ordered if name in values},
+            self,
+            mask=mask,
+            packed=self.is_packed(**model_kwargs),
+        )
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
@@ -362,6 +367,10 @@ class HookedRoot(SitedModule):
                 near = difflib.get_close_matches(name, [*mine, *taken], n=1)
                 hint = f"; did you mean {near[0]}=?" if near else ""
                 raise TypeError(f"{caller.__name__} got an unexpected keyword argument {name!r}{hint}")
+
+    def is_packed(self, **model_kwargs: Any) -> bool:
+        """Whether a call has several documents in a row."""
+        return False
 
     def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
         """Which columns of a prepared call are real, b l; None where all are."""

@@ -36,6 +36,7 @@ class MLP(MLPViews, Branch):
     """x -> neurons -> output, with a hook point at every site."""
 
     kind = "mlp"
+    packs = True
     title = "MLP"
     place = "mlp"
     config_class = MLPConfig

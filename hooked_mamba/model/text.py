@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
@@ -246,15 +246,21 @@ def lm_cross_entropy_loss(
     tokens: Int[Tensor, "b l"],
     attention_mask: Tensor | None = None,
     per_token: bool = False,
+    starts: Bool[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "b m"]:
     """Nats of each next token; their mean, or with `per_token` all l - 1 of them.
 
-    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses.
+    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses; so are tokens of
+    which `starts` says that they start a document.
     """
     log_probs = logits[:, :-1].log_softmax(-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
-    if attention_mask is None:
+    if attention_mask is None and starts is None:
         return losses if per_token else losses.mean()
-    real = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(losses.dtype)
+    real = torch.ones_like(losses)
+    if attention_mask is not None:
+        real = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(losses.dtype)
+    if starts is not None:
+        real = real * ~starts[:, 1:]
     losses = torch.where(real.bool(), losses, torch.zeros_like(losses))
     return losses if per_token else losses.sum() / real.sum()

@@ -23,7 +23,7 @@ STRATA = (
     {"names_elsewhere"},
     {"config", "ops", "display", "lazy", "renamed", "layers", "factored_matrix"},
     {"recurrent_config"},
-    {"hybrid_config"},
+    {"hybrid_config", "documents"},
     {"hooks"},
     {"state", "memory", "hook_points"},
     {"components"},
