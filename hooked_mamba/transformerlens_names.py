@@ -369,7 +369,7 @@ UTILS: dict[str, str] = {
     "gelu_new": "torch.nn.functional.gelu(x, approximate='tanh')",
     "gelu_fast": "torch.nn.functional.gelu(x, approximate='tanh')",
     "solu": "x * x.softmax(-1), then a norm",
-    "logits_to_df": "test_prompt(prompt, answer, model), which prints the likeliest tokens",
+    "logits_to_df": "answer_tokens(prompt, answer, model), which has the likeliest tokens",
     "filter_dict_by_prefix": "{k: v for k, v in weights.items() if k.startswith(prefix)}",
     "temporarily_swap_parameter": "torch.func.functional_call(model, {name: value}, (tokens,))",
     "derive_generator": "torch.Generator().manual_seed(seed)",

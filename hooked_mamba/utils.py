@@ -113,7 +113,6 @@ class AnswerToken(Shown):
     """The likeliest tokens there: text, logit, probability."""
 
 
-@torch.no_grad()
 def test_prompt(
     prompt: str,
     answer: str | Sequence[str],
@@ -122,8 +121,10 @@ def test_prompt(
     print_details: bool = True,
     prepend_bos: bool | None = None,
     top_k: int = 10,
-) -> list[list[AnswerToken]]:
+) -> None:
     """Does the model give this answer? Prints rank, logit and probability of each of its tokens.
+
+    The numbers themselves are :func:`answer_tokens`'. Nothing is returned, so that a notebook shows the table once.
 
     Parameters
     ----------
@@ -135,44 +136,58 @@ def test_prompt(
         Also print the tokens and the likeliest ones at each place.
     top_k
         How many of the likeliest.
-
-    Returns
-    -------
-    list
-        For each answer, one entry a token (TransformerLens only prints).
     """
-    results = []
-    for text in [answer] if isinstance(answer, str) else list(answer):
-        if prepend_space_to_answer and not text.startswith(" "):
-            text = " " + text
-        results.append(_test_answer(prompt, text, model, print_details, prepend_bos, top_k))
-    return results
+    before = model.to_tokens(prompt, prepend_bos=prepend_bos)
+    for found in answer_tokens(prompt, answer, model, prepend_space_to_answer, prepend_bos, top_k):
+        if print_details:
+            print("Tokenized prompt:", model.to_str_tokens(before))
+            print("Tokenized answer:", [token.token for token in found])
+        for token in found:
+            print(f"Rank: {token.rank:<8} Logit: {token.logit:5.2f} Prob: {token.prob:6.2%} Token: |{token.token}|")
+            if print_details:
+                for place, (word, logit, prob) in enumerate(token.top):
+                    print(f"  top {place}: Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{word}|")
 
 
 test_prompt.__test__ = False  # type: ignore[attr-defined]  # not a test, though pytest would think so
 
 
-def _test_answer(
-    prompt: str, answer: str, model: Any, details: bool, prepend_bos: bool | None, top_k: int
-) -> list[AnswerToken]:
+@torch.no_grad()
+def answer_tokens(
+    prompt: str,
+    answer: str | Sequence[str],
+    model: Any,
+    prepend_space_to_answer: bool = True,
+    prepend_bos: bool | None = None,
+    top_k: int = 10,
+) -> list[list[AnswerToken]]:
+    """Rank, logit and probability of each token of one or several answers: what :func:`test_prompt` prints.
+
+    Returns
+    -------
+    list
+        For each answer, one entry a token.
+    """
+    results = []
+    for text in [answer] if isinstance(answer, str) else list(answer):
+        if prepend_space_to_answer and not text.startswith(" "):
+            text = " " + text
+        results.append(_answer(prompt, text, model, prepend_bos, top_k))
+    return results
+
+
+def _answer(prompt: str, answer: str, model: Any, prepend_bos: bool | None, top_k: int) -> list[AnswerToken]:
     before = model.to_tokens(prompt, prepend_bos=prepend_bos)
     after = model.to_tokens(answer, prepend_bos=False)
     logits = model(torch.cat([before, after], 1))[0, before.shape[1] - 1 : -1]
     probs = logits.softmax(-1)
     found = []
-    if details:
-        print("Tokenized prompt:", model.to_str_tokens(before))
-        print("Tokenized answer:", model.to_str_tokens(after))
     for i, token in enumerate(after[0].tolist()):
         best = logits[i].topk(min(top_k, logits.shape[-1])).indices.tolist()
         top = [(model.to_single_str_token(t), float(logits[i, t]), float(probs[i, t])) for t in best]
         rank = int((logits[i] > logits[i, token]).sum())
         name = model.to_single_str_token(token)
         found.append(AnswerToken(name, rank, float(logits[i, token]), float(probs[i, token]), top))
-        print(f"Rank: {rank:<8} Logit: {found[-1].logit:5.2f} Prob: {found[-1].prob:6.2%} Token: |{name}|")
-        if details:
-            for place, (word, logit, prob) in enumerate(top):
-                print(f"  top {place}: Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{word}|")
     return found
 
 

@@ -37,7 +37,7 @@ STRATA = (
     {"models", "site_tables"},
     {"frozen.run"},
     {"analysis"},
-    {"patching", "utils"},
+    {"patching", "utils", "verification"},
 )
 """Each part of hooked_mamba in one, none of which imports a later one. frozen.run, a model's run of a prompt, stands
 above models; the pieces that it is made of stand below mixers, which say what they are made of."""
