@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_mamba.documents import Documents, restarted
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import SitedModule
@@ -139,22 +140,37 @@ def rms_normalize(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n
 
 
 def conv_silu(
-    x: Float[Tensor, "b l c"], history: Float[Tensor, "b h c"] | None, conv: nn.Conv1d, hook: HookPoint
+    x: Float[Tensor, "b l c"],
+    history: Float[Tensor, "b h c"] | None,
+    conv: nn.Conv1d,
+    hook: HookPoint,
+    documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
     """SiLU of the causal convolution, whose own output is formed only where something sits on `hook`."""
     if hook.wanted or what_is_on(conv) is not None:
-        return silu(hook(convolved(x, conv, history)))
-    return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
+        return silu(hook(convolved(x, conv, history, documents)))
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor:
+        return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
+
+    return restarted(documents, conv.weight.shape[-1] - 1, run, x, history)
 
 
 def convolved(
-    x: Float[Tensor, "b l c"], conv: nn.Conv1d, history: Float[Tensor, "b h c"] | None
+    x: Float[Tensor, "b l c"],
+    conv: nn.Conv1d,
+    history: Float[Tensor, "b h c"] | None,
+    documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
     """The causal convolution; the layer itself is called where an adapter or a torch hook is on it."""
-    if what_is_on(conv) is None:
-        return causal_conv1d(x, conv.weight, conv.bias, history=history)
-    x = x if history is None else torch.cat([history.to(x.dtype), x], 1)
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor:
+        if what_is_on(conv) is None:
+            return causal_conv1d(x, conv.weight, conv.bias, history=history)
+        x = x if history is None else torch.cat([history.to(x.dtype), x], 1)
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+
+    return restarted(documents, conv.kernel_size[0] - 1, run, x, history)
 
 
 @plain

@@ -206,7 +206,7 @@ class _Run:
             return Rewrite(sums.coder.cfg, look)
 
         with rewritten(self.model, [reading(sums) for sums in self.sums.values()]):
-            self.model(rows.tokens, attention_mask=_mask(rows), return_type=None, stop_at_layer=self.stop)
+            self.model(rows.tokens, **rows.arguments(), return_type=None, stop_at_layer=self.stop)
 
     @torch.no_grad()
     def lose(self, rows: Rows, together: bool) -> None:
@@ -215,11 +215,11 @@ class _Run:
 
         def log_probs(context: AbstractContextManager | None = None) -> tuple[Tensor, Tensor]:
             if context is None:
-                logits = self.model(rows.tokens, attention_mask=_mask(rows))
+                logits = self.model(rows.tokens, **rows.arguments())
             else:
                 with context:
-                    logits = self.model(rows.tokens, attention_mask=_mask(rows))
-            return next_token_log_probs(logits, rows.tokens, rows.real)
+                    logits = self.model(rows.tokens, **rows.arguments())
+            return next_token_log_probs(logits, rows.tokens, rows.real, rows.starts)
 
         clean, next_tokens = log_probs()
         several = {TOGETHER: self.named} if together else {}
@@ -257,10 +257,6 @@ def _together(named: Mapping[str, SparseCoder]) -> bool:
     return len(sites) > 1 and len(set(sites)) == len(sites)
 
 
-def _mask(rows: Rows) -> Tensor | None:
-    return None if bool(rows.real.all()) else rows.real
-
-
 def _batches(
     model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None
 ) -> Iterator[Rows]:
@@ -269,9 +265,9 @@ def _batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     n = 0
     for rows in _rows(model, data, mask, batch_size, unlimited=n_tokens is None):
-        for tokens, real in zip(rows.tokens.split(batch_size), rows.real.split(batch_size), strict=True):
-            yield Rows(tokens.to(model.device), real.to(model.device))
-            n += int(real.sum())
+        for some in rows.split(batch_size):
+            yield some.to(model.device)
+            n += int(some.real.sum())
             if n_tokens is not None and n >= n_tokens:
                 return
 

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=_floats)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected an object")
     return value
@@ -83,7 +83,7 @@ def _check_safetensors(path: Path) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + header_bytes + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file: its header does not read ({error})") from error
+            raise CheckpointError(f"{path} is not a safetensors file: its header does not read ({error})") from None
     if expected != size:
         state = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path} is {state}: expected {expected:,} bytes, it has {size:,}")
@@ -127,7 +127,7 @@ def open_safetensors(path: Path) -> LazyState:
         try:
             handle = safe_open(str(path), framework="pt", device="cpu")
         except Exception as error:  # the library's own errors share no base class with those of the system
-            raise CheckpointError(f"{path} does not read as safetensors: {error}") from error
+            raise CheckpointError(f"{path} does not read as safetensors: {error}") from None
         return handle.get_tensor, list(handle.keys())
 
     return _Remapping(path.name, open_file).state()
@@ -151,7 +151,7 @@ def open_bin(path: Path) -> LazyState:
             raise CheckpointError(
                 f"{path} does not read as plain weights: it is damaged, or holds code, which is never run "
                 f"({type(error).__name__}: {reason[0] if reason else 'no message'})"
-            ) from error
+            ) from None
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{path} holds a {type(state).__name__}; expected tensors by name")
         strange = [

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_mamba.components import Linear, LowRank, at_least_fp32, rms_normalize
+from hooked_mamba.documents import Documents
 from hooked_mamba.frozen.linear import Project
 from hooked_mamba.frozen.pattern import Pattern
 from hooked_mamba.frozen.tokens import TokenPath
@@ -28,13 +29,15 @@ from hooked_mamba.mixers.kv_state import KVState, remember
 from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
+from hooked_mamba.mixers.weight_views import AttentionViews
 from hooked_mamba.state import BranchState, Call
 
 
-class Attention(Branch):
+class Attention(AttentionViews, Branch):
     """q, k, v -> positions -> scores -> pattern -> z -> output, with a hook point at every site."""
 
     kind = "attention"
+    packs = True
     title = "Attention"
     place = "attn"
     config_class = AttentionConfig
@@ -109,6 +112,8 @@ class Attention(Branch):
         new.whole = call.padding is None
         memory = remember(state, new)
         z = self.hook_z(self.mix(q, memory, call))
+        if call.documents is not None:  # later calls continue the last document
+            memory = KVState(memory.k, memory.v, memory.real & of_last(call.documents, memory.real.shape[1]))
         if cfg.output_gate:
             z = self.hook_z_gated(z * self.hook_gate(torch.sigmoid(self.projected("gate", resid))))
         if self.hook_result.edited:
@@ -135,15 +140,16 @@ class Attention(Branch):
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
         length, m = q.shape[1], memory.k.shape[1]
-        seen = None if memory.all_real() else visible(memory.real, length)
+        documents = call.documents
+        seen = None if documents is None and memory.all_real() else visible(memory.real, length, documents)
         if self.hook_attn_scores.edited or self.hook_pattern.edited:
             everything = slice(None)
-            scores = self.hook_attn_scores(self.scores(q, memory, everything))
+            scores = self.hook_attn_scores(self.scores(q, memory, everything, documents))
             pattern = self.hook_pattern(scores.softmax(-1).to(q.dtype))
             z = torch.einsum("bhqm,bmhc->bqhc", pattern, of_queries(memory.v, self.cfg.n_heads))
         else:
-            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t))
-            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t).softmax(-1).to(q.dtype))
+            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t, documents))
+            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t, documents).softmax(-1).to(q.dtype))
             mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
             # At one position the heads that share keys are rows of one product.
             rows = q.transpose(1, 2) if length > 1 else q.unflatten(2, (memory.k.shape[2], -1))[:, 0]
@@ -159,11 +165,13 @@ class Attention(Branch):
             z = z.transpose(1, 2) if length > 1 else z.flatten(1, 2).unsqueeze(1)
         return z if call.padding is None else call.padding.zero(z)
 
-    def scores(self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice) -> Float[Tensor, "b Q q m"]:
+    def scores(
+        self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice, documents: Documents | None
+    ) -> Float[Tensor, "b Q q m"]:
         """Scaled scores of chosen queries, -inf where they must not look."""
         keys = of_queries(memory.k, self.cfg.n_heads)
         scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.score_scale
-        return scores.masked_fill(~visible(memory.real, q.shape[1])[:, None, t], -torch.inf)
+        return scores.masked_fill(~visible(memory.real, q.shape[1], documents)[:, None, t], -torch.inf)
 
     def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:
         """What each head adds to the output."""
@@ -223,13 +231,29 @@ class Attention(Branch):
         self.o_proj.weight /= self.cfg.n_layers**0.5
 
 
-def visible(real: Bool[Tensor, "b m"], length: int) -> Bool[Tensor, "b l m"]:
-    """Which keys each of the last `length` columns sees: real ones up to itself. A padded query sees only itself."""
+def visible(real: Bool[Tensor, "b m"], length: int, documents: Documents | None = None) -> Bool[Tensor, "b l m"]:
+    """Which keys each of the last `length` columns sees: real ones of its document up to itself. A padded query sees
+    only itself. Columns before this call belong to a row's first document."""
     m = real.shape[1]
     columns = torch.arange(m, device=real.device)
     own = columns[m - length :, None]
     causal = (columns <= own) & real[:, None]
+    if documents is not None:
+        number = numbers(documents, m)
+        causal = causal & (number[:, m - length :, None] == number[:, None])
     return torch.where(real[:, m - length :, None], causal, (columns == own)[None])
+
+
+def numbers(documents: Documents, m: int) -> Int[Tensor, "b m"]:
+    """The document of each of m columns, of which the last ones are those of this call."""
+    number = documents.number
+    return torch.cat([number.new_zeros(len(number), m - number.shape[1]), number], 1)
+
+
+def of_last(documents: Documents, m: int) -> Bool[Tensor, "b m"]:
+    """Columns of each row's last document."""
+    number = numbers(documents, m)
+    return number == number[:, -1:]
 
 
 def of_queries(kv: Float[Tensor, "b m J c"], heads: int) -> Float[Tensor, "b m Q c"]:

@@ -36,6 +36,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     """in_proj -> conv -> state-space dual -> gated norm -> out_proj, with a hook point at every site."""
 
     kind = "mamba2"
+    packs = True
     title = "Mamba-2"
     place = "mixer"
     config_class = Mamba2Config
@@ -134,7 +135,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         cfg = self.cfg
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         # An empty memory is None: some kernels start from no other.
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
@@ -145,8 +146,8 @@ class Mamba2Mixer(Mamba2Views, Branch):
         xBC = self.hook_x_pre(real(xBC))
         z = self.hook_z(z)
 
-        xBC, before, history = with_history(xBC, past, padding)
-        x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv).split([E, GN, GN], -1)
+        xBC, before, history = with_history(xBC, past, padding, documents)
+        x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv, documents).split([E, GN, GN], -1)
         x = self.hook_x(real(x.unflatten(-1, (H, cfg.P))))
         dt_pre = self.hook_dt_pre(at_least_fp32(dt_pre) + self.dt_bias)
         dt = softplus(dt_pre)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hooked_mamba import ops
 from hooked_mamba.components import GroupedRMSNorm, Linear, at_least_fp32, rms_normalize, silu, softplus
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.precision import uniform_fan_in
@@ -49,6 +50,7 @@ class Mamba3Mixer(Branch):
     """in_proj -> norms of B and C -> turning -> trapezoidal scan -> gate -> out_proj."""
 
     kind = "mamba3"
+    packs = True
     title = "Mamba-3"
     place = "mixer"
     config_class = Mamba3Config
@@ -118,7 +120,7 @@ class Mamba3Mixer(Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], Mamba3State]:
         cfg, H = self.cfg, self.cfg.H
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         theta, h0, B_last, x_last = (None,) * 4 if state is None else state
 
@@ -131,8 +133,7 @@ class Mamba3Mixer(Branch):
         lam = self.hook_lam(torch.sigmoid(at_least_fp32(lam)))
 
         step = math.pi * torch.tanh(at_least_fp32(angle)).unsqueeze(2) * dt.unsqueeze(-1)
-        turned = step.cumsum(1) if theta is None else step.cumsum(1) + theta.unsqueeze(1)
-        turned = self.hook_angle(turned)
+        turned = self.hook_angle(summed(step, theta, documents))
         B = turn(self.hook_B_pre(self.of_heads(B, self.B_norm_weight, self.B_bias)), turned)
         C = turn(self.hook_C_pre(self.of_heads(C, self.C_norm_weight, self.C_bias)), turned)
         B, C = self.hook_B(B), self.hook_C(C)
@@ -140,8 +141,8 @@ class Mamba3Mixer(Branch):
         A_bar = self.hook_A_bar(torch.exp(A * dt))
         beta = self.hook_beta((1 - lam) * dt * A_bar)
         gamma = self.hook_gamma(lam * dt)
-        x_before, x_last = shifted(x.flatten(2), None if x_last is None else x_last.flatten(1), padding)
-        B_before, B_last = shifted(B.flatten(2), None if B_last is None else B_last.flatten(1), padding)
+        x_before, x_last = shifted(x.flatten(2), None if x_last is None else x_last.flatten(1), padding, documents)
+        B_before, B_last = shifted(B.flatten(2), None if B_last is None else B_last.flatten(1), padding, documents)
         x_before, B_before = x_before.reshape(x.shape), B_before.reshape(B.shape)
 
         if self.discrete_sites_edited:
@@ -239,6 +240,15 @@ class Mamba3Mixer(Branch):
             parameter.fill_(1)
         if self.cfg.norm_of_heads:
             self.norm.weight.fill_(1)
+
+
+def summed(
+    step: Float[Tensor, "b l H S"], theta: Float[Tensor, "b H S"] | None, documents: Documents | None
+) -> Float[Tensor, "b l H S"]:
+    """The angle at every position: the steps so far, from theta on."""
+    if documents is not None:
+        return documents.cumsum(step, theta)
+    return step.cumsum(1) if theta is None else step.cumsum(1) + theta.unsqueeze(1)
 
 
 def turn(v: Float[Tensor, "b l H N"], theta: Float[Tensor, "b l H S"]) -> Float[Tensor, "b l H N"]:

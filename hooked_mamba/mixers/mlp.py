@@ -21,6 +21,7 @@ from hooked_mamba.hybrid_config import Activation, MLPConfig
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.mixers.weight_views import MLPViews
 from hooked_mamba.state import BranchState, Call
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -41,10 +42,11 @@ def activation_path(
     return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
 
 
-class MLP(Branch):
+class MLP(MLPViews, Branch):
     """x -> neurons -> output, with a hook point at every site."""
 
     kind = "mlp"
+    packs = True
     title = "MLP"
     place = "mlp"
     config_class = MLPConfig

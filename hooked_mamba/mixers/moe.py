@@ -35,6 +35,7 @@ class MoE(Branch):
     """x -> router -> k experts -> weighted sum, with a hook point at every site."""
 
     kind = "moe"
+    packs = True
     title = "MoE"
     place = "moe"
     config_class = MoEConfig

@@ -34,6 +34,7 @@ class ShortConv(Branch):
     """in_proj -> B x -> convolution -> C -> out_proj, with a hook point at every site."""
 
     kind = "short_conv"
+    packs = True
     title = "Short convolution"
     place = "mixer"
     config_class = ShortConvConfig
@@ -70,13 +71,13 @@ class ShortConv(Branch):
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], ConvState]:
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         (past,) = self.initial_state(len(resid)) if state is None else state
         B, C, x = self.hook_in_proj(self.in_proj(resid)).chunk(3, -1)
         B, C, x = self.hook_B(B), self.hook_C(C), self.hook_x(x)
         x = self.hook_x_pre(zero_padding(padding)(B * x))
-        x, before, history = with_history(x, past, padding)
-        y = self.hook_conv(convolved(x, self.conv1d, before)[:, -len(C[0]) :])
+        x, before, history = with_history(x, past, padding, documents)
+        y = self.hook_conv(convolved(x, self.conv1d, before, documents)[:, -len(C[0]) :])
         return self.hook_out_proj(self.out_proj(self.hook_y_gated(C * y))), ConvState(history)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ConvState:

@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from hooked_mamba.hooks.points import StateHookPoint
 from hooked_mamba.model.beam_search import Rules, beam_search
 from hooked_mamba.model.text import PaddingSide
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 def sample_logits(
@@ -70,6 +72,7 @@ class Generation:
     columns_before: int | None = None
     """Columns of earlier calls while `generate` runs; None outside of it."""
 
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def generate(
         self,

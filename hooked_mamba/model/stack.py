@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import Embed, LayerNorm, RMSNorm, Unembed, at_least_fp32
 from hooked_mamba.config import ModelConfig
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.states import padding_known
+from hooked_mamba.mixers.states import rows_known
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
 
 Stages = Sequence[Sequence[str]]
@@ -150,7 +151,7 @@ class Block(SitedModule):
             for name in stage:
                 branch = cast(Branch, modules[name])
                 before = None if state is None else state[name]
-                with padding_known(branch, call):
+                with rows_known(branch, call):
                     out, after[name] = branch(scaled(x, self.in_scales.get(name)), before, call)
                 out = norm(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
@@ -240,9 +241,18 @@ class Stack(SitedModule):
         state: ModelState | None,
         padding: Padding | None,
         carry: Mapping[str, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Blocks of `layers` in order. Layers that do not run keep their state as it is."""
-        call = Call(padding, None if state is None else state.seen, dict(carry or {}))
+        """Blocks of `layers` in order. Layers that do not run keep their state as it is.
+
+        Raises
+        ------
+        ValueError
+            Packed documents, and a branch that cannot keep them apart.
+        """
+        if documents is not None:
+            self.check_packs(layers)
+        call = Call(padding, None if state is None else state.seen, dict(carry or {}), documents)
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
             device, before = self.block(i).device, states[i]
@@ -254,6 +264,17 @@ class Stack(SitedModule):
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
+
+    def check_packs(self, layers: range) -> None:
+        """Refuse packed documents where a branch would let one read another."""
+        for i in layers:
+            for name, branch in self.block(i).branches.items():
+                if not branch.packs:
+                    what = branch.title or type(branch).__name__
+                    raise ValueError(
+                        f"document_ids: blocks.{i}.{name} ({what}) does not keep documents of one row apart; give each"
+                        " document a row of its own"
+                    )
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""

@@ -57,8 +57,8 @@ def ascending(op: str, name: str, positions: Iterable[int], length: int) -> tupl
         positions = positions.tolist()
     try:
         out = tuple(operator.index(p) for p in positions)
-    except TypeError as error:
-        raise TypeError(f"{op}: {name} must hold integers, got {positions!r}") from error
+    except TypeError:
+        raise TypeError(f"{op}: {name} must hold integers, got {positions!r}") from None
     for i, p in enumerate(out):
         if not 0 <= p < length:
             raise ValueError(f"{op}: {name}[{i}] is {p}, expected a position in [0, {length})")

@@ -151,7 +151,7 @@ class Reader:
         _, cache = self.model.run_with_cache(
             rows.tokens,
             names_filter=self.sites,
-            attention_mask=None if bool(rows.real.all()) else rows.real,
+            **rows.arguments(),
             return_type=None,
             stop_at_layer=None if self.last is None else self.last + 1,
         )
@@ -165,7 +165,7 @@ def next_rows(rows: RowSource, n: int) -> Rows | None:
     if batch is None:
         return None
     length = int(batch.real.any(0).nonzero().max()) + 1
-    return Rows(batch.tokens[:, :length], batch.real[:, :length])
+    return batch.columns(slice(length))
 
 
 def first_of(counted: Tensor, n: int) -> Tensor:
