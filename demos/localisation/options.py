@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from demos.localisation.families import TITLES
 from demos.localisation.task import NAMES, SIZES, Task
 
 
@@ -21,6 +22,7 @@ class Options:
 
     task: str = field(metadata=_about("recall or induction"))
     out: Path = field(metadata=_about("folder for checkpoint, log and the finished model"))
+    family: str = field(default="mamba", metadata=_about(f"one of {', '.join(TITLES)}"))
     size: int | None = field(
         default=None, metadata=_about("recall: pairs of a prompt (default: 8); induction: its length (default: 16)", 2)
     )
@@ -49,12 +51,19 @@ class Options:
             value, low = getattr(self, entry.name), entry.metadata["low"]
             if low is not None and value is not None and not value >= low:
                 raise ValueError(f"{entry.name} must be at least {low}, got {value!r}")
+        if self.family not in TITLES:
+            raise ValueError(f"family must be one of {', '.join(TITLES)}, got {self.family!r}")
         self.goal  # noqa: B018  a task that does not exist is an error now, not after a model was built
 
     @property
     def goal(self) -> Task:
         """The task at its full size."""
         return Task(self.task, self.size or SIZES.get(self.task, 0), self.vocab)
+
+    @property
+    def name(self) -> str:
+        """The model's name: its task, and its family where that is not Mamba-1."""
+        return self.task if self.family == "mamba" else f"{self.task}-{self.family.replace('_', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: every option that the result depends on."""
@@ -70,14 +79,14 @@ class Options:
             value = getattr(self, entry.name)
             if value != entry.default and entry.name not in ("out", "threads", "checkpoint_every"):
                 words.append(f"--{entry.name.replace('_', '-')} {value}")
-        return " ".join([*words, f"--out runs/{self.task}"])
+        return " ".join([*words, f"--out runs/{self.name}"])
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Options, bool]:
     """The options of a command line, and whether to resume. Unknown options are errors."""
     parser = argparse.ArgumentParser(
         prog="python -m demos.localisation.train",
-        description="Train a small Mamba on a task whose answers have a place.",
+        description="Train a small model on a task whose answers have a place.",
         allow_abbrev=False,
     )
     types = {"int": int, "float": float, "str": str, "Path": Path, "int | None": int}
@@ -89,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, bool]:
             type=types[str(entry.type)],
             required=required,
             default=None if required else entry.default,
-            choices=NAMES if entry.name == "task" else None,
+            choices={"task": NAMES, "family": tuple(TITLES)}.get(entry.name),
             help=text,
         )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, bit for bit")

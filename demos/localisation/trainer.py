@@ -19,10 +19,11 @@ import time
 import torch
 from torch import nn
 
+from demos.localisation.families import build_model
 from demos.localisation.options import Options
 from demos.localisation.task import SMALLEST, Task
 from demos.tinystories import checkpoint
-from hooked_mamba import HookedMamba, MambaConfig
+from hooked_mamba import HookedModel
 
 HELD_OUT_SEED = 1_000_001
 
@@ -50,7 +51,7 @@ def learning_rate(step: int, options: Options) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: HookedMamba, task: Task, n: int, seed: int) -> float:
+def accuracy(model: HookedModel, task: Task, n: int, seed: int) -> float:
     """The share of prompts whose likeliest next token is the answer."""
     prompts = task.prompts(n, seed)
     return float((model(prompts.tokens)[:, -1].argmax(-1) == prompts.answers).float().mean())
@@ -61,17 +62,11 @@ class Trainer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        cfg = MambaConfig(
-            d_model=options.d_model,
-            n_layers=options.n_layers,
-            d_vocab=options.vocab,
-            d_state=options.d_state,
-            model_name=f"localisation-{options.task}",
-        )
-        self.model = HookedMamba(cfg, seed=options.seed)
+        shape = (options.d_model, options.n_layers, options.d_state, options.vocab)
+        self.model = build_model(options.family, *shape, f"localisation-{options.name}", options.seed)
         named = list(self.model.named_parameters())
-        decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("A_log")]
-        free = [p for name, p in named if p.ndim < 2 or name.endswith("A_log")]
+        decayed = [p for name, p in named if p.ndim >= 2 and name.endswith("weight")]
+        free = [p for name, p in named if p.ndim < 2 or not name.endswith("weight")]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2))
         self.step = 0

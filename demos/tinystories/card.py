@@ -22,7 +22,7 @@ CURVE_ROWS = 16
 CARD_OPTIONS = entries(
     "family/name/n_layers/steps/batch/length/lr/warmup/final_lr/weight_decay/beta2/clip/dropout/seed"
 )
-TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
+TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2", "rwkv7": "RWKV-7"}
 
 
 def finish(trainer: Trainer) -> Path:
@@ -43,13 +43,17 @@ def finish(trainer: Trainer) -> Path:
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     options, cfg = trainer.options, trainer.model.cfg
-    shape = f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}"
+    if options.family == "rwkv7":
+        shape = f"d_model {cfg.d_model}, {cfg.H} heads of {cfg.K}, channel mix of {cfg.F} neurons"
+    else:
+        shape = f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}"
     if options.family == "mamba2":
         shape += f", {cfg.H} heads of {cfg.P}"
     values = {name: getattr(options, name) for name in CARD_OPTIONS}
     return values | {
         "title": TITLES[options.family],
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
+        "command": options.command(),
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
         "tokenizer_text": trainer.corpus.tokenizer.init_kwargs.get("trained_on", "text that its files do not name"),

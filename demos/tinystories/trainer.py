@@ -19,10 +19,11 @@ from demos.tinystories import checkpoint
 from demos.tinystories.data import Corpus, HeldOut, crops, held_out_loss
 from demos.tinystories.dropout import dropout_hooks
 from demos.tinystories.options import Options
-from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
+from hooked_mamba import HookedMamba, HookedMamba2, HookedRWKV7, Mamba2Config, MambaConfig
+from hooked_mamba.recurrent_config import RWKV7Config
 
 
-def build_model(options: Options, tokenizer: Any) -> HookedMamba | HookedMamba2:
+def build_model(options: Options, tokenizer: Any) -> HookedMamba | HookedMamba2 | HookedRWKV7:
     """A model with random weights drawn from the run's seed."""
     ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     shape = {"d_model": options.d_model, "n_layers": options.n_layers, "model_name": options.name}
@@ -30,6 +31,10 @@ def build_model(options: Options, tokenizer: Any) -> HookedMamba | HookedMamba2:
     if options.family == "mamba":
         cfg = MambaConfig(d_vocab=d_vocab, d_state=options.d_state or 16, **shape, **ids)
         return HookedMamba(cfg, tokenizer, seed=options.seed)
+    if options.family == "rwkv7":
+        ranks = {"decay_rank": 32, "rate_rank": 32, "value_rank": 32, "gate_rank": 64}  # what RWKV-LM has at this width
+        shape |= {"head_dim": options.head_dim, "d_mlp": options.d_mlp, "tie_embeddings": True}
+        return HookedRWKV7(RWKV7Config(d_vocab=d_vocab, **shape, **ranks, **ids), tokenizer, seed=options.seed)
     cfg2 = Mamba2Config(d_vocab=d_vocab, d_state=options.d_state or 64, head_dim=options.head_dim, **shape, **ids)
     return HookedMamba2(cfg2, tokenizer, seed=options.seed)
 
@@ -44,10 +49,13 @@ def learning_rate(step: int, options: Options) -> float:
 
 
 def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
-    """AdamW that decays matrices. A_log is a table of rates, not a map, and stays out (Gu & Dao's own choice)."""
+    """AdamW that decays matrices: the weights of layers, as those who train Mamba and RWKV do.
+
+    A_log is a table of rates, not a map; RWKV's low-rank factors have names of their own.
+    """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        is_matrix = parameter.ndim >= 2 and name.endswith("weight")
         (decayed if is_matrix else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2), eps=1e-8)
