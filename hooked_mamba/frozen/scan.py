@@ -134,8 +134,12 @@ class HeldScan(ABC):
         out = back.permute(0, 3, 1, 2)
         if not include_skip:
             out = out.clone()
-            out[:, :, torch.arange(len(targets), device=v.device), at] -= self.skip()[:, None].to(out.dtype)
+            out[:, :, torch.arange(len(targets), device=v.device), at] -= self._skip_at(targets).to(out.dtype)
         return out if lanes is None else out[:, self.lane_numbers(lanes)]
+
+    def _skip_at(self, targets: list[int]) -> Float[Tensor, "*b H q"]:
+        skip = self.skip()
+        return skip[:, None] if skip.ndim == 1 else skip[:, targets].transpose(1, 2)
 
     def mean_rows(
         self,
@@ -153,8 +157,8 @@ class HeldScan(ABC):
         """alpha[t,t]."""
         return self.rows(include_skip=include_skip).diagonal(dim1=2, dim2=3).transpose(1, 2)
 
-    def skip(self) -> Float[Tensor, " H"]:
-        """The part of alpha[t,t] that passes beside the state, one number a lane."""
+    def skip(self) -> Float[Tensor, "*positions H"]:
+        """The part of alpha[t,t] that passes beside the state: one number a lane, or b l H where it depends on t."""
         return self.values.new_zeros(self.n_lanes)
 
     def write(self, u: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l H P N"]:
