@@ -181,6 +181,18 @@ class HeldScan(ABC):
         """
         raise ValueError(f"{type(self).__name__} does not say what is left of a write")
 
+    def switched_off(
+        self, head: int, vy: Float[Tensor, "b l E"], h0: Tensor | None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b l"], Float[Tensor, "b l"]]:
+        """What sum_t vy_t . y_t changes by when each single write, removal or decay of a head is switched off.
+
+        Raises
+        ------
+        NotImplementedError
+            This kind does not say.
+        """
+        raise NotImplementedError(type(self).__name__)
+
     def lane_numbers(self, lanes: Sequence[int] | slice) -> list[int]:
         """Lanes as non-negative numbers.
 
@@ -251,3 +263,9 @@ def resolve_queries(queries: Sequence[int] | None, length: int) -> list[int]:
         if not -length <= t < length:
             raise IndexError(f"query {t} is out of range for {length} positions")
     return [int(t) % length for t in queries]
+
+
+def states_before(states: Float[Tensor, "b l ..."], h0: Tensor | None) -> Float[Tensor, "b l ..."]:
+    """The state before each position, from those after each."""
+    first = torch.zeros_like(states[:, 0]) if h0 is None else h0.to(states.dtype)
+    return torch.cat([first.unsqueeze(1), states[:, :-1]], 1)

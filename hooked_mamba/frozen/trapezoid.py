@@ -6,7 +6,8 @@ With onward_s = beta_{s+1} / alpha_{s+1}, what x_s will be written with at the n
 
     g_t = h_t + onward_t x_t B_t^T      g_t = alpha_t g_{t-1} + (gamma_t + onward_t) x_t B_t^T      one scan of Mamba-2
 
-    alpha[t, s] = (gamma_s + onward_s) alpha_{s+1} ... alpha_t C_t . B_s,  s < t      alpha[t, t] = gamma_t C_t . B_t + skip_t
+    alpha[t, s] = (gamma_s + onward_s) alpha_{s+1} ... alpha_t C_t . B_s,  s < t
+    alpha[t, t] = gamma_t C_t . B_t + skip_t
 
 With several inputs and outputs of a head (MIMO) a channel's value is written along sum_r up_r B_r and read along
 sum_r down_r C_r, numbers of its own: each channel is then a lane, and the ranks r are summed by that.
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba import ops
-from hooked_mamba.frozen.scan import HeldScan, resolve_queries
+from hooked_mamba.frozen.scan import HeldScan, resolve_queries, states_before
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 from hooked_mamba.ops.precision import state_dtype
@@ -224,6 +225,32 @@ class TrapezoidScan(HeldScan):
 
     def _own(self, head: Tensor, B: Tensor, C: Tensor) -> Float[Tensor, "b l lanes"]:
         return self.gamma[..., head] * (B * C).sum(-1)
+
+    def switched_off(
+        self, head: int, vy: Float[Tensor, "b l E"], h0: Tensor | None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b l"], Float[Tensor, "b l"]]:
+        """A write is both of its halves. Without a decay beta stays as it was."""
+        if not -self.n_heads <= head < self.n_heads:
+            raise IndexError(f"head {head} is out of range: this mixer has {self.n_heads} heads")
+        S = self.out(h0, states_at=range(self.length)).states
+        assert S is not None  # they were asked for
+        start = None if h0 is None else h0.reshape(*S[:, 0].shape[:-1], 2, -1)[:, head, :, 0]
+        S = states_before(S[:, :, head], start)
+        # The same run from the end, over one head: Lam_t = vy_t C_t^T + alpha_{t+1} Lam_{t+1}.
+        down = 1 if self.down is None else self.down[:, :, :, head]
+        seen = vy.unflatten(2, (self.n_heads, -1))[:, :, head].unsqueeze(2) * down
+        at_y = torch.einsum("blrp,blrn->blpn", seen.expand(-1, -1, self.C.shape[2], -1), self.C[:, :, :, head])
+        alpha = torch.exp(-self.step[..., head])
+        later = torch.cat([alpha[:, 1:], torch.ones_like(alpha[:, :1])], 1).flip(1)
+        Lam = ops.linear_scan(later[..., None, None], at_y.flip(1)).flip(1)
+        x = self.u.unflatten(2, (self.n_heads, -1)).flatten(3)
+        writes = x.unsqueeze(2) if self.up is None else x.unsqueeze(2) * self.up
+        xB = torch.einsum("blrp,blrn->blpn", writes[:, :, :, head], self.B[:, :, :, head])
+        # The second half is read from the next position on: Lam_t without what t itself reads.
+        halves = self.gamma[..., head, None, None] * Lam + self.onward[..., head, None, None] * (Lam - at_y)
+        write = -(xB * halves).sum((-2, -1))
+        decay = (S * (1 - alpha)[..., None, None] * Lam).sum((-2, -1))
+        return write, torch.zeros_like(write), decay
 
     def skip(self) -> Float[Tensor, "b l lanes"]:
         return self.beside

@@ -242,7 +242,7 @@ class Mamba3Mixer(Branch):
 
         return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, lambda h, t: self.read_state(h, C[:, t], x.dtype))
 
-    # The linear form: dt, A, lam, B, C, the gate and the norm's divisor are held ---------------------------------------
+    # The linear form: dt, A, lam, B, C, the gate and the norm's divisor are held -------------------------------------
 
     frozen_sites = tuple(f"hook_{name}" for name in ("x", "dt", "A", "beta", "gamma", "B", "C", "gate"))
     places: ClassVar = {"u": "hook_x", "y": "hook_y", "state": "hook_h"}

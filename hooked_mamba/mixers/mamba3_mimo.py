@@ -24,7 +24,7 @@ from hooked_mamba.frozen.trapezoid import TrapezoidScan
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.mamba3 import Mamba3Mixer, Mamba3State, turned_pairs
-from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
+from hooked_mamba.mixers.states import scan_through_hooks
 from hooked_mamba.ops.interface import ScanOut
 from hooked_mamba.recurrent_config import Mamba3MIMOConfig
 
@@ -162,7 +162,7 @@ class Mamba3MIMOMixer(Mamba3Mixer):
 
         return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, lambda h, t: self.read_state(h, C[:, t], x.dtype))
 
-    # The linear form: each channel is written along sum_r mimo_x_r B_r and read along sum_r gate_r mimo_o_r C_r ---------
+    # The linear form: each channel is written along sum_r mimo_x_r B_r and read along sum_r gate_r mimo_o_r C_r -------
 
     frozen_sites = Mamba3Mixer.frozen_sites
     places: ClassVar = {"u": "hook_x", "y": "hook_y_merged", "state": "hook_h"}

@@ -27,7 +27,7 @@ def mixer(
 
 
 def equations(cfg, rec: Callable[[str, Array], Array], p: Mapping[str, Array], n: Array, memory: Mapping[str, Array]):
-    """(output, memory); several inputs and outputs (MIMO) have mimo_rank, and an axis of ranks in front of the heads."""
+    """(output, memory); with mimo_rank there is an axis of ranks in front of the heads."""
     R = getattr(cfg, "mimo_rank", None)
     E, H, P, N, S, G = cfg.E, cfg.H, cfg.head_dim, cfg.d_state, cfg.S, cfg.n_groups
     ranks, wide = R or 1, (R or 1) * G * N

@@ -1,4 +1,5 @@
-"""Linear forms of the delta rule and of Mamba-3: sums, places against a replay that knows nothing of them, hidden attention, parts."""
+"""Linear forms of the delta rule and of Mamba-3: sums, hidden attention, parts, places against a replay that knows
+nothing of them."""
 
 from __future__ import annotations
 
