@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mamba import ops
@@ -137,7 +137,7 @@ class TrapezoidScan(HeldScan):
         return self.step.shape[2]
 
     @property
-    def real(self) -> Float[Tensor, "b l"]:
+    def real(self) -> Bool[Tensor, "b l"]:
         """Positions that are no padding."""
         return (self.step > 0).any(-1)
 

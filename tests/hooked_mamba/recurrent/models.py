@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,8 +33,9 @@ MAMBA3 = {
 }
 """Mamba-3 with single inputs and outputs, and with several."""
 
-LINEAR = (*KINDS, *MAMBA3)
-"""What linear forms are tested on."""
+SLOW = ("deltanet-bare", "deltanet-sigmoid", "mamba3-bare", "mamba3-mimo-bare")
+LINEAR = tuple(pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in (*KINDS, *MAMBA3))
+"""What linear forms are tested on: some of them by default."""
 
 
 def config(kind: str, n_layers: int = 2) -> RWKV7Config | HybridConfig:
