@@ -142,12 +142,15 @@ def _mode(asked: str | None) -> str | None:
 def _layer_of(coder: SparseCoder, run: Run) -> int:
     """The layer whose mixer's output a coder predicts."""
     name = SiteName.parse(unalias(coder.cfg.out_site))
-    if name.layer is None or name.place != "mixer":
+    if name.layer is None or (name.place != "mixer" and name.local != "hook_mixer_out"):
         raise ValueError(
             f"a coder that predicts {coder.cfg.out_site} replaces no layer: expected blocks.{{i}}.mixer.hook_out_proj"
         )
     if not 0 <= name.layer < run.n_layers:
         raise ValueError(f"a coder for layer {name.layer}, but the model has {run.n_layers} layers")
-    if str(name) != (site := out_site(run.model, name.layer)):
+    site, block = out_site(run.model, name.layer), run.model.block(name.layer)
+    own = f"blocks.{name.layer}.mixer.{block.branches['mixer'].out_site}" if "mixer" in block.branches else site
+    unscaled = block.out_scales.get("mixer") in (None, 1) and not block.norm_after
+    if str(name) != site and not (unscaled and str(name) == own):
         raise ValueError(f"a coder that predicts {name} replaces no layer: expected {site}")
     return name.layer

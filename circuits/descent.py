@@ -169,7 +169,8 @@ class Descent:
             below = pulled.below
             self.keep(part, pulled)
         else:
-            parts.biases[part] = parts.initial[part] = out.new_zeros(len(out))
+            for constants in (parts.biases, parts.initial):
+                constants.setdefault(part, out.new_zeros(len(out)))
         parts.features[coded.layer] = coded.feature_effects(by_coder, rows)
         parts.coder_biases[coded.layer] = coded.bias_effect(by_coder)
         parts.errors[coded.layer] = coded.error_effects(by_coder, rows)
@@ -205,13 +206,14 @@ class Descent:
         if self.keep_heads:
             self.parts.heads[layer] = pulled.at["u"] * chain.u[rows]
             self.parts.token_heads[layer] = pb * chain.p[rows]
-        bias = pulled.bias
+        self.constants(layer, pulled)
+        self.carry(pulled)
         if nodes is not None:
             ending = pb * nodes
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[layer] = (ending * chain.p[rows])[:, source, channel]
-            pb, bias = pb - ending, bias - chain.pull(ending, rows, start="p").bias
-        self.parts.biases[layer], self.parts.initial[layer] = bias, pulled.initial
+            pb = pb - ending
+            self.parts.biases[layer] = self.parts.biases[layer] - chain.pull(ending, rows, start="p").bias
         return chain.pull(pb, rows, start="p").below
 
     def carry(self, pulled: Pulled) -> None:

@@ -215,7 +215,8 @@ class PartialMix(Mix):
         if not self.options.include_self:
             covector = covector - (self.own() if self.rows is None else self.own()[self.rows]) * v
         if not self.options.include_D:
-            covector = covector - self.skip() * v
+            skip = self.skip()
+            covector = covector - (skip if self.rows is None or skip.ndim == 1 else skip[self.rows]) * v
         return back._replace(covector=covector)
 
     def diagonal(self) -> Tensor:

@@ -282,10 +282,10 @@ class Mix(Piece):
         u = self.scan.values
         return self.scan.diagonal(include_skip=False).repeat_interleave(self.scan.width, 2).to(u.dtype)
 
-    def skip(self) -> Float[Tensor, " E"]:
+    def skip(self) -> Float[Tensor, "*positions E"]:
         """What a channel passes on beside the state."""
         u = self.scan.values
-        return self.scan.skip().repeat_interleave(self.scan.width).to(u.dtype)
+        return self.scan.skip().repeat_interleave(self.scan.width, -1).to(u.dtype)
 
     def _over(self, x: Tensor) -> HeldScan:
         return self.scan.over(x.unflatten(2, (self.scan.n_lanes, -1)), self.rows)

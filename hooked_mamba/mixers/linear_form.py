@@ -106,7 +106,7 @@ class LinearForm(SitedModule):
         nodes = {"p": len(pieces)}
         pieces += [Conv(path.taps, path.bias, self.history(before, path)), Gain(path.sigma)]
         nodes["u"] = len(pieces)
-        pieces += [] if scan is None else [Mix(scan, self.memory(before))]
+        pieces += [] if scan is None else [Mix(scan, self.entering(before))]
         pieces += [] if bias is None else [Offset(bias)]
         nodes["y"] = len(pieces)
         pieces += [] if gain is None else [Gain(gain)]
@@ -173,6 +173,10 @@ class LinearForm(SitedModule):
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""
         return before[-1] if before else None
+
+    def entering(self, before: BranchState | None) -> Tensor | None:
+        """What the held scan goes on from; default: its state."""
+        return self.memory(before)
 
     def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
         """The K - 1 values of p before the first position; default: zeros."""
