@@ -1,27 +1,33 @@
 """Running many patches in few forward passes.
 
 1. One pass over the corrupted prompts keeps the residual stream that enters every block.
-2. Patches of the same layer stand side by side: the prompts are repeated, one copy a patch, and each patch edits its
-   own copy's rows only.
-3. Such a batch starts at the patched layer, since nothing before it can differ.
+2. Patches stand side by side: the prompts are repeated, one copy a patch, and each edits its own copy's rows only.
+3. A copy joins at the patched layer, since nothing before it can differ.
+4. Patches that say at which position they stand start close to it as well, from the memory that the prompts have left
+   before: it is as it was.
+5. Logits are formed where the metric reads them (see `read_positions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.analysis.read_positions import Metric as Metric
+from hooked_mamba.analysis.read_positions import Readout
+from hooked_mamba.state import BlockState, ModelState
 
-Metric = Callable[[Tensor], Tensor]
-"""From logits b l V to one number, or to one a row."""
+STARTS = 8
+"""At how many positions of a prompt patches may start at the most."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,10 @@ class Patch:
     """One edit of one site; `edit` may write into the value that it gets, or return another."""
 
     site: str
-    edit: Callable[[Tensor], Tensor | None]
+    edit: Callable[..., Tensor | None]
+    position: int | None = None
+    """The first column that it changes: `edit(value, first)` then gets the columns from `first` on. None: any, and
+    `edit(value)` gets all of them."""
 
     def start(self, n_layers: int) -> int | None:
         """The first block that can notice; n_layers: only the unembedding; None: from the tokens on."""
@@ -48,6 +57,7 @@ def run_patches(
     batch_size: int = 32,
     progress: bool = True,
     description: str = "patching",
+    positions: Sequence[int] | None = None,
 ) -> Tensor:
     """The metric after each patch alone, in order: one number each, or a row of them where the metric gives one.
 
@@ -57,44 +67,150 @@ def run_patches(
         The corrupted prompts.
     batch_size
         Rows of one forward pass.
+    positions
+        Columns of the logits that the metric reads; None: it is asked (see :func:`read_positions`). At all others it
+        gets NaN.
     """
-    b = tokens.shape[0]
-    entering = residuals(model, tokens, attention_mask)
-    results: list[Tensor] = []
-    with tqdm(total=len(patches), disable=not progress, desc=description) as bar:
-        for start, batch in _batches(patches, model.cfg.n_layers, max(1, batch_size // b)):
-            n = len(batch)
-            rows = tokens if start is None else entering[start]
-            rows = rows.repeat(n, *(1,) * (rows.ndim - 1))
-            mask = None if attention_mask is None else attention_mask.repeat(n, 1)
-            with model.hooks(_hooks(batch, b)):
-                behind = None if start is None else tokens.repeat(n, 1)
-                logits = model(rows, start_at_layer=start, attention_mask=mask, tokens=behind)
-            results += [torch.as_tensor(metric(one)) for one in logits.split(b)]
-            bar.update(n)
-    if not results:
+    if not patches:
         raise ValueError("there are no patches to run")
-    return torch.stack(results)
+    b = tokens.shape[0]
+    plain = not any(point.edited for point in model.hook_points())
+    base = Base(model, tokens, attention_mask)
+    wanted = None if positions is None else [t % tokens.shape[1] for t in positions]
+    whole = None if plain else list(range(tokens.shape[1]))  # functions on the way may count positions
+    readout = Readout(model, metric, model.to_logits(base.entering[-1]), wanted if whole is None else whole)
+    early = plain and attention_mask is None and model.causal
+    firsts = _firsts(patches, len(patches) * b // batch_size, tokens.shape[1]) if early else [0]
+    base.remember(firsts)
+    results: dict[int, Tensor] = {}
+    with tqdm(total=len(patches), disable=not progress, desc=description) as bar:
+        for first, numbers in _batches(patches, base, firsts, max(1, batch_size // b)):
+            batch = [patches[i] for i in numbers]
+            with model.hooks(_hooks(batch, b, first)):
+                if batch[0].start(base.n_layers) == base.n_layers:
+                    rows = base.entering[-1].repeat(len(batch), 1, 1)
+                    logits = model(rows, start_at_layer=base.n_layers, attention_mask=base.mask(len(batch)))
+                    found = [torch.as_tensor(metric(one)) for one in logits.split(b)]
+                else:
+                    found = readout(base.patched([patch.start(base.n_layers) for patch in batch], first), first)
+            results |= dict(zip(numbers, found, strict=True))
+            bar.update(len(batch))
+    return torch.stack([results[i] for i in range(len(patches))])
+
+
+class Base:
+    """The run that patches change.
+
+    Parameters
+    ----------
+    model, tokens, attention_mask
+        As in :func:`run_patches`.
+    """
+
+    def __init__(self, model: Any, tokens: Int[Tensor, "b l"], attention_mask: Tensor | None) -> None:
+        self.model, self.tokens, self.attention_mask = model, tokens, attention_mask
+        self.n_layers: int = model.cfg.n_layers
+        self.handed_on = model.handed_on()
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        names = ["blocks.*.hook_resid_pre", last, *self.handed_on.values()]
+        _, cache = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
+        assert isinstance(cache, ActivationCache)
+        self.entering = [cache["resid_pre", i] for i in range(self.n_layers)] + [cache[last]]
+        """The residual stream entering every block, and what the final norm reads."""
+        self.carry = {name: cache[site] for name, site in self.handed_on.items()}
+        """What one layer leaves for later ones."""
+        self.memories: Mapping[int, ModelState] = {}
+        """Memory before some columns."""
+
+    def remember(self, at: Sequence[int]) -> None:
+        """Keep the memory before some columns, ascending, from one pass over the prompts."""
+        found: dict[int, ModelState] = {}
+        state, column = None, 0
+        for first in at:
+            if first > column:
+                run = {"initial_state": state, "return_state": True, "stop_at_layer": self.n_layers}
+                _, state = self.model(self.tokens[:, column:first], **run)
+                found[first], column = state, first
+        self.memories = found
+
+    def mask(self, n: int) -> Tensor | None:
+        """The mask of n copies."""
+        return None if self.attention_mask is None else self.attention_mask.repeat(n, 1)
+
+    def patched(self, starts: Sequence[int | None], first: int) -> Float[Tensor, "n m d"]:
+        """What the last block leaves, from column `first` on, of copies that join at their layers, ascending.
+
+        Functions that edit the copies are on the model's hook points.
+        """
+        n = len(starts)
+        if starts[0] is None:  # all of them: they are edited before the first block
+            run = {"attention_mask": self.mask(n), "initial_state": self.memory(first, n, range(self.n_layers))}
+            return self.model(self.tokens[:, first:].repeat(n, 1), stop_at_layer=self.n_layers, **run)
+        layers = [start for start in starts if start is not None]
+        stream = self.entering[0][:0, first:]
+        for layer, stop in pairwise([*dict.fromkeys(layers), self.n_layers]):
+            joining = self.entering[layer][:, first:].repeat(layers.count(layer), 1, 1)
+            stream = torch.cat([stream.to(joining.device), joining])
+            n = bisect_right(layers, layer)
+            stream = self.model(
+                stream,
+                start_at_layer=layer,
+                stop_at_layer=stop,
+                tokens=self.tokens[:, first:].repeat(n, 1),
+                attention_mask=self.mask(n),
+                initial_state=self.memory(first, n, range(layer, stop)),
+                carry={name: value[:, first:].repeat(n, *(1,) * (value.ndim - 1)) for name, value in self.carry.items()}
+                if layer
+                else None,
+            )
+        return stream
+
+    def memory(self, first: int, n: int, layers: range) -> ModelState | None:
+        """The memory of n copies before a column, for some layers: that of others only has the right shape."""
+        if first not in self.memories:
+            return None
+        state, b = self.memories[first], len(self.tokens)
+        index = torch.arange(b, device=self.tokens.device).repeat(n)
+
+        def copies(i: int, layer: BlockState) -> BlockState:
+            if i in layers:
+                return layer.map(lambda part: part[index.to(part.device)])
+            return layer.map(lambda part: part[:1].expand(n * b, *part.shape[1:]))
+
+        seen = None if state.seen is None else state.seen[index]
+        return ModelState(tuple(copies(i, layer) for i, layer in enumerate(state)), seen)
 
 
 def residuals(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """The residual stream entering every block, and what the final norm reads."""
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    _, cache = model.run_with_cache(
-        tokens, attention_mask=attention_mask, names_filter=["blocks.*.hook_resid_pre", last], return_type=None
-    )
-    assert isinstance(cache, ActivationCache)
-    return [cache["resid_pre", i] for i in range(model.cfg.n_layers)] + [cache[last]]
+    return Base(model, tokens, attention_mask).entering
 
 
-def _batches(patches: Sequence[Patch], n_layers: int, at_once: int) -> Iterator[tuple[int | None, list[Patch]]]:
-    for start, group in groupby(patches, key=lambda patch: patch.start(n_layers)):
-        same = list(group)
-        for first in range(0, len(same), at_once):
-            yield start, same[first : first + at_once]
+def _firsts(patches: Sequence[Patch], starts: int, length: int) -> list[int]:
+    """The columns from which patches run: a few, so that many patches have one in common."""
+    step = -(-length // max(1, min(STARTS, starts)))
+    return sorted({0, *(patch.position // step * step for patch in patches if patch.position is not None)})
 
 
-def _hooks(batch: Sequence[Patch], b: int) -> list[tuple[str, Callable[..., Any]]]:
+def _batches(patches: Sequence[Patch], base: Base, firsts: Sequence[int], at_once: int) -> list[tuple[int, list[int]]]:
+    """(first column, patches that run side by side), patches by their numbers and in the order of their layers."""
+    n = base.n_layers
+    groups: dict[tuple[int | None, int], list[int]] = {}
+    for i, patch in enumerate(patches):
+        start = patch.start(n)
+        # What a layer hands on differs between copies that run it and copies that join above it.
+        apart = start if start in (None, n) or base.handed_on else -1
+        whole = patch.position is None or start == n
+        first = 0 if whole else firsts[bisect_right(firsts, patch.position or 0) - 1]
+        groups.setdefault((apart, first), []).append(i)
+    found = []
+    for (_, first), group in groups.items():
+        ordered = sorted(group, key=lambda i: patches[i].start(n) or 0)
+        found += [(first, ordered[i : i + at_once]) for i in range(0, len(ordered), at_once)]
+    return found
+
+
+def _hooks(batch: Sequence[Patch], b: int, first: int) -> list[tuple[str, Callable[..., Any]]]:
     """One hook a site, editing the rows of the patches that name it."""
     places: dict[str, list[int]] = {}
     for i, patch in enumerate(batch):
@@ -104,7 +220,7 @@ def _hooks(batch: Sequence[Patch], b: int) -> list[tuple[str, Callable[..., Any]
         def edit(value: Tensor, hook: Any) -> Tensor:
             for i in mine:
                 rows = value[i * b : (i + 1) * b]
-                out = batch[i].edit(rows)
+                out = batch[i].edit(rows) if batch[i].position is None else batch[i].edit(rows, first)
                 if out is not None and out is not rows:
                     value[i * b : (i + 1) * b] = out
             return value

@@ -49,6 +49,7 @@ def generic_activation_patch(
     batch_size: int = 32,
     progress: bool = True,
     return_figure: bool = False,
+    positions: Sequence[int] | None = None,
 ) -> Any:
     """Patch one activation after the other and measure.
 
@@ -76,6 +77,8 @@ def generic_activation_patch(
         Rows of one forward pass.
     progress
         Whether to show a bar.
+    positions
+        Columns of the logits that the metric reads, such as (-1,); None: it is asked. It gets NaN at all others.
     return_figure
         Also return a plotly heat map (of the first two axes; further ones are averaged).
 
@@ -91,16 +94,17 @@ def generic_activation_patch(
     clean = CleanValues(model, clean_cache, activation_name, tokens.shape, index_axis_names)
 
     def patch_at(index: tuple[int, ...]) -> Patch:
-        def edit(value: Tensor) -> Tensor:
+        def edit(value: Tensor, first: int = 0) -> Tensor:
+            here = clean.from_column(index, first)
             try:
-                return patch_setter(value, index, clean.value(index).to(value))
+                return patch_setter(value, here, clean.value(index)[:, first:].to(value))
             except IndexError as error:
                 raise IndexError(
                     f"the patch setter cannot use index {index} ({', '.join(clean.axes)}) in {clean.site(index)}, whose"
                     f" value is {list(value.shape)}: {error}"
                 ) from error
 
-        return Patch(clean.site(index), edit)
+        return Patch(clean.site(index), edit, clean.column(index) if patch_setter in AT_ONE_POSITION else None)
 
     there = [i for i, index in enumerate(indices) if clean.is_there(index)]
     values = run_patches(
@@ -112,6 +116,7 @@ def generic_activation_patch(
         batch_size,
         progress,
         f"patching {activation_name}",
+        positions,
     )
     if len(there) < len(indices):  # blocks without this site have nothing to patch
         values, found_ones = values.new_full((len(indices), *values.shape[1:]), torch.nan), values
@@ -194,6 +199,20 @@ class CleanValues:
             return self.model.act_name(f"h.{index[self.axes.index('pos')]}", index[0])
         return self.model.act_name(self.name, index[0])
 
+    def column(self, index: Sequence[int]) -> int | None:
+        """The column that an index names; None where it names none, or one from the end."""
+        if self.by_state or "pos" not in self.axes or self.model.site(self.site(index)).row.position_axis != 1:
+            return None
+        column = index[self.axes.index("pos")]
+        return column if 0 <= column < self.shape[1] else None
+
+    def from_column(self, index: tuple[int, ...], first: int) -> tuple[int, ...]:
+        """An index as it is where only the columns from `first` on are there."""
+        if not first:
+            return index
+        place = self.axes.index("pos")
+        return (*index[:place], index[place] - first, *index[place + 1 :])
+
     def is_there(self, index: Sequence[int]) -> bool:
         """Whether the block has the site; False for all but a few blocks of a hybrid."""
         full = self.site(index)
@@ -260,6 +279,10 @@ def layer_pos_head_vector_patch_setter(
     _, pos, unit = index
     corrupted_activation[:, pos, unit] = clean_activation[:, pos, unit]
     return corrupted_activation
+
+
+AT_ONE_POSITION = (layer_pos_patch_setter, layer_pos_head_vector_patch_setter)
+"""Setters that change the position of their index alone."""
 
 
 def layer_pos_state_patch_setter(

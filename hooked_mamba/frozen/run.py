@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,7 @@ from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
-from hooked_mamba.model.stack import Block, scaled
+from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
 
 Stream = Literal["resid", "out", "y", "u", "p"]
@@ -266,8 +266,7 @@ class Run:
         It is the whole run where a position may read later ones, and where functions sat on hook points, which may
         have looked at how many there are.
         """
-        branches = (branch for block in self.model.blocks for branch in cast(Block, block).branches.values())
-        if stop >= self.length or self.edited or not all(branch.causal for branch in branches):
+        if stop >= self.length or self.edited or not self.model.causal:
             return self
         other = copy.copy(self)
         other.cache = Beginning(self.cache, self.length, stop)

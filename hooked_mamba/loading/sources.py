@@ -157,6 +157,8 @@ class Joined(Source):
 
     sizes: tuple[tuple[str, int], ...]
     """(part, its rows)."""
+    cut_anywhere: bool = False
+    """Whether files may be cut at other rows, so that only the rows of all parts together count."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,6 +166,8 @@ class Joined(Source):
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         tensors = [state[name] for name in self.names]
+        if self.cut_anywhere and sum(map(len, tensors)) == sum(size for _, size in self.sizes):
+            return torch.cat(tensors)
         for name, tensor, (_, size) in zip(self.names, tensors, self.sizes, strict=True):
             if tensor.ndim != tensors[0].ndim or len(tensor) != size:
                 raise CheckpointError(

@@ -47,7 +47,10 @@ def check_shapes(expected: Mapping[str, Shape], state_dict: Mapping[str, Tensor]
         elif got != expected[name]:
             faults.append(f"shape: {name} got {got}, expected {expected[name]}")
     if faults:
-        raise CheckpointError(f"the weights do not fit the config, {len(faults)} faults:\n  " + "\n  ".join(faults))
+        raise CheckpointError(
+            f"the weights do not fit the config, {len(faults)} fault{'s' * (len(faults) > 1)}:\n  "
+            + "\n  ".join(faults)
+        )
 
 
 def load_into(
@@ -135,7 +138,8 @@ def load_into(
         faults = list(dict.fromkeys(faults))
         of = f" (of {some(state.files)})" if state.files else ""
         raise CheckpointError(
-            f"the checkpoint{of} does not fit {type(module).__name__}, {len(faults)} faults:\n  " + "\n  ".join(faults)
+            f"the checkpoint{of} does not fit {type(module).__name__}, {len(faults)} fault{'s' * (len(faults) > 1)}:\n  "
+            + "\n  ".join(faults)
         )
     for name, slot in sources.items():
         slot.assign(copies.pop(name))
@@ -194,3 +198,7 @@ def _not_finite(name: str, source: Tensor, copy: Tensor) -> str | None:
     if copy.dtype != source.dtype and _finite(source):
         return f"overflow: {name} has {bad} values too large for {copy.dtype}"
     return f"not finite: {name} has {bad} NaN or infinite values of {copy.numel()}"
+
+
+def _counted(faults: list[str]) -> str:
+    return f"{len(faults)} fault{'s' * (len(faults) > 1)}"

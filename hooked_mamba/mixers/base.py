@@ -7,6 +7,7 @@ float32, its memory and its equations; nothing outside of that file knows its fa
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,9 @@ class Branch(KeepsFloat32, LinearForm):
     """Whether it keeps documents of one row apart (`Call.documents`)."""
     growing: ClassVar[tuple[str, ...]] = ()
     """Parts of its memory whose second axis is as long as the text so far, such as keys."""
+
+    hands_on: Mapping[str, str] = {}
+    """Name of a value that it leaves for later layers, in `Call.carry` -> the site that holds it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -120,6 +120,8 @@ class RWKV7Mixer(Branch):
         self.r_k = nn.Parameter(torch.empty(H, K))
         self.norm = HeadNorm(H, K, cfg.norm_eps_of_heads)
         self.head_width = K
+        if not layer:
+            self.hands_on = {"v_first": "hook_v_first"}
         if layer:
             self.frozen_sites = (*type(self).frozen_sites, "hook_nu")
         self.add_sites()

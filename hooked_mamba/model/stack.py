@@ -281,6 +281,20 @@ class Stack(SitedModule):
         normed = self.ln_final(resid.to(self.ln_final.weight.device))
         return self.hook_logits(scaled(self.unembed(normed.to(self.unembed.weight.device)), self.logit_multiplier))
 
+    @property
+    def causal(self) -> bool:
+        """Whether no position reads a later one."""
+        return all(branch.causal for i in range(len(self.blocks)) for branch in self.block(i).branches.values())
+
+    def handed_on(self) -> dict[str, str]:
+        """Name of a value that one layer leaves for later ones -> its site, by its full name."""
+        return {
+            value: f"blocks.{i}.{name}.{site}"
+            for i in range(len(self.blocks))
+            for name, branch in self.block(i).branches.items()
+            for value, site in branch.hands_on.items()
+        }
+
     def block(self, layer: int) -> Block:
         """One block."""
         return cast(Block, self.blocks[layer])

@@ -93,7 +93,8 @@ def mixer_weights(theirs: str, cfg: DeltaNetConfig) -> common.Weights:
     weights["mixer.in_proj.weight"] = Joined(f"{theirs}.{{part}}_proj.weight", sizes)
     if cfg.d_conv:
         for kind in ("weight", "bias") if cfg.conv_bias else ("weight",):
-            apart = Joined(f"{theirs}.{{part}}_conv1d.{kind}", sizes)
+            # transformers 5.24 saves it in three pieces as equal as can be, whatever q, k and v have.
+            apart = Joined(f"{theirs}.{{part}}_conv1d.{kind}", sizes, cut_anywhere=True)
             weights[f"mixer.conv1d.{kind}"] = (apart, Whole(f"{theirs}.conv1d.{kind}"))
     return weights
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tests.hooked_mamba.hybrids import reference
-from tests.hooked_mamba.hybrids.reference import Array, Edits, Part, Sites, rms, rotate, sigmoid, silu, softmax
+from tests.hooked_mamba.hybrids.reference import mlps
+from tests.hooked_mamba.hybrids.reference.attention import rotate
+from tests.hooked_mamba.hybrids.reference.parts import Array, Edits, Part, Sites, rms, sigmoid, silu, softmax
 from tests.hooked_mamba.recurrent import oracle
 
 
@@ -92,8 +93,8 @@ def mlp(p: Part, cfg, x: Array) -> Array:
 
 def experts(p: Part, cfg, x: Array) -> Array:
     scores = p("hook_router_scores", softmax(p("hook_router_logits", x @ p["router.weight"].T)))
-    indices = reference.routed(p, scores, cfg.top_k)
-    weights = reference.pick(scores, indices)
+    indices = mlps.routed(p, scores, cfg.top_k)
+    weights = mlps.pick(scores, indices)
     weights = weights / weights.sum(-1, keepdims=True) if cfg.normalize else weights
-    each = reference.Experts(list(p["gate_proj"]), list(p["up_proj"]), list(p["down_proj"]))
-    return p("hook_out", reference.experts(p, x, indices, p("hook_expert_weights", weights), each))
+    each = mlps.Experts(list(p["gate_proj"]), list(p["up_proj"]), list(p["down_proj"]))
+    return p("hook_out", mlps.experts(p, x, indices, p("hook_expert_weights", weights), each))

@@ -163,14 +163,14 @@ def test_errors_of_raw_files(model, tmp_path):
     tensors = raw_tensors(model)
     del tensors["blocks.0.att.w1"]
     torch.save(tensors, tmp_path / "damaged.pth")
-    with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.mixer\.w1"):
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.att\.w1"):
         load_model(tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match=r"holds damaged\.pth, old\.pth; give the path"):
         load_model(tmp_path)
     tensors = raw_tensors(model)
     del tensors["blocks.1.ffn.value.weight"]
     torch.save(tensors, tmp_path / "short.pth")
-    with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.mlp\.value\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.ffn\.value\.weight"):
         load_model(tmp_path / "short.pth")
     torch.save(raw_tensors(model), tmp_path / "good.pth")
     with pytest.raises(CheckpointError, match=r"HookedRWKV7\.from_pretrained"):
