@@ -164,6 +164,8 @@ class Call:
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
+    hidden: dict[tuple[Any, ...], Float[Tensor, "l m"]] = field(default_factory=dict)
+    """-inf where a query must not look, in calls without padding, that a layer of this pass has made for the next."""
     all_real: Bool[Tensor, "b l"] | None = None
     """The mask of a call without padding, once a layer has asked for it."""
 
