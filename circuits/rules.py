@@ -26,6 +26,7 @@ from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Part, Run, norm_name
 from hooked_mamba.mixers.linear_form import hold
+from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import BranchState, Call, Padding
 from saes.files.checks import nearest
 
@@ -150,8 +151,8 @@ def pull_anew(
     norm = norm_name(model, layer, name)
     prefix = f"blocks.{layer}.{name}."
     biases = [(site, bias.detach()) for site, bias in branch.bias_sites() if bias is not None]
-    u_site, p_site, out_site = branch.site_at("u"), branch.site_at("p"), branch.out_site
-    sites = dict.fromkeys((u_site, p_site, out_site, *(site for site, _ in biases), *branch.rule_sites))
+    u_site, p_site, y_site = branch.site_at("u"), branch.site_at("p"), branch.site_at("y")
+    sites = dict.fromkeys((u_site, p_site, y_site, *(site for site, _ in biases), *branch.rule_sites))
     mask = None if run.mask is None else run.mask[rows]
     chain = run.chain(part)
     # A value that another layer made; only what is asked of the gradient needs its numbers.
@@ -159,9 +160,10 @@ def pull_anew(
     padding = None if mask is None else Padding.from_mask(mask.long(), mask.shape)
     with torch.enable_grad(), captured(model, [prefix + site for site in sites]) as cache:
         carry = {name: value.unflatten(-1, (chain.scan.n_lanes, -1)) for name, value in given.items()}
-        call = Call(padding, None, carry)
+        call = Call(padding, None if run.before.seen is None else run.before.seen[rows], carry)
         leaf = run.entering(part)[rows].detach().requires_grad_()
         memory = _with_gradient(run.before[layer][name], rows)
+        remembered = [state for state in memory if state.is_floating_point()]  # not which columns are real
         hooks = [(f"{prefix}{u_site}", stopping(through))] if through is not None else []
         if not rule.differentiates_norms:
             own = branch.rule_hooks(
@@ -169,26 +171,35 @@ def pull_anew(
             )
             hooks = [(f"blocks.{layer}.{norm}.hook_scale", hold), *((prefix + site, fn) for site, fn in own), *hooks]
         with model.hooks(hooks):
-            branch(getattr(block, norm)(leaf), memory, call)
-        out, u, p = (cache[prefix + site] for site in (out_site, u_site, p_site))
+            x = leaf if block.norm_after else getattr(block, norm)(leaf)
+            out, _ = branch(scaled(x, block.in_scales.get(name)), memory, call)
+            out = scaled(getattr(block, norm)(out) if block.norm_after else out, block.out_scales.get(name))
+        u, p = (cache[prefix + site] for site in (u_site, p_site))
         value = (at_least_fp32(out) * V).sum()
         if ub is not None:
             value = value + (at_least_fp32(u.flatten(2)) * ub).sum()
-        inputs = [leaf, u, p, *memory, *(cache[prefix + site] for site, _ in biases), *given.values()]
+        # A value that several heads share counts once for each of them: what each passes on is read off y.
+        grouped = u.flatten(2).shape[-1] != chain.width
+        u = cache[prefix + y_site] if grouped else u
+        inputs = [leaf, u, p, *remembered, *(cache[prefix + site] for site, _ in biases), *given.values()]
         found = torch.autograd.grad(value, inputs, allow_unused=True)
     found = tuple(torch.zeros_like(at) if g is None else g for g, at in zip(found, inputs, strict=True))
     at_leaf, at_u, at_p, *rest = (at_least_fp32(g) for g in found)
-    at_memory, at_biases = rest[: len(memory)], rest[len(memory) : len(memory) + len(biases)]
-    at_given = rest[len(memory) + len(biases) :]
+    n = len(remembered)
+    at_memory, at_biases, at_given = rest[:n], rest[n : n + len(biases)], rest[n + len(biases) :]
     zero = V.new_zeros(len(rows))
     bias = torch.stack([zero, *((g @ at_least_fp32(b)).sum(1) for g, (_, b) in zip(at_biases, biases, strict=True))])
     initial: Tensor | float = 0.0
-    for g, state in zip(at_memory, memory, strict=True):
+    for g, state in zip(at_memory, remembered, strict=True):
         initial = initial + (g * state).flatten(1).sum(1)
     at_u = at_u.flatten(2)
+    if grouped:
+        nodes = dict(chain.pull(at_u, rows, start="y").at)
+    else:
+        nodes = {"u": at_u, "p": at_p.flatten(2)[..., : at_u.shape[-1]]}
     return Pulled(
         at_leaf,
-        {"u": at_u, "p": at_p.flatten(2)[..., : at_u.shape[-1]]},
+        nodes,
         bias.sum(0),
         zero + initial.detach().to(zero.dtype) if isinstance(initial, Tensor) else zero,
         carried=dict(zip(given, at_given, strict=True)),
@@ -196,7 +207,7 @@ def pull_anew(
 
 
 def _with_gradient(before: BranchState, rows: Tensor) -> Any:
-    parts = [part[rows].detach().requires_grad_() for part in before]
+    parts = [part[rows].detach().requires_grad_(part.is_floating_point()) for part in before]
     return type(before)(*parts) if hasattr(before, "_fields") else tuple(parts)
 
 

@@ -210,6 +210,8 @@ class Mamba2Config(SSMConfig):
     """norm(y SiLU(z)), norm(y) SiLU(z), or no norm at all (both in Falcon-H1)."""
     in_scales: tuple[float, float, float, float, float] | None = None
     """Factors of z, x, B, C and dt right behind in_proj (Falcon-H1); None: all 1."""
+    out_bias: bool | None = None
+    """Whether out_proj has a bias (Falcon-H1 says so apart); None: as in_proj, by use_bias."""
     chunk_size: int = 64
     """Positions per chunk that the checkpoint names; kept to write it back. Our scan chooses its own: same results."""
     A_init_range: tuple[float, float] = (1.0, 16.0)
@@ -240,6 +242,11 @@ class Mamba2Config(SSMConfig):
             raise ValueError(f"d_inner={self.E} is not a multiple of norm_groups={self.norm_groups}")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}")
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether out_proj has a bias."""
+        return self.use_bias if self.out_bias is None else self.out_bias
 
     @property
     def H(self) -> int:

@@ -168,6 +168,8 @@ class Call:
     """Documents packed into the rows; None: each row is one."""
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
+    hidden: dict[tuple[Any, ...], Float[Tensor, "l m"]] = field(default_factory=dict)
+    """-inf where a query must not look, in calls without padding, that a layer of this pass has made for the next."""
     all_real: Bool[Tensor, "b l"] | None = None
     """The mask of a call without padding, once a layer has asked for it."""
 

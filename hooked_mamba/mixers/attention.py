@@ -144,12 +144,12 @@ class Attention(AttentionViews, Branch):
         seen = None if documents is None and memory.all_real() else visible(memory.real, length, documents)
         if self.hook_attn_scores.edited or self.hook_pattern.edited:
             everything = slice(None)
-            scores = self.hook_attn_scores(self.scores(q, memory, everything, documents))
+            scores = self.hook_attn_scores(self.scores(q, memory, everything, call))
             pattern = self.hook_pattern(scores.softmax(-1).to(q.dtype))
             z = torch.einsum("bhqm,bmhc->bqhc", pattern, of_queries(memory.v, self.cfg.n_heads))
         else:
-            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t, documents))
-            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t, documents).softmax(-1).to(q.dtype))
+            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t, call))
+            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t, call).softmax(-1).to(q.dtype))
             mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
             # At one position the heads that share keys are rows of one product.
             rows = q.transpose(1, 2) if length > 1 else q.unflatten(2, (memory.k.shape[2], -1))[:, 0]
@@ -166,12 +166,18 @@ class Attention(AttentionViews, Branch):
         return z if call.padding is None else call.padding.zero(z)
 
     def scores(
-        self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice, documents: Documents | None
+        self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice, call: Call
     ) -> Float[Tensor, "b Q q m"]:
         """Scaled scores of chosen queries, -inf where they must not look."""
         keys = of_queries(memory.k, self.cfg.n_heads)
-        scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.score_scale
-        return scores.masked_fill(~visible(memory.real, q.shape[1], documents)[:, None, t], -torch.inf)
+        scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys))
+        scores.mul_(self.cfg.score_scale)  # in place: these are the largest tensors of a pass
+        if (
+            t == slice(None) and call.documents is None and memory.all_real()
+        ):  # zeros above the diagonal, then -inf there: faster than by a mask
+            before = scores.shape[-1] - scores.shape[-2]
+            return scores.tril_(before).add_(later_keys(scores, before, call))
+        return scores.masked_fill_(~visible(memory.real, q.shape[1], call.documents)[:, None, t], -torch.inf)
 
     def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:
         """What each head adds to the output."""
@@ -254,6 +260,14 @@ def of_last(documents: Documents, m: int) -> Bool[Tensor, "b m"]:
     """Columns of each row's last document."""
     number = numbers(documents, m)
     return number == number[:, -1:]
+
+
+def later_keys(scores: Float[Tensor, "b Q l m"], before: int, call: Call) -> Float[Tensor, "l m"]:
+    """-inf at keys behind each query, else 0; one for all layers of a pass."""
+    key = (*scores.shape[2:], scores.dtype, scores.device)
+    if key not in call.hidden:
+        call.hidden[key] = torch.full_like(scores[0, 0], -torch.inf).triu_(before + 1)
+    return call.hidden[key]
 
 
 def of_queries(kv: Float[Tensor, "b m J c"], heads: int) -> Float[Tensor, "b m Q c"]:

@@ -109,7 +109,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.D = nn.Parameter(torch.empty(H))
         if cfg.gated_norm != "none":
             self.norm = GroupedRMSNorm(E, cfg.gated_norm_eps, cfg.gated_norm_groups)
-        self.out_proj = Linear(E, d, bias=cfg.use_bias)
+        self.out_proj = Linear(E, d, bias=cfg.has_out_bias)
         self.value_rows, self.head_width = slice(E, 2 * E), cfg.P
         self._factors: Tensor | None = None
         if cfg.gated_norm != "gate_first":

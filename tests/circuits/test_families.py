@@ -118,3 +118,17 @@ def test_graphs_and_patching_pass_through_every_kind(case):
     graph = build_graph(frozen, [Logit(3)], max_heads=6)
     assert float(graph.residual().abs().max()) < 1e-10
     assert patch_effects(frozen, target=3, replace_by=5).residual.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", ["lfm2", "zamba", "granite-moe", "nemotron", "falcon"])
+def test_by_gradients_nothing_is_held(case):
+    """The rule "gradient" goes down every kind of branch as autograd does."""
+    model, tokens = tiny(case).model, tokens_for(1, 5)
+    found = attribute(FrozenModel(model, tokens, selection="gradient"), targets=Logit(7)).embeddings[0]
+    kept: dict[str, Tensor] = {}
+    hooks = [("hook_embed", lambda grad, hook: kept.__setitem__("grad", grad.clone()))]
+    with model.hooks(bwd_hooks=hooks):
+        logits, cache = model.run_with_cache(tokens, names_filter="hook_embed")
+        logits[0, -1, 7].backward()
+    expected = (kept["grad"] * cache["hook_embed"]).sum(-1)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

@@ -374,8 +374,8 @@ def test_weights_that_are_not_finite(tmp_path):
     with pytest.raises(CheckpointError) as error:
         HookedMamba.from_pretrained(tmp_path / "nan")
     message = str(error.value)
-    assert re.search(r"blocks.1.mixer.D has 1 NaN or infinite value", message)
-    assert "blocks.0.norm.weight" in message, "all of them in one error"
+    assert re.search(r"backbone.layers.1.mixer.D in model.safetensors has 1 NaN or infinite value", message)
+    assert "backbone.layers.0.norm.weight" in message, "all of them in one error"
 
 
 @pytest.mark.parametrize(

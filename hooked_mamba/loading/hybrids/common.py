@@ -155,8 +155,9 @@ def mamba_weights(ours: str, theirs: str, bias: bool, conv_bias: bool) -> Weight
 
 def mamba2_weights(ours: str, theirs: str, cfg: Mamba2Config) -> Weights:
     """A Mamba-2 mixer."""
-    table = mamba_weights(ours, theirs, cfg.use_bias, cfg.conv_bias)
-    names = ["dt_bias", *(["norm.weight"] if cfg.gated_norm != "none" else [])]
+    table = mamba_weights(ours, theirs, False, cfg.conv_bias)
+    names = ["in_proj.bias"] * cfg.use_bias + ["out_proj.bias"] * cfg.has_out_bias
+    names += ["dt_bias", *(["norm.weight"] if cfg.gated_norm != "none" else [])]
     return table | {f"{ours}.{name}": Whole(f"{theirs}.{name}") for name in names}
 
 

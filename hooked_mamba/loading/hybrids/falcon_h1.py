@@ -43,6 +43,7 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
         stack,
         d_ssm,
         use_bias=bool(common.get(config, "mamba_proj_bias", False)),
+        out_bias=bool(common.get(config, "projectors_bias", False)),
         gated_norm=gated_norm if common.get(config, "mamba_rms_norm", False) else "none",
         in_scales=tuple(map(float, common.get(config, "ssm_multipliers", (1.0,) * 5))),
     )
@@ -105,6 +106,7 @@ def from_ours(
         "head_dim": attn.d_head,
         "intermediate_size": mlp.d_mlp,
         "mlp_bias": mlp.bias,
+        "projectors_bias": mixer.has_out_bias,
         "mamba_d_ssm": mixer.E,
         "mamba_rms_norm": mixer.gated_norm != "none",
         "mamba_norm_before_gate": mixer.gated_norm == "norm_first",

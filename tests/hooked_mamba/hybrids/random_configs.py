@@ -100,6 +100,7 @@ def nemotron(draw: random.Random) -> Fields:
 def falcon(draw: random.Random) -> Fields:
     f, E = shape(draw), draw.choice([8, 12, 24])
     f |= {"head_dim": draw.choice([2, 4, 10]), "mamba_d_ssm": E, **mamba2(draw, E)}
+    f |= {"projectors_bias": draw.random() < 0.3}
     f |= {"mamba_rms_norm": draw.random() < 0.6, "mamba_norm_before_gate": draw.random() < 0.5}
     names = ("lm_head", "embedding", "key", "attention_in", "attention_out", "ssm_in", "ssm_out")
     f |= {f"{name}_multiplier": factor(draw) for name in names}

@@ -15,8 +15,9 @@ from hooked_mamba import HookedHybrid, load_model
 from hooked_mamba.loading import CheckpointError
 from tests.hooked_mamba.hybrids.tiny import CASES, tiny
 from tests.hooked_mamba.tiny import build
+from tests.kinds import MAMBA
 
-PLAIN = ("mamba", "mamba2", "rwkv7")
+PLAIN = (*MAMBA, "rwkv7")
 
 
 def saved(kind: str, folder: Path) -> dict[str, Tensor]:
