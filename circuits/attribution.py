@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.coded_layer import LayerMode
-from circuits.descent import Descent
+from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Parts
+from circuits.points import PointDescent, stays
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.frozen.run import Part
 from hooked_mamba.frozen.tokens import Source
@@ -131,10 +132,17 @@ def attribute(
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
         rows = frozen.rows_of(len(chosen))
         read_out = {c.layer for c in covectors if c.stream == "out"}
-        pieces = [
-            Descent(frozen, covectors[i : i + batch], rows[i : i + batch], read_out, keep_heads, nodes or {}).run()
-            for i in range(0, len(covectors), batch)
-        ]
+        order, points = alike(covectors, frozen, batch), not nodes and stays(frozen, covectors)
+        pieces, beginnings = [], {frozen.length: frozen}
+        for places in order:
+            mine = [covectors[i] for i in places]
+            if points:
+                pieces.append(PointDescent(frozen, mine, rows[places], keep_heads).run())
+                continue
+            stop = until(mine, frozen.length)
+            seen = beginnings.setdefault(stop, frozen.upto(stop))
+            ends = {layer: mask[: seen.length] for layer, mask in (nodes or {}).items()}
+            pieces.append(Descent(seen, mine, rows[places], read_out, keep_heads, ends).run())
     labels = [target.label for target in chosen for _ in range(frozen.batch)]
     found = Attribution(
         labels=labels,
@@ -142,7 +150,7 @@ def attribute(
         target=torch.stack([c.value for c in covectors]),
         offset=torch.stack([c.offset for c in covectors]),
         codes={i: coded.codes for i, coded in frozen.coded.items()},
-        **vars(Parts.joined(pieces)),
+        **vars(Parts.joined(pieces, order, frozen.length, nodes or {})),
     )
     if unexplained == "refuse" and frozen.rule.name == "none":
         _check_sum(frozen, found)

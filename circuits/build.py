@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from circuits.attribution import Attribution, attribute
+from circuits.attribution import attribute
 from circuits.effect_rows import EffectRows
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
 from circuits.influence import influence
 from circuits.keep import Keep
+from circuits.row_nodes import ENDS, RowNodes
 from circuits.targets import Channel, Feature, Logit, Target, chosen_targets
-
-
-@dataclass(frozen=True)
-class RowNodes:
-    """What a row of effects is made of, in order: embeddings, errors, features, heads, bias, initial state."""
-
-    nodes: tuple[Node, ...]
-
-    @classmethod
-    def of(cls, frozen: FrozenModel, heads: dict[int, Tensor]) -> RowNodes:
-        nodes = [Node("embed", -1, t, value=1.0) for t in range(frozen.length)]
-        for layer in sorted(frozen.coded):
-            nodes += [Node("error", layer, t, value=1.0) for t in range(frozen.length)]
-        for layer, coded in sorted(frozen.coded.items()):
-            values, indices = coded.codes.values[0].tolist(), coded.codes.indices[0].tolist()
-            for t in range(frozen.length):
-                nodes += [
-                    Node("feature", layer, t, j, activation=z) for z, j in zip(values[t], indices[t], strict=True)
-                ]
-        for layer, mask in sorted(heads.items()):
-            nodes += [Node("head", layer, s, e) for s, e in mask.nonzero().tolist()]
-        return cls((*nodes, Node("bias", -1, -1, value=1.0), Node("initial", -1, -1, value=1.0)))
-
-    @staticmethod
-    def rows(found: Attribution) -> Float[Tensor, "n m"]:
-        """Effects of all columns on each target."""
-        parts = [found.embeddings]
-        parts += [found.errors[i] for i in sorted(found.errors)]
-        parts += [found.features[i].flatten(1) for i in sorted(found.features)]
-        parts += [found.node_heads[i] for i in sorted(found.node_heads)]
-        constants = [found.offset, *found.coder_biases.values(), *found.biases.values()]
-        bias = torch.stack(constants).sum(0)
-        initial = torch.stack([torch.zeros_like(bias), *found.initial.values()]).sum(0)
-        return torch.cat([*parts, bias[:, None], initial[:, None]], 1)
 
 
 def build_graph(
@@ -116,36 +83,40 @@ def build_graph(
         heads = {i: mask.to(frozen.dtype) for i, mask in keep.heads.items() if bool(mask.any())}
         max_features = sum(int(mask.sum()) for mask in keep.features.values())
         max_heads = len(keep) - max_features
-    columns = RowNodes.of(frozen, heads)
-    rows = EffectRows(len(columns.nodes), max_features + max_heads, frozen.dtype, offload)
+    columns = RowNodes(frozen, heads)
+    rows = EffectRows(len(columns), max_features + max_heads, frozen.dtype, offload)
 
     def trace(wanted: Sequence[Any]) -> tuple[Tensor, Tensor]:
         found = attribute(frozen, targets=wanted, keep_heads=False, nodes=heads, batch=batch)
         return RowNodes.rows(found).cpu(), found.target.cpu()  # a graph is no work for an accelerator
 
     effects, values = trace(chosen)
-    head_places = [i for i, node in enumerate(columns.nodes) if node.kind == "head"]
-    for start in range(0, len(head_places), batch):
-        places = head_places[start : start + batch]
-        here = [columns.nodes[i] for i in places]
-        rows.add(places, *trace([Channel(node.layer, node.index, node.position) for node in here]))
-    candidates = {i for i, node in enumerate(columns.nodes) if node.kind == "feature" and node.activation != 0}
+    head_places = columns.of_kind("head")
+    # More at once than go down together: those that start close together can then be found among them.
+    for start in range(0, len(head_places), 4 * batch):
+        here = [columns[i] for i in head_places[start : start + 4 * batch]]
+        found = trace([Channel(node.layer, node.index, node.position) for node in here])
+        rows.add(head_places[start : start + 4 * batch], *found)
+    places = columns.of_kind("feature")
     if keep is not None:
-        candidates = {i for i in candidates if keep.features[(at := columns.nodes[i]).layer][at.position, at.index]}
+        places = [i for i in places if keep.features[(at := columns[i]).layer][at.position, at.index]]
+    candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
     traced = 0
-    while traced < max_features and candidates:
-        reach = rows.reach(effects, weight)
-        best = sorted(candidates, key=lambda i: -float(reach[i]))[: min(batch, max_features - traced)]
-        best = best if keep is not None else [i for i in best if reach[i] > 0]
+    while traced < max_features and len(candidates):
+        reach = rows.reach(effects, weight)[candidates]
+        order = reach.argsort(descending=True, stable=True)[: min(batch, max_features - traced)]
+        order = order if keep is not None else order[reach[order] > 0]
+        best = candidates[order].tolist()
         if not best:
             break
         features = [
-            Feature(frozen.coded[node.layer].coder, node.index, node.position)
-            for node in (columns.nodes[i] for i in best)
+            Feature(frozen.coded[node.layer].coder, node.index, node.position) for node in (columns[i] for i in best)
         ]
         rows.add(best, *trace(features))
-        candidates -= set(best)
+        left = torch.ones(len(candidates), dtype=torch.bool)
+        left[order] = False
+        candidates = candidates[left]
         traced += len(best)
         bar.update(len(best))
     bar.close()
@@ -197,30 +168,28 @@ def _assemble(
     values: Tensor,
     rows: EffectRows,
 ) -> Graph:
-    ends = [i for i, node in enumerate(columns.nodes) if node.kind not in ("feature", "head")]
-    traced = rows.by_place()
-    kept = sorted([*traced, *ends])
-    top = frozen.n_layers
+    ends = [i for kind in ENDS for i in columns.of_kind(kind)]
+    kept = sorted([*rows.places, *ends])
+    top, values_of = frozen.n_layers, dict(zip(rows.places, rows.values, strict=True))
     first = [
         Node("target", top, frozen.column(t.position, 0), i, float(value), name=t.label)
         for i, (t, value) in enumerate(zip(targets, values, strict=True))
     ]
-    inner = []
-    for i in kept:
-        node = columns.nodes[i]
-        value = traced[i][1] if i in traced else node.value
-        inner.append(Node(node.kind, node.layer, node.position, node.index, value, node.activation, node.name))
+    inner = [replace(node, value=values_of.get(i, node.value)) for i, node in ((i, columns[i]) for i in kept)]
     n = len(first) + len(inner)
     weights, remainder = effects.new_zeros(n, n), effects.new_zeros(n)
-    left_out = torch.ones(len(columns.nodes), dtype=torch.bool)
+    left_out = torch.ones(len(columns), dtype=torch.bool)
     left_out[kept] = False
-    all_rows = [(i, effects[i]) for i in range(len(first))]
-    all_rows += [(len(first) + place, traced[i][0]) for place, i in enumerate(kept) if i in traced]
-    for place, row in all_rows:
-        weights[place, len(first) :] = row[kept]
-        remainder[place] = row[left_out].sum()
+    place_of = {column: len(first) + place for place, column in enumerate(kept)}
+    all_rows = [(list(range(len(first))), effects)]
+    all_rows += [([place_of[i] for i in places], block) for places, block in rows.blocks()]
+    for places, block in all_rows:
+        at = torch.tensor(places, dtype=torch.long)
+        weights[at, len(first) :] = block[:, kept]
+        remainder[at] = (block * left_out).sum(1)
         if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss stays in sight
-            remainder[place] = (*first, *inner)[place].value - weights[place].sum()
+            whole = torch.tensor([(*first, *inner)[place].value for place in places], dtype=weights.dtype)
+            remainder[at] = whole - weights[at].sum(1)
     importance = torch.cat([weight.to(effects.dtype), effects.new_zeros(len(inner))])
     tokens = tuple(frozen.words)
     about = {

@@ -8,13 +8,14 @@ split   o = sum_j z_j d_j + b_dec + skip + error + (what the frozen mixer moves 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Run, out_site
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
@@ -89,12 +90,17 @@ class CodedLayer:
         codes = Codes(codes.values.to(run.dtype), codes.indices)
         return cls(coder, layer, mode, codes, true - said)
 
+    def upto(self, stop: int) -> CodedLayer:
+        """The same at the first positions alone."""
+        codes = Codes(self.codes.values[:, :stop], self.codes.indices[:, :stop])
+        return replace(self, codes=codes, error=self.error[:, :stop])
+
     @property
     def W_dec(self) -> Float[Tensor, "F d"]:
         """Decoder rows."""
         return self.coder.W_dec.detach()
 
-    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l k"]:
+    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Rows) -> Float[Tensor, "n l k"]:
         """z_j V . d_j of the active latents."""
         values, indices = self.codes.values[rows], self.codes.indices[rows]
         # One position at a time: rows of W_dec for all at once would be l k d numbers.
@@ -107,7 +113,7 @@ class CodedLayer:
         """V . b_dec, summed over positions."""
         return (V @ self.coder.b_dec.detach().to(V.dtype)).sum(1)
 
-    def error_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l"]:
+    def error_effects(self, V: Float[Tensor, "n l d"], rows: Rows) -> Float[Tensor, "n l"]:
         """V . error at each position."""
         return (V * self.error[rows]).sum(-1)
 
@@ -118,7 +124,7 @@ class CodedLayer:
         read = delta if self.coder.cfg.reads == "resid" else delta * norm
         return read @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, run: Run, V: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | None:
+    def pull_skip(self, run: Run, V: Float[Tensor, "n l d"], rows: Rows) -> Tensor | None:
         """What a skip adds to V below; None without one."""
         if self.coder.W_skip is None:
             return None
@@ -136,12 +142,15 @@ def _mode(asked: str | None) -> str | None:
 def _layer_of(coder: SparseCoder, run: Run) -> int:
     """The layer whose mixer's output a coder predicts."""
     name = SiteName.parse(unalias(coder.cfg.out_site))
-    if name.layer is None or name.place != "mixer":
+    if name.layer is None or (name.place != "mixer" and name.local != "hook_mixer_out"):
         raise ValueError(
             f"a coder that predicts {coder.cfg.out_site} replaces no layer: expected blocks.{{i}}.mixer.hook_out_proj"
         )
     if not 0 <= name.layer < run.n_layers:
         raise ValueError(f"a coder for layer {name.layer}, but the model has {run.n_layers} layers")
-    if str(name) != (site := out_site(run.model, name.layer)):
+    site, block = out_site(run.model, name.layer), run.model.block(name.layer)
+    own = f"blocks.{name.layer}.mixer.{block.branches['mixer'].out_site}" if "mixer" in block.branches else site
+    unscaled = block.out_scales.get("mixer") in (None, 1) and not block.norm_after
+    if str(name) != site and not (unscaled and str(name) == own):
         raise ValueError(f"a coder that predicts {name} replaces no layer: expected {site}")
     return name.layer

@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,10 +21,20 @@ from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.routed import of_experts
 from hooked_mamba.frozen.run import Part
+
+SHARES = 8
+"""How many parts a prompt is divided into, to find covectors that start close together."""
 
 INSIDE: tuple[Stream, ...] = ("y", "u", "p")
 """Nodes of a branch at which targets may start."""
+
+
+def depth(covector: Covector) -> int:
+    """How many layers, from the bottom, add to a number."""
+    layer = int(str(covector.layer).partition(".")[0])
+    return layer if covector.stream == "resid" else layer + 1
 
 
 class Descent:
@@ -50,29 +63,77 @@ class Descent:
         keep_heads: bool,
         nodes: dict[int, Float[Tensor, "l E"]],
     ) -> None:
-        self.frozen, self.covectors, self.rows = frozen, covectors, rows
+        self.frozen, self.covectors, self.rows = frozen, covectors, cast(Any, rows)
+        self.all_rows, self.depths = rows, [depth(covector) for covector in covectors]
+        self.top = max(self.depths)
+        """Layers from here up add nothing to any of them."""
         self.read_out, self.keep_heads, self.nodes = read_out, keep_heads, nodes
         self.carried: dict[str, Tensor] = {}
         """Covectors on values that a lower layer makes for several above it, by name."""
+        self.at_embedding: Float[Tensor, "n l d"] | None = None
+        """Covectors on the embedding as blocks read it that read it once more."""
         self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
     def run(self) -> Parts:
         """What the targets are made of."""
-        frozen = self.frozen
-        bottom = frozen.resid(0)
-        V = bottom.new_zeros(len(self.covectors), frozen.length, bottom.shape[-1])
-        self.join(V, "resid", frozen.n_layers)
-        for layer in reversed(range(frozen.n_layers)):
+        frozen, V = self.frozen, self.start()
+        for layer in range(self.top, frozen.n_layers):
+            for part in frozen.parts(layer):
+                self.nothing(part)
+        for layer in reversed(range(self.top)):
+            V = self.join(self.grown(V, self.going(layer)), "resid", layer + 1)
+            self.rows = self.started(len(V))
             for stage in reversed(frozen.stages(layer)):
                 above = V
+                read = torch.zeros_like(V)  # on what the stage reads
                 for part in stage:
-                    V = V + self.from_carried(part)
-                    V = V + self.through(part, self.join(above.clone(), "out", part))
-                    for node in INSIDE:
-                        V = V + self.from_inside(part, node)
-            self.join(V, "resid", layer)
-        self.parts.embeddings = (V * frozen.embeddings[self.rows]).sum(-1)
+                    read = read + self.below(part, above)
+                V = above + read + self.beside(layer, read)
+        V = self.join(self.grown(V, len(self.covectors)), "resid", 0)
+        where = self.started(len(V))
+        self.parts.embeddings = (V * frozen.embeddings[where]).sum(-1)
+        if self.at_embedding is not None:
+            again = self.grown(self.at_embedding, len(V)) * frozen.embedded[where]
+            self.parts.embeddings = self.parts.embeddings + again.sum(-1)
         return self.parts
+
+    def start(self) -> Float[Tensor, "n l d"]:
+        """The covectors on the stream above all targets: none yet."""
+        bottom = self.frozen.resid(0)
+        return bottom.new_zeros(0, self.frozen.length, bottom.shape[-1])
+
+    def going(self, layer: int) -> int:
+        """How many of the covectors, from the first on, have started when they go through a layer."""
+        return max((i + 1 for i, count in enumerate(self.depths) if count > layer), default=0)
+
+    def started(self, n: int) -> Any:
+        """Where the constants of the first n covectors stand in the run's: their rows of it."""
+        return self.all_rows[:n]
+
+    def grown(self, V: Float[Tensor, "m ..."], n: int) -> Float[Tensor, "n ..."]:
+        """More covectors, which are nothing yet."""
+        return V if len(V) >= n else torch.cat([V, V.new_zeros(n - len(V), *V.shape[1:])])
+
+    def below(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
+        """Covectors on a branch's output, those that start at or in it included, as ones on what it reads."""
+        found = self.from_carried(part) + self.through(part, self.join(out.clone(), "out", part))
+        for node in INSIDE:
+            found = found + self.from_inside(part, node)
+        return found
+
+    def beside(self, layer: int, read: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"] | float:
+        """What passes to the stream below through a transformer beside it; what passes to the embedding is kept."""
+        side = self.frozen.side(layer)
+        if side is None:
+            return 0.0
+        v = side.into.pull(read).covector
+        for part in reversed(side.parts):
+            v = self.below(part, v)
+        below = side.split(v)
+        above = self.at_embedding
+        embedding = below.embedding
+        self.at_embedding = embedding if above is None else self.grown(above, len(embedding)) + embedding
+        return below.stream
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
@@ -84,7 +145,7 @@ class Descent:
         """Which covectors start at this stream."""
         return [i for i, c in enumerate(self.covectors) if (c.stream, c.layer) == (stream, part)]
 
-    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def through(self, part: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l i"]:
         """What a branch's output adds goes into the parts; what passes to the stream below is returned.
 
         A coder does not stand between its own layer's output and a target that reads this very output: such targets
@@ -97,7 +158,7 @@ class Descent:
             pulled = self.frozen.pull(part, out, rows, passing)
             self.keep(part, pulled)
             return pulled.below
-        mine: Bool[Tensor, " n"] = torch.zeros(len(rows), dtype=torch.bool, device=out.device)
+        mine: Bool[Tensor, " n"] = torch.zeros(len(out), dtype=torch.bool, device=out.device)
         mine[self.reading("out", part)] = True
         by_coder, by_mixer = out * ~mine[:, None, None], out * mine[:, None, None]
         below = torch.zeros_like(out)
@@ -108,12 +169,32 @@ class Descent:
             below = pulled.below
             self.keep(part, pulled)
         else:
-            parts.biases[part] = parts.initial[part] = out.new_zeros(len(rows))
+            for constants in (parts.biases, parts.initial):
+                constants.setdefault(part, out.new_zeros(len(out)))
         parts.features[coded.layer] = coded.feature_effects(by_coder, rows)
         parts.coder_biases[coded.layer] = coded.bias_effect(by_coder)
         parts.errors[coded.layer] = coded.error_effects(by_coder, rows)
         skip = coded.pull_skip(self.frozen, by_coder, rows)
         return below if skip is None else below + skip
+
+    def nothing(self, part: Part) -> None:
+        """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""
+        frozen, parts, coded, nodes = self.frozen, self.parts, self._coded(part), self._nodes(part)
+        n, l = 0, frozen.length
+        zeros = parts.embeddings.new_zeros
+        parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
+        if coded is None or frozen.is_split(part) or part in self.read_out:
+            chain = frozen.chain(part)
+            if chain.routing is not None:
+                parts.experts[part] = zeros(n, l, chain.routing.n_experts)
+            if self.keep_heads:
+                width = chain.width
+                parts.heads[part], parts.token_heads[part] = zeros(n, l, width), zeros(n, l, width)
+            if nodes is not None:
+                parts.node_heads[part] = zeros(n, int(nodes.sum()))
+        if coded is not None:
+            parts.features[coded.layer] = zeros(n, l, coded.codes.values.shape[-1])
+            parts.coder_biases[coded.layer], parts.errors[coded.layer] = zeros(n), zeros(n, l)
 
     def across(
         self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
@@ -125,19 +206,21 @@ class Descent:
         if self.keep_heads:
             self.parts.heads[layer] = pulled.at["u"] * chain.u[rows]
             self.parts.token_heads[layer] = pb * chain.p[rows]
-        bias = pulled.bias
+        self.constants(layer, pulled)
+        self.carry(pulled)
         if nodes is not None:
             ending = pb * nodes
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[layer] = (ending * chain.p[rows])[:, source, channel]
-            pb, bias = pb - ending, bias - chain.pull(ending, rows, start="p").bias
-        self.parts.biases[layer], self.parts.initial[layer] = bias, pulled.initial
+            pb = pb - ending
+            self.parts.biases[layer] = self.parts.biases[layer] - chain.pull(ending, rows, start="p").bias
         return chain.pull(pb, rows, start="p").below
 
     def carry(self, pulled: Pulled) -> None:
         """Add a branch's covectors on values that lower layers make to those of the layers above."""
         for name, covector in pulled.carried.items():
-            self.carried[name] = self.carried[name] + covector if name in self.carried else covector
+            above = self.carried.get(name)
+            self.carried[name] = covector if above is None else self.grown(above, len(covector)) + covector
 
     def from_carried(self, part: Part) -> Float[Tensor, "n l d"] | float:
         """What all layers above pull from the stream below through a value that this branch made for them."""
@@ -145,7 +228,7 @@ class Descent:
         below: Tensor | float = 0.0
         for name, node in chain.gives.items():
             if name in self.carried:
-                covector = self.carried.pop(name)
+                covector = self.grown(self.carried.pop(name), len(self.rows))
                 self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
                 pulled = self.frozen.pull_u(part, covector, self.rows)
                 self.constants(part, pulled)
@@ -164,9 +247,11 @@ class Descent:
         if self.keep_heads:
             self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
             self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
+        if chain.routing is not None:
+            self.parts.experts[part] = of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows)
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
-            self.parts.node_heads[part] = (pulled.at["u"] * chain.u[rows])[:, source, channel]
+            self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
         self.constants(part, pulled)
         self.carry(pulled)
 
@@ -177,7 +262,7 @@ class Descent:
             return 0.0
         chain = self.frozen.chain(part)
         like = chain.values.get(node, chain.u)
-        covector = like.new_zeros(len(self.covectors), *like.shape[1:])
+        covector = like.new_zeros(len(self.rows), *like.shape[1:])
         for i in mine:
             covector[i, self.covectors[i].position] = self.covectors[i].vector
         if node == "u":
@@ -193,3 +278,30 @@ class Descent:
 
     def _nodes(self, part: Part) -> Tensor | None:
         return self.nodes.get(part) if isinstance(part, int) else None
+
+
+def share(length: int) -> int:
+    """How many positions count as about the same."""
+    return max(1, length // SHARES)
+
+
+def until(covectors: Sequence[Covector], length: int) -> int:
+    """Behind the positions of a batch, so rounded up that batches have such numbers in common."""
+    step = share(length)
+    return min(length, (max(covector.position for covector in covectors) // step + 1) * step)
+
+
+def alike(covectors: Sequence[Covector], frozen: FrozenModel, most: int) -> list[list[int]]:
+    """Batches of covectors that start at about the same position, the highest first, as places among all.
+
+    What is behind the last position of a batch adds nothing to any of it, and is left out.
+
+    Parameters
+    ----------
+    most
+        Of a batch.
+    """
+    groups: dict[int, list[int]] = {}
+    for i in sorted(range(len(covectors)), key=lambda i: -depth(covectors[i])):
+        groups.setdefault(covectors[i].position // share(frozen.length), []).append(i)
+    return [group[i : i + most] for _, group in sorted(groups.items()) for i in range(0, len(group), most)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,21 +48,27 @@ class EffectRows:
             flat = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype)
             self._rows = flat.reshape(most, columns)
         self._sizes = torch.empty(most, dtype=dtype)
+        self._among = torch.empty(most, most, dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def add(self, places: list[int], rows: Float[Tensor, "n m"], values: Float[Tensor, " n"]) -> None:
         """Rows of some nodes, and the nodes' own values."""
-        start = len(self)
-        self._rows[start : start + len(places)] = rows
-        self._sizes[start : start + len(places)] = rows.abs().sum(1).clamp_min(1e-30)
+        start, stop = len(self), len(self) + len(places)
+        self._rows[start:stop] = rows
+        sizes = rows.abs()
+        self._sizes[start:stop] = sizes.sum(1).clamp_min(1e-30)
         self.places += places
+        self._among[start:stop, :stop] = sizes[:, self.places]
+        self._among[:start, start:stop] = self._rows[:start][:, places].abs()
         self.values += values.tolist()
 
-    def by_place(self) -> dict[int, tuple[Float[Tensor, " m"], float]]:
-        """Node -> its row and value."""
-        return {place: (self._rows[i], self.values[i]) for i, place in enumerate(self.places)}
+    def blocks(self) -> Iterator[tuple[list[int], Float[Tensor, "n m"]]]:
+        """Some nodes and their rows at a time."""
+        for start in range(0, len(self), BLOCK):
+            stop = min(start + BLOCK, len(self))
+            yield self.places[start:stop], self._rows[start:stop]
 
     def reach(self, effects: Float[Tensor, "n m"], weight: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """Influence of all columns on targets, as far as rows are known: a node without a row passes nothing on.
@@ -72,16 +79,18 @@ class EffectRows:
             The targets' own rows, and how much each target counts.
         """
         sizes = effects.abs()
-        total = arriving = weight.to(effects.dtype) @ (sizes / sizes.sum(1, keepdim=True).clamp_min(1e-30))
-        while self.places:
-            entering = arriving[self.places] / self._sizes[: len(self)]
-            if not bool(entering.any()):
-                break
-            arriving = torch.zeros_like(total)
-            for start in range(0, len(self), BLOCK):
-                block = slice(start, min(start + BLOCK, len(self)))
-                arriving += entering[block] @ self._rows[block].abs()
-            total = total + arriving
+        total = weight.to(effects.dtype) @ (sizes / sizes.sum(1, keepdim=True).clamp_min(1e-30))
+        n = len(self)
+        if not n:
+            return total
+        # What goes round among the traced nodes is settled between them alone; all columns are then read once.
+        arriving, passed = total[self.places], torch.zeros_like(self._sizes[:n])
+        while bool(arriving.any()):
+            entering = arriving / self._sizes[:n]
+            passed += entering
+            arriving = entering @ self._among[:n, :n]
+        for start, (places, block) in zip(range(0, n, BLOCK), self.blocks(), strict=True):
+            total += passed[start : start + len(places)] @ block.abs()
         return total
 
 

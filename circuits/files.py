@@ -69,7 +69,7 @@ def load_graph(folder: str | Path) -> Graph:
         about = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
         tensors = load_tensors((folder / "weights.safetensors").read_bytes())
     except Exception as error:
-        raise ValueError(f"{folder} holds no readable graph ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{folder} holds no readable graph ({type(error).__name__}: {error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{folder / 'graph.json'}: format is {found!r}, expected {FORMAT}")
@@ -86,7 +86,7 @@ def load_graph(folder: str | Path) -> Graph:
             nodes, tensors["weights"], tensors["remainder"], tokens, tensors["importance"], about["about"], supernodes
         )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder / 'graph.json'} does not fit ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{folder / 'graph.json'} does not fit ({type(error).__name__}: {error})") from None
 
 
 def _node(values: dict[str, Any]) -> Node:

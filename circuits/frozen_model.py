@@ -9,12 +9,13 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.coded_layer import CodedLayer, LayerMode
 from circuits.rules import Rule, Selection, rule_of
 from hooked_mamba.frozen.chain import Chain, Pulled
+from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Part, Run, Stream
 from hooked_mamba.models import HookedModel
 from hooked_mamba.state import ModelState
@@ -79,6 +80,14 @@ class FrozenModel(Run):
         other.coded = self.coded if coded is None else dict(coded)
         return other
 
+    def upto(self, stop: int) -> FrozenModel:
+        """As in a run, with what the coders found up to there."""
+        other = super().upto(stop)
+        assert isinstance(other, FrozenModel)  # a copy, or this one
+        if other is not self:
+            other.coded = {layer: coded.upto(stop) for layer, coded in self.coded.items()}
+        return other
+
     # What its layers are ---------------------------------------------------------------------------------------
 
     def is_split(self, layer: Part) -> bool:
@@ -117,7 +126,7 @@ class FrozenModel(Run):
         self,
         part: Part,
         V: Float[Tensor, "n l d"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Float[Tensor, "l E"] | None = None,
     ) -> Pulled:
         """Take covectors on a branch's output back to the stream below.
@@ -129,7 +138,7 @@ class FrozenModel(Run):
         """
         return self.rule.pull(self, part, V, rows, through)
 
-    def pull_u(self, part: Part, ub: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Pulled:
+    def pull_u(self, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         """The same for covectors on the value u that enters memory."""
         return self.rule.pull_u(self, part, ub, rows)
 

@@ -115,8 +115,8 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         view = cache.scan_view(layer)
         mask = keep.heads[layer].to(view.u.dtype).reshape(view.u.shape[1:])
         usual = 0.0 if reference is None else reference.chain(layer).u.mean(0).reshape(view.u.shape[1:])
-        u = view.u * mask + usual * (1 - mask)
-        return view.over(u.to(view.u.dtype)).out().y.reshape(y.shape).to(y.dtype)
+        change = (usual - view.u) * (1 - mask)
+        return y + view.over(change.to(view.u.dtype)).out().y.reshape(y.shape).to(y.dtype)
 
     def cut_output(out: Tensor, hook: HookPoint) -> Tensor:
         layer = hook.layer()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.frozen.run import Part
+
+Nodes = Mapping[Any, Float[Tensor, "l E"]]
+"""Layer -> 1 at the channels that are nodes of their own."""
 
 
 @dataclass(kw_only=True)
@@ -23,6 +27,8 @@ class Parts:
     token_heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what token s adds through all taps of channel e; with the convolution's bias they sum as heads do.
     In split layers the local part, which the features stand for, is left out."""
+    experts: dict[Part, Float[Tensor, "n l X"]] = field(default_factory=dict)
+    """Layer ("3.moe") -> what each expert adds at each position, 0 where it was not chosen; sums over its neurons."""
     node_heads: dict[Part, Float[Tensor, "n m"]] = field(default_factory=dict)
     """Layer -> what the channels add that are nodes of their own, in the order of their (source, channel). In split
     layers the source is the token."""
@@ -41,11 +47,34 @@ class Parts:
     """Layer -> memory before the first position."""
 
     @classmethod
-    def joined(cls, pieces: Sequence[Parts]) -> Parts:
-        """Those of several batches of targets, one behind the other."""
-        found = Parts(embeddings=torch.cat([piece.embeddings for piece in pieces]))
+    def joined(cls, pieces: Sequence[Parts], order: Sequence[Sequence[int]], length: int, nodes: Nodes) -> Parts:
+        """Those of several batches of targets, which may have seen the beginning of a prompt alone, put in order.
+
+        Parameters
+        ----------
+        order
+            Of each batch, the places of its targets among all.
+        length, nodes
+            Positions of the prompt, and layer -> 1 at the channels that are nodes.
+        """
+        places = [torch.tensor(mine, dtype=torch.long) for mine in order]
+        found = Parts(embeddings=_in_order([piece.embeddings for piece in pieces], places, length))
         for part in fields(found)[1:]:
-            by_key = getattr(pieces[0], part.name)
-            mine = {key: torch.cat([getattr(piece, part.name)[key] for piece in pieces]) for key in by_key}
-            setattr(found, part.name, mine)
+            by_piece = [getattr(piece, part.name) for piece in pieces]
+            for key in dict.fromkeys(key for one in by_piece for key in one):
+                there = [one.get(key) for one in by_piece]
+                width = int(nodes[key].sum()) if part.name == "node_heads" else length
+                getattr(found, part.name)[key] = _in_order(there, places, width)
         return found
+
+
+def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of several tensors at their places; zeros where one is shorter than its places, or than the width."""
+    there = next(piece for piece in pieces if piece is not None)
+    sizes = (width, *there.shape[2:]) if there.ndim > 1 else ()
+    whole = there.new_zeros(sum(len(place) for place in places), *sizes)
+    for piece, place in zip(pieces, places, strict=True):
+        if piece is not None:
+            seen = whole if piece.ndim == 1 else whole[:, : piece.shape[1]]
+            seen[place[: len(piece)].to(whole.device)] = piece
+    return whole

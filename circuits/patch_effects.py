@@ -254,7 +254,10 @@ def _replay(
             break
         (chooser, c_rows), (gater, g_rows) = pick(at.selection[layer]), pick(at.gates[layer])
         for stage in frozen.stages(layer):
-            entering = x
+            entering, side = x, frozen.side(layer)
+            if side is not None:
+                chains = {p: gater.chain(p).of(g_rows, scan_of=(chooser.chain(p), c_rows)) for p in side.parts}
+                entering = x + side.apply(chains, x, run.embedded[rows])
             for part in stage:
                 mixed = gater.chain(part).of(g_rows, scan_of=(chooser.chain(part), c_rows))
                 inside = mixed.apply(entering, given)

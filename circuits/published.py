@@ -32,14 +32,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
 from circuits.rules import Rule
 from hooked_mamba.frozen.chain import Chain, Pulled
-from hooked_mamba.frozen.linear import Back, Gain, Mix
+from hooked_mamba.frozen.linear import Back, Gain, Mix, Rows
 from hooked_mamba.frozen.run import Part, Run
 from hooked_mamba.renamed import renamed_in
 from saes.files.checks import nearest
@@ -117,7 +117,7 @@ class AllLatents(CodedLayer):
         parts: dict[str, Any] = {field.name: getattr(coded, field.name) for field in dataclasses.fields(coded)}
         return cls(**{**parts, "codes": Codes(preact, latents)})
 
-    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Tensor) -> Float[Tensor, "n l F"]:
+    def feature_effects(self, V: Float[Tensor, "n l d"], rows: Rows) -> Float[Tensor, "n l F"]:
         """What the latents add to covectors on the output."""
         return (V @ self.W_dec.to(V.dtype).t()) * self.codes.values[rows]
 
@@ -134,11 +134,13 @@ class Published(Rule):
     def __init__(self, options: PathOptions) -> None:
         self.options = options
         self.reads_through_norms = options.input_norm == "model"
-        self._chains: dict[Part, Chain] = {}
+        self._chains: dict[tuple[int, Part], Chain] = {}
+        """Of the run, by how much of its beginning is looked at."""
 
     def chain(self, run: Run, part: Part, exact: Chain) -> Chain:
         """The exact chain, the convolution and the scan's own terms by the options."""
-        if part not in self._chains:
+        key = (run.length, part)
+        if key not in self._chains:
             chain = exact
             if self.options.conv == "ratio":
                 ratio = torch.where(chain.p == 0, 0, chain.u / torch.where(chain.p == 0, 1, chain.p))
@@ -146,15 +148,15 @@ class Published(Rule):
             if chain.mix is not None:
                 mix = PartialMix(chain.mix.scan, chain.mix.h0, None, self.options)
                 chain = chain.replaced("u", "y", (mix,))
-            self._chains[part] = chain
-        return self._chains[part]
+            self._chains[key] = chain
+        return self._chains[key]
 
     def pull(
         self,
         run: Run,
         part: Part,
         V: Float[Tensor, "n l d"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Float[Tensor, "l E"] | None = None,
     ) -> PublishedPulled:
         chain = run.chain(part)
@@ -213,7 +215,8 @@ class PartialMix(Mix):
         if not self.options.include_self:
             covector = covector - (self.own() if self.rows is None else self.own()[self.rows]) * v
         if not self.options.include_D:
-            covector = covector - self.skip() * v
+            skip = self.skip()
+            covector = covector - (skip if self.rows is None or skip.ndim == 1 else skip[self.rows]) * v
         return back._replace(covector=covector)
 
     def diagonal(self) -> Tensor:

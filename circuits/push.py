@@ -20,9 +20,9 @@ from circuits.targets import Covector, Feature, Target, chosen_targets
 from hooked_mamba.frozen.chain import Shares
 from hooked_mamba.frozen.run import Part
 
-Inside = Callable[[int, Tensor, bool], Tensor | float]
-"""(layer, change of the stream entering its block, whole) -> what edits inside its mixer add to its output; `whole`: as
-if no coder stood in the mixer's place."""
+Inside = Callable[[int, Tensor, Tensor | float, bool], Tensor | float]
+"""(layer, change of the stream entering its block, change of u by values of lower layers, whole) -> what edits inside
+its mixer add to its output; `whole`: as if no coder stood in the mixer's place."""
 
 
 @dataclass
@@ -62,53 +62,70 @@ class Pushed:
         """Layer -> of u, in split layers of p, as the stream below makes it."""
         self.carried: dict[str, Tensor] = {}
         """Name -> of a value that a layer made for those above it."""
+        self.taken: dict[Part, Tensor | float] = {}
+        """Part -> of u, by such values of layers below."""
         for layer in range(frozen.n_layers):
             delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
             for stage in frozen.stages(layer):
-                entering = delta
+                entering = delta + self.beside(layer, delta)
                 for part in stage:
                     delta = delta + self.through(part, entering)
         self.streams[frozen.n_layers] = delta + changes.streams.get(frozen.n_layers, 0.0)
 
-    def through(self, part: Part, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    def beside(self, layer: int, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"] | float:
+        """What a transformer beside the stream makes of its change, and of the embeddings'."""
+        side = self.frozen.side(layer)
+        if side is None:
+            return 0.0
+        x = side.joined(delta, self.changes.streams.get(0, torch.zeros_like(delta)))
+        for part in side.parts:
+            x = self.through(part, x)
+        return side.into.push(x)
+
+    def through(self, part: Part, delta: Float[Tensor, "n l i"]) -> Float[Tensor, "n l d"]:
         """What a branch makes of a change of the stream that its stage reads."""
         frozen, changes, rows = self.frozen, self.changes, self.changes.rows
         chain = frozen.chain(part)
-        if chain.gives or chain.takes:
-            return self.with_carried(part, delta)
+        taken = self.taken[part] = self.take(part)
+        if chain.gives:
+            made = chain.push(delta, rows, until="u")[0] + taken
+            self.carried |= dict.fromkeys(chain.gives, made)  # heads that hold are those of this layer's own scan
         if not isinstance(part, int):
-            return chain.push(delta, rows)[0]
+            return chain.push(delta, rows)[0] + self.from_taken(part)
         coded = frozen.coded.get(part)
         out: Tensor | float = changes.outs.get(part, 0.0)
         if coded is None:
             passed, met = chain.push(delta, rows, *self._here(part))
-            out, self.inner[part] = out + passed, met["u"]
+            out, self.inner[part] = out + passed + self.from_taken(part), met["u"] + taken
         elif frozen.is_split(part):
             p, met = chain.push(delta, rows, until="p")
             self.inner[part] = p
             held, added = changes.held.get(part), changes.heads.get(part)
             p = p if held is None else p * held
-            out = out + chain.push_across(p if added is None else p + added, rows)
+            out = out + chain.push_across(p if added is None else p + added, rows) + self.from_taken(part)
         if coded is not None:
             out = out + coded.push_skip(delta, chain.norm.factor[rows])
         if changes.inside is not None:
-            out = out + changes.inside(part, delta, False)
+            out = out + changes.inside(part, delta, taken, False)
         return out  # type: ignore[return-value]  # a coder's skip or a mixer gave a tensor
 
-    def with_carried(self, part: Part, delta: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
-        """The same of a branch that makes values for those above, or takes such."""
-        chain, changes, rows = self.frozen.chain(part), self.changes, self.changes.rows
-        held, added = self._here(part) if isinstance(part, int) else (None, None)
-        u, _ = chain.push(delta, rows, until="u")
-        for name, gain in chain.takes.items():
-            u = u + gain.of(rows).push(self.carried[name])
-        if isinstance(part, int):
-            self.inner[part] = u
-        u = u if held is None else u * held["u"]
-        u = u if added is None else u + added["u"]
-        self.carried |= dict.fromkeys(chain.gives, u)
-        out = changes.outs.get(part, 0.0) if isinstance(part, int) else 0.0
-        return out + chain.push(u, rows, start="u")[0]
+    def take(self, part: Part) -> Tensor | float:
+        """What values that lower layers made add to a branch's u."""
+        changed: Tensor | float = 0.0
+        for name, gain in self.frozen.chain(part).takes.items():
+            changed = changed + gain.of(self.changes.rows).push(self.carried[name])
+        return changed
+
+    def from_taken(self, part: Part, until: str | None = None) -> Tensor | float:
+        """What becomes of that; heads of mixers hold, in split layers those of the tokens, which it is not from."""
+        taken = self.taken[part]
+        if not isinstance(taken, Tensor):
+            return taken
+        held = None
+        if isinstance(part, int) and not self.frozen.is_split(part):
+            held = self.changes.held.get(part)
+        taken = taken if held is None else taken * held
+        return self.frozen.chain(part).push(taken, self.changes.rows, start="u", until=until)[0]
 
     def _here(self, layer: int) -> tuple[Shares | None, Mapping[str, Tensor] | None]:
         """Shares and additions at u."""
@@ -123,13 +140,17 @@ class Pushed:
         layer, changes = covector.layer, self.changes
         stream = self.streams[layer]
         if covector.stream == "out":
-            out = self.frozen.chain(layer).push(stream, changes.rows, *self._here(layer))[0]
-            stream = out if changes.inside is None else out + changes.inside(layer, stream, True)
+            out = self.frozen.chain(layer).push(stream, changes.rows, *self._here(layer))[0] + self.from_taken(layer)
+            stream = out if changes.inside is None else out + changes.inside(layer, stream, self.taken[layer], True)
         elif covector.stream != "resid":
             known = layer in self.inner and covector.stream == self.frozen.channels_at(layer)
-            node = covector.stream
-            stream = self.inner[layer] if known else self.frozen.chain(layer).push(stream, changes.rows, until=node)[0]
+            stream = self.inner[layer] if known else self._at(layer, covector.stream, stream)
         return stream[:, covector.position] @ covector.vector
+
+    def _at(self, layer: int, node: str, stream: Float[Tensor, "n l d"]) -> Float[Tensor, "n l E"]:
+        """The change at a node within a branch."""
+        value = self.frozen.chain(layer).push(stream, self.changes.rows, until=node)[0]
+        return value if node == "p" else value + self.from_taken(layer, node)
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.analysis.captured import captured
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain, Pulled
+from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.run import Part, Run, norm_name
 from hooked_mamba.mixers.linear_form import hold
 from hooked_mamba.state import BranchState, Call, Padding
@@ -55,13 +56,13 @@ class Rule:
         run: Run,
         part: Part,
         V: Float[Tensor, "n l d"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Float[Tensor, "l E"] | None = None,
     ) -> Pulled:
         """Covectors on a branch's output as ones on the stream below; see :meth:`FrozenModel.pull`."""
         return run.chain(part).pull(V, rows, None if through is None else {"u": through})
 
-    def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Pulled:
+    def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         """The same of covectors on u."""
         return run.chain(part).pull(ub, rows, start="u")
 
@@ -77,7 +78,7 @@ class Sharing(Rule):
         run: Run,
         part: Part,
         V: Float[Tensor, "n l d"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Float[Tensor, "l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
@@ -94,12 +95,12 @@ class Gradient(Rule):
         run: Run,
         part: Part,
         V: Float[Tensor, "n l d"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Float[Tensor, "l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
 
-    def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> Pulled:
+    def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         none = ub.new_zeros(*ub.shape[:2], run.resid(0).shape[-1])
         return pull_anew(self, run, part, none, rows, ub=ub)
 
@@ -131,7 +132,7 @@ def pull_anew(
     run: Run,
     part: Part,
     V: Float[Tensor, "n l d"],
-    rows: Int[Tensor, " n"],
+    rows: Rows,
     through: Float[Tensor, "l E"] | None = None,
     ub: Float[Tensor, "n l E"] | None = None,
 ) -> Pulled:
@@ -142,6 +143,7 @@ def pull_anew(
     ub
         Covectors on u that go down as well.
     """
+    assert isinstance(rows, Tensor)  # points are for rules that hold everything
     model, (layer, name) = run.model, run.branch_of(part)
     block = model.block(layer)
     branch = block.branches[name]

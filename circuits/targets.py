@@ -154,7 +154,7 @@ class Feature:
         if run.place_of(coder.cfg.in_site).normed:
             offset = offset + run.norm_offset(layer, f)
         x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
-        value = coder.preact(x)[self.index].detach().to(f.dtype)
+        value = coder.preact_of(x, self.index).detach().to(f.dtype)
         return Covector(stream, layer, position, vector, offset, value)
 
 

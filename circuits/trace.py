@@ -131,6 +131,7 @@ class _Step(Descent):
         rows = torch.full((len(covectors),), row, device=frozen.tokens.device)
         super().__init__(frozen, covectors, rows, {c.layer for c in covectors if c.stream == "out"}, True, nodes)
         self.row, self.options = row, options
+        self.top, self.depths = frozen.n_layers, [frozen.n_layers] * len(covectors)  # all layers are listed
         self.effects: dict[int, Float[Tensor, "n l E"]] = {}
         """Layer -> what each head adds."""
         self.onward: dict[int, Float[Tensor, "n l E"]] = {}

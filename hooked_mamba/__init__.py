@@ -1,10 +1,12 @@
 """hooked-mamba: look inside state-space models. Its names stand in `__init__.pyi`."""
 
 from hooked_mamba.lazy import lazy
+from hooked_mamba.names_elsewhere import import_advice
+from hooked_mamba.transformerlens_names import TOP
 
 __version__ = "0.1.0"
 
-__getattr__, __all__ = lazy(__name__, __file__)
+__getattr__, __all__ = lazy(__name__, __file__, import_advice(__name__, TOP))
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,9 @@
 from hooked_mamba.activation_cache import ActivationCache as ActivationCache
 from hooked_mamba.config import Mamba2Config as Mamba2Config
 from hooked_mamba.config import MambaConfig as MambaConfig
+from hooked_mamba.factored_matrix import FactoredMatrix as FactoredMatrix
 from hooked_mamba.hooks.points import HookPoint as HookPoint
+from hooked_mamba.hooks.root import HookedRootModule as HookedRootModule
 from hooked_mamba.models import HookedDeltaNet as HookedDeltaNet
 from hooked_mamba.models import HookedHybrid as HookedHybrid
 from hooked_mamba.models import HookedMamba as HookedMamba

@@ -22,4 +22,6 @@ class ActivationCache(HookCache, UnitDecomposition):
         False once :meth:`remove_batch_dim` was called.
     mask
         b l, True at the real tokens of a padded batch; None where all are real.
+    packed
+        Whether several documents stand in a row (`document_ids`); what computes a scan anew then refuses.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_mamba.documents import Documents, restarted
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hooks.sited import SitedModule
@@ -48,7 +48,7 @@ class RMSNorm(SitedModule):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
@@ -78,7 +78,7 @@ class LayerNorm(SitedModule):
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
         x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight + self.bias).to(self.weight.dtype))
 
@@ -127,9 +127,9 @@ class GroupedRMSNorm(RMSNorm):
         return {**super().sizes(), "G": self.groups}
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        x = rearrange(at_least_fp32(x), "b l (g w) -> b l g w", g=self.groups)
-        scale = self.hook_scale((x.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        normalized = self.hook_normalized(rearrange(x / scale, "b l g w -> b l (g w)"))
+        x = at_least_fp32(x).unflatten(-1, (self.groups, -1))
+        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized((x / scale).flatten(2))
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 
 
@@ -140,22 +140,37 @@ def rms_normalize(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n
 
 
 def conv_silu(
-    x: Float[Tensor, "b l c"], history: Float[Tensor, "b h c"] | None, conv: nn.Conv1d, hook: HookPoint
+    x: Float[Tensor, "b l c"],
+    history: Float[Tensor, "b h c"] | None,
+    conv: nn.Conv1d,
+    hook: HookPoint,
+    documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
     """SiLU of the causal convolution, whose own output is formed only where something sits on `hook`."""
-    if hook.wanted or what_is_on(conv):
-        return silu(hook(convolved(x, conv, history)))
-    return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
+    if hook.wanted or what_is_on(conv) is not None:
+        return silu(hook(convolved(x, conv, history, documents)))
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor:
+        return causal_conv1d(x, conv.weight, conv.bias, history=history, silu=True)
+
+    return restarted(documents, conv.weight.shape[-1] - 1, run, x, history)
 
 
 def convolved(
-    x: Float[Tensor, "b l c"], conv: nn.Conv1d, history: Float[Tensor, "b h c"] | None
+    x: Float[Tensor, "b l c"],
+    conv: nn.Conv1d,
+    history: Float[Tensor, "b h c"] | None,
+    documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
     """The causal convolution; the layer itself is called where an adapter or a torch hook is on it."""
-    if what_is_on(conv) is None:
-        return causal_conv1d(x, conv.weight, conv.bias, history=history)
-    x = x if history is None else torch.cat([history.to(x.dtype), x], 1)
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor:
+        if what_is_on(conv) is None:
+            return causal_conv1d(x, conv.weight, conv.bias, history=history)
+        x = x if history is None else torch.cat([history.to(x.dtype), x], 1)
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+
+    return restarted(documents, conv.kernel_size[0] - 1, run, x, history)
 
 
 @plain

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import CONFIG
+
 Config = TypeVar("Config", bound="BranchConfig")
 
 
@@ -79,6 +82,12 @@ class ModelConfig(BranchConfig):
     """Token that fills padded positions; it is masked, so its value changes nothing."""
     model_name: str = "custom"
     """Where the weights came from, for cards and titles."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for names that do not exist; for TransformerLens' fields the error says what they are here."""
+        if name in CONFIG:
+            raise AttributeError(advice(name, CONFIG))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __post_init__(self) -> None:
         super().__post_init__()

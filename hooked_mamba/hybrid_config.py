@@ -236,6 +236,18 @@ class HybridConfig(ModelConfig):
                     f" {self.d_model} and {self.n_layers}"
                 )
 
+    def __getattr__(self, name: str) -> Any:
+        """Sizes of attention, MLPs and experts under their TransformerLens names, where all blocks agree on them."""
+        branch, field = IN_BRANCHES.get(name, ("", ""))
+        layout = self.__dict__.get("layout", ())
+        entries = [branch_of(entry) for block in layout for stage in block for entry in stage]
+        values = {getattr(self.branches[key], field) for found, key in entries if found == branch}
+        if len(values) > 1:
+            raise AttributeError(
+                f"{name} is {' or '.join(map(str, sorted(values)))} in this model's blocks: see cfg.branches"
+            )
+        return values.pop() if values else super().__getattr__(name)
+
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["branches"] = {
@@ -254,6 +266,20 @@ class HybridConfig(ModelConfig):
             branches[name] = BRANCH_CONFIGS[kind].from_dict(rest)
         return super().from_dict({**values, "branches": branches})
 
+
+IN_BRANCHES = {
+    "n_heads": ("attn", "n_heads"),
+    "n_key_value_heads": ("attn", "n_key_value_heads"),
+    "d_head": ("attn", "d_head"),
+    "rotary_dim": ("attn", "rotary_dim"),
+    "rotary_base": ("attn", "rotary_base"),
+    "d_mlp": ("mlp", "d_mlp"),
+    "gated_mlp": ("mlp", "gated"),
+    "act_fn": ("mlp", "activation"),
+    "num_experts": ("moe", "n_experts"),
+    "experts_per_token": ("moe", "top_k"),
+}
+"""TransformerLens' name of a size -> the branch that has it, and its field there."""
 
 BRANCH_CONFIGS: dict[str, type[BranchConfig]] = {
     cls.__name__: cls

@@ -16,8 +16,8 @@ from hooked_mamba.model.hybrid import HookedDeltaNet as HookedDeltaNet
 from hooked_mamba.model.hybrid import HookedHybrid as HookedHybrid
 from hooked_mamba.model.hybrid import HookedMamba3 as HookedMamba3
 from hooked_mamba.model.rwkv7 import HookedRWKV7 as HookedRWKV7
-
-HookedSSM = HookedModel
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 class HookedMamba(HookedModel):
@@ -36,6 +36,7 @@ class HookedMamba2(HookedModel):
     branch_classes: ClassVar = {"mixer": Mamba2Mixer}
 
 
+@knows_options(OPTIONS, GRANTED)
 def load_model(
     name_or_path: str | Path,
     *,

@@ -3,6 +3,10 @@
 from hooked_mamba.analysis.attribution_patching import attribution_patch as attribution_patch
 from hooked_mamba.analysis.patching import SMALL_SITES as SMALL_SITES
 from hooked_mamba.analysis.patching import generic_activation_patch as generic_activation_patch
+from hooked_mamba.analysis.patching import (
+    get_act_patch_attn_head_all_pos_every as get_act_patch_attn_head_all_pos_every,
+)
+from hooked_mamba.analysis.patching import get_act_patch_attn_head_by_pos_every as get_act_patch_attn_head_by_pos_every
 from hooked_mamba.analysis.patching import get_act_patch_attn_head_k_all_pos as get_act_patch_attn_head_k_all_pos
 from hooked_mamba.analysis.patching import get_act_patch_attn_head_k_by_pos as get_act_patch_attn_head_k_by_pos
 from hooked_mamba.analysis.patching import get_act_patch_attn_head_out_all_pos as get_act_patch_attn_head_out_all_pos
@@ -29,6 +33,7 @@ from hooked_mamba.analysis.patching import get_act_patch_dt as get_act_patch_dt
 from hooked_mamba.analysis.patching import get_act_patch_expert_score_all_pos as get_act_patch_expert_score_all_pos
 from hooked_mamba.analysis.patching import get_act_patch_expert_score_by_pos as get_act_patch_expert_score_by_pos
 from hooked_mamba.analysis.patching import get_act_patch_gate as get_act_patch_gate
+from hooked_mamba.analysis.patching import get_act_patch_gate_pre as get_act_patch_gate_pre
 from hooked_mamba.analysis.patching import get_act_patch_head_out_all_pos as get_act_patch_head_out_all_pos
 from hooked_mamba.analysis.patching import get_act_patch_head_out_by_pos as get_act_patch_head_out_by_pos
 from hooked_mamba.analysis.patching import get_act_patch_in_proj as get_act_patch_in_proj
@@ -51,7 +56,8 @@ from hooked_mamba.analysis.patching import get_act_patch_x_proj as get_act_patch
 from hooked_mamba.analysis.patching import get_act_patch_y as get_act_patch_y
 from hooked_mamba.analysis.patching import get_act_patch_y_gated as get_act_patch_y_gated
 from hooked_mamba.analysis.patching import get_act_patch_y_scan as get_act_patch_y_scan
-from hooked_mamba.analysis.patching import get_act_patch_z as get_act_patch_z
+from hooked_mamba.analysis.patching import layer_head_pattern_patch_setter as layer_head_pattern_patch_setter
+from hooked_mamba.analysis.patching import layer_head_pos_pattern_patch_setter as layer_head_pos_pattern_patch_setter
 from hooked_mamba.analysis.patching import layer_head_vector_patch_setter as layer_head_vector_patch_setter
 from hooked_mamba.analysis.patching import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
 from hooked_mamba.analysis.patching import layer_pos_patch_setter as layer_pos_patch_setter
@@ -59,3 +65,9 @@ from hooked_mamba.analysis.patching import layer_pos_state_dim_patch_setter as l
 from hooked_mamba.analysis.patching import layer_pos_state_patch_setter as layer_pos_state_patch_setter
 from hooked_mamba.analysis.patching import layer_pos_state_unit_patch_setter as layer_pos_state_unit_patch_setter
 from hooked_mamba.analysis.path_patching import path_patch as path_patch
+from hooked_mamba.names_elsewhere import import_advice
+from hooked_mamba.renamed import renamed_in
+from hooked_mamba.transformerlens_names import PATCHING
+
+_renamed = renamed_in(__name__, {"get_act_patch_z": "hooked_mamba.analysis.patching.get_act_patch_gate_pre"})
+__getattr__ = import_advice(__name__, PATCHING, _renamed)

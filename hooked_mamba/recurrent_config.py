@@ -1,4 +1,4 @@
-"""What shapes the models of the delta rule: RWKV-7, gated DeltaNet."""
+"""What shapes the recurrences after Mamba-2: RWKV-7, gated DeltaNet, Mamba-3."""
 
 from __future__ import annotations
 
@@ -166,3 +166,23 @@ class Mamba3Config(BranchConfig):
         """Rows of in_proj: z, x, B, C, dt, A, lam, angles."""
         GN = self.n_groups * self.d_state
         return self.E, self.E, GN, GN, self.H, self.H, self.H, self.S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba3MIMOConfig(Mamba3Config):
+    """Mamba-3 with several inputs and outputs of each head (arXiv:2603.15569), one branch of a hybrid's blocks."""
+
+    mimo_rank: int = 4
+    """Ranks R: how often a state is written and read at each position."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("mimo_rank")
+        if self.d_state % 2:
+            raise ValueError(f"d_state must be even, so that states i and i + N/2 are pairs; got {self.d_state}")
+
+    @property
+    def in_widths(self) -> tuple[int, ...]:
+        """Rows of in_proj: z, x, B, C, dt, A, lam, angles."""
+        z, x, B, C, *rest = super().in_widths
+        return z, x, self.mimo_rank * B, self.mimo_rank * C, *rest

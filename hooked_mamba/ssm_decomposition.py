@@ -343,8 +343,9 @@ class SSMDecomposition(ResidualDecomposition):
         Raises
         ------
         ValueError
-            None does, or this one does not.
+            None does, or this one does not; or documents are packed into the rows of this cache.
         """
+        self._not_packed()
         found = self.model.block(layer).branches
         if branch is not None and branch not in found:
             raise ValueError(f"block {layer} has no branch {branch!r}; it has {', '.join(found)}")
@@ -369,6 +370,7 @@ class SSMDecomposition(ResidualDecomposition):
 
     def token_path(self, layer: int) -> TokenPath:
         """How tokens reach the scan of one layer, through its convolution if it has one."""
+        self._not_packed()
         return self.model.mixer(layer).token_path(self.reader(layer))
 
     def output_gain(self, layer: int) -> Float[Tensor, "b l E"]:
@@ -414,6 +416,13 @@ class SSMDecomposition(ResidualDecomposition):
         return self.model.block(layer).out_scales.get(branch, 1.0)
 
     # Helpers -------------------------------------------------------------------------------------------------
+
+    def _not_packed(self) -> None:
+        if getattr(self, "packed", False):
+            raise ValueError(
+                "documents are packed into the rows of this cache, and what is computed anew from it would mix them:"
+                " run each document in a row of its own"
+            )
 
     def _width(self, layer: int) -> int:
         return self.model.mixer(layer).width

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mamba.documents import Documents
+
 Kind = TypeVar("Kind", bound=type)
 
 
@@ -162,25 +164,51 @@ class Call:
     """Real tokens of each row before this call; None: 0."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
+    documents: Documents | None = None
+    """Documents packed into the rows; None: each row is one."""
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
+    all_real: Bool[Tensor, "b l"] | None = None
+    """The mask of a call without padding, once a layer has asked for it."""
 
     def to(self, device: torch.device) -> Call:
         """The same for blocks that are on another device."""
         seen = None if self.seen is None else self.seen.to(device)
         padding = None if self.padding is None else self.padding.to(device)
-        return Call(padding, seen, {name: value.to(device) for name, value in self.carry.items()})
+        documents = None if self.documents is None else self.documents.to(device)
+        return Call(padding, seen, {name: value.to(device) for name, value in self.carry.items()}, documents)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every column is real and every row one document."""
+        return self.padding is None and self.documents is None
 
     def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
-        """How many real tokens stand before each column of its row: what a position embedding counts."""
+        """How many real tokens of its document stand before each column: what a position embedding counts."""
         if self.padding is None:
             columns = torch.arange(length, device=device).expand(batch, -1)
         else:
             columns = (self.padding.mask.long().cumsum(1) - 1).clamp(min=0)
-        return columns if self.seen is None else columns + self.seen[:, None]
+        before = 0 if self.seen is None else self.seen[:, None]
+        if self.documents is None:
+            return columns + before
+        first = columns.gather(1, self.documents.first_column)
+        return columns - torch.where(self.documents.number == 0, -before, first)
+
+    def real_columns(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
+        """Which columns hold real tokens; made once for all layers."""
+        if self.padding is not None:
+            return self.padding.mask
+        if self.all_real is None or self.all_real.device != device:
+            self.all_real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        return self.all_real
 
     def seen_after(self, batch: int, length: int, device: torch.device) -> Int[Tensor, " b"]:
-        """Real tokens of each row when this call is over."""
+        """Real tokens of each row, of its last document, when this call is over."""
+        if self.documents is not None:
+            real = self.documents.in_last if self.padding is None else self.documents.in_last & self.padding.mask
+            read, fresh = real.sum(1), self.documents.starts.any(1)
+            return read if self.seen is None else read + torch.where(fresh, 0, self.seen)
         read = torch.full((batch,), length, device=device) if self.padding is None else self.padding.mask.sum(1)
         return read if self.seen is None else self.seen + read
 
@@ -250,19 +278,30 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def with_history(
-    x: Float[Tensor, "b l c"], history: Float[Tensor, "b k c"], padding: Padding | None
+    x: Float[Tensor, "b l c"],
+    history: Float[Tensor, "b k c"],
+    padding: Padding | None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b k c"] | None, Float[Tensor, "b k c"]]:
     """Convolution inputs, the k inputs that stand before them, and the last k for the next call.
 
     In a left-padded row the history stands right before the first real position, and in a right-padded row the
     next history ends at the last real one: each row is what it would be alone. With padding the inputs that come
-    back hold their history (m = k + l), and None stands for what is before them.
+    back hold their history (m = k + l), and None stands for what is before them; so also where they are fewer than k.
+    Of packed documents the next history is the last one's.
     """
+    if documents is not None:
+        fresh = documents.starts.any(1)[:, None, None]
+        inputs, before, _ = with_history(x, history, padding)
+        left = torch.where(fresh, torch.zeros((), dtype=history.dtype, device=history.device), history)
+        return inputs, before, with_history(documents.keep_last(x), left, padding)[2]
     k, length = history.shape[1], x.shape[1]
     history = history.to(x.dtype)
+    if padding is None and length < k:  # joined once; as small as it is, a view of it keeps little alive
+        x = torch.cat([history, x], 1)
+        return x, None, x[:, length:]
     if padding is None:
-        recent = x if length >= k else torch.cat([history, x], 1)
-        return x, history, recent[:, recent.shape[1] - k :].clone()  # a view would keep what is not needed alive
+        return x, history, x[:, length - k :].clone()  # a view would keep what is not needed alive
     x = torch.cat([history, x], 1)
     offsets = torch.arange(k, device=x.device)
 

@@ -16,8 +16,14 @@ from torch import Tensor
 
 import hooked_mamba.models  # noqa: F401  # short names are known once every kind of branch is defined
 from hooked_mamba.display import Shown, table
+from hooked_mamba.factored_matrix import FactoredMatrix
 from hooked_mamba.hooks.names import get_act_name as get_act_name
+from hooked_mamba.model.generation import sample_logits as sample_logits
 from hooked_mamba.model.text import lm_cross_entropy_loss as lm_cross_entropy_loss
+from hooked_mamba.names_elsewhere import import_advice
+from hooked_mamba.transformerlens_names import UTILS
+
+__getattr__ = import_advice(__name__, UTILS)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -26,6 +32,55 @@ def to_numpy(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
     return np.asarray(value)
+
+
+def get_corner(tensor: Any, n: int = 3) -> Tensor:
+    """The first n entries along every axis of a tensor (of a FactoredMatrix, of the product)."""
+    corner = tensor[(slice(n),) * tensor.ndim]
+    return corner.AB if isinstance(corner, FactoredMatrix) else corner
+
+
+def transpose(tensor: Float[Tensor, "... a b"]) -> Float[Tensor, "... b a"]:
+    """The last two axes exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def remove_batch_dim(tensor: Tensor) -> Tensor:
+    """Without the first axis where that has length 1, else as it is."""
+    return tensor[0] if len(tensor) == 1 else tensor
+
+
+def is_square(x: Tensor) -> bool:
+    """Whether it is a square matrix."""
+    return x.ndim == 2 and x.shape[0] == x.shape[1]
+
+
+def is_lower_triangular(x: Tensor) -> bool:
+    """Whether it is a square matrix with nothing above its diagonal."""
+    return is_square(x) and bool((x == x.tril()).all())
+
+
+def get_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def composition_scores(
+    left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True
+) -> Float[Tensor, "*leading"]:
+    """|L R| / (|L| |R|), Frobenius norms: how far what L writes is what R reads.
+
+    With `broadcast_dims` every left matrix is paired with every right one: axes of the left in front.
+    """
+    if broadcast_dims:
+        before, behind = left.ndim - 2, right.ndim - 2
+        for _ in range(before):
+            right = right.unsqueeze(0)
+        for _ in range(behind):
+            left = left.unsqueeze(before)
+    product = left @ right
+    assert isinstance(product, FactoredMatrix)
+    return product.norm() / left.norm() / right.norm()
 
 
 def lm_accuracy(
@@ -58,7 +113,6 @@ class AnswerToken(Shown):
     """The likeliest tokens there: text, logit, probability."""
 
 
-@torch.no_grad()
 def test_prompt(
     prompt: str,
     answer: str | Sequence[str],
@@ -67,8 +121,10 @@ def test_prompt(
     print_details: bool = True,
     prepend_bos: bool | None = None,
     top_k: int = 10,
-) -> list[list[AnswerToken]]:
+) -> None:
     """Does the model give this answer? Prints rank, logit and probability of each of its tokens.
+
+    The numbers themselves are :func:`answer_tokens`'. Nothing is returned, so that a notebook shows the table once.
 
     Parameters
     ----------
@@ -80,44 +136,58 @@ def test_prompt(
         Also print the tokens and the likeliest ones at each place.
     top_k
         How many of the likeliest.
-
-    Returns
-    -------
-    list
-        For each answer, one entry a token (TransformerLens only prints).
     """
-    results = []
-    for text in [answer] if isinstance(answer, str) else list(answer):
-        if prepend_space_to_answer and not text.startswith(" "):
-            text = " " + text
-        results.append(_test_answer(prompt, text, model, print_details, prepend_bos, top_k))
-    return results
+    before = model.to_tokens(prompt, prepend_bos=prepend_bos)
+    for found in answer_tokens(prompt, answer, model, prepend_space_to_answer, prepend_bos, top_k):
+        if print_details:
+            print("Tokenized prompt:", model.to_str_tokens(before))
+            print("Tokenized answer:", [token.token for token in found])
+        for token in found:
+            print(f"Rank: {token.rank:<8} Logit: {token.logit:5.2f} Prob: {token.prob:6.2%} Token: |{token.token}|")
+            if print_details:
+                for place, (word, logit, prob) in enumerate(token.top):
+                    print(f"  top {place}: Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{word}|")
 
 
 test_prompt.__test__ = False  # type: ignore[attr-defined]  # not a test, though pytest would think so
 
 
-def _test_answer(
-    prompt: str, answer: str, model: Any, details: bool, prepend_bos: bool | None, top_k: int
-) -> list[AnswerToken]:
+@torch.no_grad()
+def answer_tokens(
+    prompt: str,
+    answer: str | Sequence[str],
+    model: Any,
+    prepend_space_to_answer: bool = True,
+    prepend_bos: bool | None = None,
+    top_k: int = 10,
+) -> list[list[AnswerToken]]:
+    """Rank, logit and probability of each token of one or several answers: what :func:`test_prompt` prints.
+
+    Returns
+    -------
+    list
+        For each answer, one entry a token.
+    """
+    results = []
+    for text in [answer] if isinstance(answer, str) else list(answer):
+        if prepend_space_to_answer and not text.startswith(" "):
+            text = " " + text
+        results.append(_answer(prompt, text, model, prepend_bos, top_k))
+    return results
+
+
+def _answer(prompt: str, answer: str, model: Any, prepend_bos: bool | None, top_k: int) -> list[AnswerToken]:
     before = model.to_tokens(prompt, prepend_bos=prepend_bos)
     after = model.to_tokens(answer, prepend_bos=False)
     logits = model(torch.cat([before, after], 1))[0, before.shape[1] - 1 : -1]
     probs = logits.softmax(-1)
     found = []
-    if details:
-        print("Tokenized prompt:", model.to_str_tokens(before))
-        print("Tokenized answer:", model.to_str_tokens(after))
     for i, token in enumerate(after[0].tolist()):
         best = logits[i].topk(min(top_k, logits.shape[-1])).indices.tolist()
         top = [(model.to_single_str_token(t), float(logits[i, t]), float(probs[i, t])) for t in best]
         rank = int((logits[i] > logits[i, token]).sum())
         name = model.to_single_str_token(token)
         found.append(AnswerToken(name, rank, float(logits[i, token]), float(probs[i, token]), top))
-        print(f"Rank: {rank:<8} Logit: {found[-1].logit:5.2f} Prob: {found[-1].prob:6.2%} Token: |{name}|")
-        if details:
-            for place, (word, logit, prob) in enumerate(top):
-                print(f"  top {place}: Logit: {logit:5.2f} Prob: {prob:6.2%} Token: |{word}|")
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.factored_matrix import FactoredMatrix
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 
@@ -59,13 +60,13 @@ class SharedWeights:
 
     @property
     def W_in(self) -> Float[Tensor, "layer d inner"]:
-        """in_proj as one matrix, columns in stored order."""
-        return self._stack("W_in")
+        """in_proj of the mixers; in a model with MLPs theirs (the up projection), as in TransformerLens."""
+        return self._stack("W_in", self._mlp_or_mixer)
 
     @property
     def b_in(self) -> Float[Tensor, "layer inner"]:
-        """in_proj's bias, zeros where the model has none."""
-        return self._stack("b_in")
+        """Its bias, zeros where the model has none."""
+        return self._stack("b_in", self._mlp_or_mixer)
 
     @property
     def W_in_x(self) -> Float[Tensor, "layer d E"]:
@@ -141,16 +142,84 @@ class SharedWeights:
 
     @property
     def W_out(self) -> Float[Tensor, "layer E d"]:
-        """out_proj."""
-        return self._stack("W_out")
+        """out_proj of the mixers; in a model with MLPs theirs (the down projection), as in TransformerLens."""
+        return self._stack("W_out", self._mlp_or_mixer)
 
     @property
     def b_out(self) -> Float[Tensor, "layer d"]:
-        """out_proj's bias, zeros where the model has none."""
-        return self._stack("b_out")
+        """Its bias, zeros where the model has none."""
+        return self._stack("b_out", self._mlp_or_mixer)
+
+    # Attention's and MLPs', over the blocks that have them: `blocks_with` says which ------------------------------
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d c"]:
+        """Attention: residual stream to queries."""
+        return self._stack("W_Q", "attn")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer head d c"]:
+        """Attention: residual stream to keys, repeated for the query heads that share them."""
+        return self._stack("W_K", "attn")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer head d c"]:
+        """Attention: residual stream to values, repeated for the query heads that share them."""
+        return self._stack("W_V", "attn")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head c d"]:
+        """Attention: mixed values to the residual stream."""
+        return self._stack("W_O", "attn")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head c"]:
+        """Queries' bias, zeros where the model has none."""
+        return self._stack("b_Q", "attn")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer head c"]:
+        """Keys' bias, zeros where the model has none."""
+        return self._stack("b_K", "attn")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer head c"]:
+        """Values' bias, zeros where the model has none."""
+        return self._stack("b_V", "attn")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d"]:
+        """Attention's output bias, zeros where the model has none."""
+        return self._stack("b_O", "attn")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d F"]:
+        """Gated MLPs: residual stream to what the activation reads."""
+        return self._stack("W_gate", "mlp")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """Attention: W_Q W_K^T of every head, without positions and norms; layer head d d."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """Attention: W_V W_O of every head, layer head d d."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def blocks_with(self, branch: str) -> list[tuple[int, Any]]:
+        """Pairs (layer, block) of the blocks that have such a branch: "mixer", "attn", "mlp", "moe"."""
+        return [(i, block) for i, block in enumerate(self.blocks) if branch in block.branches]
+
+    @property
+    def _mlp_or_mixer(self) -> str:
+        return "mlp" if self.blocks_with("mlp") else "mixer"
 
     def _mixers(self) -> list[Branch]:
         return [block.mixer for block in self.blocks]
 
-    def _stack(self, view: str) -> Tensor:
-        return torch.stack([getattr(mixer, view) for mixer in self._mixers()])
+    def _stack(self, view: str, branch: str = "mixer") -> Tensor:
+        blocks = [block for _, block in self.blocks_with(branch)]
+        if not blocks:
+            raise AttributeError(f"no block of this model has a branch {branch!r}")
+        return torch.stack([getattr(block.branches[branch], view) for block in blocks])

@@ -90,6 +90,10 @@ class SparseCoder(CoderParameters):
         """Pre-activations; for a gated coder, those of its gate."""
         return affine(self._rows(x), self.W_enc, self.encoder_bias).reshape(*x.shape[:-1], self.cfg.d_sae)
 
+    def preact_of(self, x: Float[Tensor, "*leading d_in"], index: int) -> Float[Tensor, "*leading"]:
+        """The pre-activation of one latent."""
+        return (self._rows(x) @ self.W_enc[:, index] + self.encoder_bias[index]).reshape(x.shape[:-1])
+
     def encode(self, x: Float[Tensor, "*leading d_in"]) -> Float[Tensor, "*leading F"]:
         """All latents, active or not, as at inference: BatchTopK and Matryoshka use the stored threshold."""
         pre = affine(self._rows(x), self.W_enc, self.encoder_bias)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from hooked_mamba.models import HookedSSM, load_model
+from hooked_mamba.models import HookedModel, load_model
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
 from saes.model_hash import model_hash
@@ -54,7 +54,7 @@ def trained_model(names: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -> HookedSSM:
+def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -> HookedModel:
     """The model to run: the one named, or the one that the coders were trained on.
 
     Raises
@@ -70,7 +70,7 @@ def model_of(coders: Mapping[str, SparseCoder], name: str | None, device: str) -
     return model
 
 
-def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedSSM, name: str) -> None:
+def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedModel, name: str) -> None:
     """Print a note for coders that were trained on other weights than the model's."""
     there = model_hash(model) if any(coder.cfg.model_hash for coder in coders.values()) else None
     for short, coder in coders.items():
@@ -78,6 +78,6 @@ def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedSSM, name
             typer.echo(f"note: {short} was trained on other weights than those of {name}", err=True)
 
 
-def text_rows(text: Path, model: HookedSSM, context_length: int, seed: int = 0) -> Any:
+def text_rows(text: Path, model: HookedModel, context_length: int, seed: int = 0) -> Any:
     """Rows of tokens of a text file, read once."""
     return rows_of(text, model, DataConfig(context_length=context_length, epochs=1, seed=seed))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.display import table
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.features import directions
 from saes.metrics.assignment import best_pairs
@@ -154,7 +154,7 @@ class ModelDiff:
 
 @torch.no_grad()
 def compare_models(
-    a: HookedSSM, b: HookedSSM, coder: SparseCoder, tokens: Tensor | Iterable[Tensor], *, mask: Tensor | None = None
+    a: HookedModel, b: HookedModel, coder: SparseCoder, tokens: Tensor | Iterable[Tensor], *, mask: Tensor | None = None
 ) -> ModelDiff:
     """Read two models with one dictionary: a model before and after training, quantisation, an edit.
 
@@ -204,7 +204,7 @@ def compare_models(
     return ModelDiff(active / n, mean, correlation.clamp(-1, 1), (fvu[0], fvu[1]), n)
 
 
-def _add_errors(model: HookedSSM, coder: SparseCoder, tokens: Tensor, real: Tensor, sums: ReconstructionSums) -> None:
+def _add_errors(model: HookedModel, coder: SparseCoder, tokens: Tensor, real: Tensor, sums: ReconstructionSums) -> None:
     def look(x: Tensor, y: Tensor) -> None:
         sums.add(y[real], coder(x[real]))
 
@@ -224,7 +224,7 @@ def compare(a: Any, b: Any, coder: SparseCoder | None = None, tokens: Any = None
         if coder is not None or tokens is not None:
             raise TypeError("two dictionaries are compared by their weights: coder= and tokens= are for models")
         return compare_dictionaries(a, b, **options)
-    if isinstance(a, HookedSSM) and isinstance(b, HookedSSM):
+    if isinstance(a, HookedModel) and isinstance(b, HookedModel):
         if coder is None or tokens is None:
             raise TypeError("two models are compared through a dictionary: pass coder= and tokens=")
         return compare_models(a, b, coder, tokens, **options)

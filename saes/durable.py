@@ -51,7 +51,7 @@ def room_for(path: Path, n_bytes: int) -> Iterator[None]:
             f"no room for {n_bytes:,} bytes of {path.name}: {error.strerror}. What was written before is intact;"
             " make room and run the same again",
             str(path),
-        ) from error
+        ) from None
 
 
 def write_through(path: Path, data: bytes) -> None:

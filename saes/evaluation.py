@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.metrics.model_loss import LossSums, next_token_log_probs
 from saes.metrics.reconstruction import ReconstructionSums
@@ -37,7 +37,7 @@ TOGETHER = "all together"
 
 
 def evaluate(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Coders,
     data: Data,
     metrics: Sequence[str] | None = None,
@@ -179,7 +179,7 @@ class _Run:
     """The two passes."""
 
     def __init__(
-        self, model: HookedSSM, named: dict[str, SparseCoder], exclude: tuple[int, ...], wanted: tuple[str, ...]
+        self, model: HookedModel, named: dict[str, SparseCoder], exclude: tuple[int, ...], wanted: tuple[str, ...]
     ) -> None:
         self.model, self.named, self.exclude, self.wanted = model, named, exclude, wanted
         self.sums = {name: _Sums(coder) for name, coder in named.items()}
@@ -206,7 +206,7 @@ class _Run:
             return Rewrite(sums.coder.cfg, look)
 
         with rewritten(self.model, [reading(sums) for sums in self.sums.values()]):
-            self.model(rows.tokens, attention_mask=_mask(rows), return_type=None, stop_at_layer=self.stop)
+            self.model(rows.tokens, **rows.arguments(), return_type=None, stop_at_layer=self.stop)
 
     @torch.no_grad()
     def lose(self, rows: Rows, together: bool) -> None:
@@ -215,11 +215,11 @@ class _Run:
 
         def log_probs(context: AbstractContextManager | None = None) -> tuple[Tensor, Tensor]:
             if context is None:
-                logits = self.model(rows.tokens, attention_mask=_mask(rows))
+                logits = self.model(rows.tokens, **rows.arguments())
             else:
                 with context:
-                    logits = self.model(rows.tokens, attention_mask=_mask(rows))
-            return next_token_log_probs(logits, rows.tokens, rows.real)
+                    logits = self.model(rows.tokens, **rows.arguments())
+            return next_token_log_probs(logits, rows.tokens, rows.real, rows.starts)
 
         clean, next_tokens = log_probs()
         several = {TOGETHER: self.named} if together else {}
@@ -257,24 +257,22 @@ def _together(named: Mapping[str, SparseCoder]) -> bool:
     return len(sites) > 1 and len(set(sites)) == len(sites)
 
 
-def _mask(rows: Rows) -> Tensor | None:
-    return None if bool(rows.real.all()) else rows.real
-
-
-def _batches(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None) -> Iterator[Rows]:
+def _batches(
+    model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, n_tokens: int | None
+) -> Iterator[Rows]:
     """Rows of any data, at most `batch_size` at a time, until `n_tokens` real tokens were read."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     n = 0
     for rows in _rows(model, data, mask, batch_size, unlimited=n_tokens is None):
-        for tokens, real in zip(rows.tokens.split(batch_size), rows.real.split(batch_size), strict=True):
-            yield Rows(tokens.to(model.device), real.to(model.device))
-            n += int(real.sum())
+        for some in rows.split(batch_size):
+            yield some.to(model.device)
+            n += int(some.real.sum())
             if n_tokens is not None and n >= n_tokens:
                 return
 
 
-def _rows(model: HookedSSM, data: Any, mask: Tensor | None, batch_size: int, unlimited: bool) -> Iterator[Rows]:
+def _rows(model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, unlimited: bool) -> Iterator[Rows]:
     if mask is not None and not (isinstance(data, Tensor) or _is_ids(data)):
         raise ValueError("attention_mask= goes with token ids; texts are masked by themselves, rows bring their own")
     if isinstance(data, Rows):
@@ -303,7 +301,7 @@ def _is_ids(data: Any) -> bool:
     return isinstance(data, int)
 
 
-def _as_rows(model: HookedSSM, data: Any, mask: Tensor | None) -> Rows:
+def _as_rows(model: HookedModel, data: Any, mask: Tensor | None) -> Rows:
     tokens, found = model.input_to_tokens(data)
     mask = found if mask is None else torch.as_tensor(mask, device=tokens.device)
     if mask is not None and mask.shape != tokens.shape:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_mamba.display import table
 from hooked_mamba.hooks.site_name import SiteName
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.splicing import check_features
 from saes.targets import streams_of
@@ -42,7 +42,7 @@ class FeatureLogits:
 
 
 def residual_directions(
-    model: HookedSSM, coder: SparseCoder, features: Sequence[int] | None = None
+    model: HookedModel, coder: SparseCoder, features: Sequence[int] | None = None
 ) -> Float[Tensor, "n d"]:
     """Decoder rows as directions of the residual stream.
 
@@ -78,7 +78,7 @@ def residual_directions(
 
 
 @torch.no_grad()
-def feature_logits(model: HookedSSM, coder: SparseCoder, features: int | Sequence[int], k: int = 10) -> FeatureLogits:
+def feature_logits(model: HookedModel, coder: SparseCoder, features: int | Sequence[int], k: int = 10) -> FeatureLogits:
     """What latents add to each token's logit through the final norm's weight and the unembedding: d_f w W_U.
 
     Parameters
@@ -107,7 +107,7 @@ def feature_logits(model: HookedSSM, coder: SparseCoder, features: int | Sequenc
     return FeatureLogits(chosen, _tokens(model, up), _tokens(model, down), logits)
 
 
-def _tokens(model: HookedSSM, best: Any) -> tuple[tuple[tuple[str | int, float], ...], ...]:
+def _tokens(model: HookedModel, best: Any) -> tuple[tuple[tuple[str | int, float], ...], ...]:
     rows = []
     for ids, values in zip(best.indices, best.values, strict=True):
         names = ids.tolist() if model.tokenizer is None else model._str_tokens(ids, None)

@@ -148,7 +148,7 @@ def snapshot(repo_id: str, files: list[str], revision: str | None = None, token:
             snapshot_download(repo_id, revision=revision, allow_patterns=files, token=token, endpoint=endpoint())
         )
     except Exception as error:  # the client's errors differ between its releases and its HTTP libraries
-        raise HubError(what_failed(f"fetching {repo_id!r}{f' at {revision!r}' if revision else ''}", error)) from error
+        raise HubError(what_failed(f"fetching {repo_id!r}{f' at {revision!r}' if revision else ''}", error)) from None
 
 
 def what_failed(doing: str, error: BaseException) -> str:

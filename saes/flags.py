@@ -17,7 +17,7 @@ TRAIN = (
 
 DATA = (
     "block_tokens", "rows_per_pass", "exclude_tokens", "positions_per_row", "disk_tokens", "shards_per_block",
-    "epochs", "dtype", "folder", "channels", "pack",
+    "epochs", "dtype", "folder", "channels", "pack", "boundaries",
 )  # fmt: skip
 """The same of `DataConfig`."""
 

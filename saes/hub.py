@@ -261,5 +261,5 @@ def _to_hub(
     except (CoderFileError, HubError):
         raise
     except Exception as error:  # the client's errors differ between its releases and its HTTP libraries
-        raise HubError(what_failed(f"pushing to {repo!r}", error)) from error
+        raise HubError(what_failed(f"pushing to {repo!r}", error)) from None
     raise AssertionError("the loop above returns or raises")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.targets import LOCAL, sites_of
 
 
@@ -20,7 +20,7 @@ class Located:
     """Numbers at each position."""
 
 
-def locate(stream: str, model: HookedSSM, channels: Sequence[int] | None = None) -> Located:
+def locate(stream: str, model: HookedModel, channels: Sequence[int] | None = None) -> Located:
     """Find a stream in a model.
 
     Parameters

@@ -6,10 +6,10 @@ import hashlib
 
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 
 
-def model_hash(model: HookedSSM) -> str:
+def model_hash(model: HookedModel) -> str:
     """16 hex digits of the SHA-256 of all weights: names, shapes and values as float32.
 
     The same on every device, and for a checkpoint loaded in its own precision or in float32.

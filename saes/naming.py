@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
 from saes.located import locate
@@ -64,7 +64,7 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
     return named
 
 
-def check_fits(coder: SparseCoder, model: HookedSSM, name: str) -> tuple[str, str]:
+def check_fits(coder: SparseCoder, model: HookedModel, name: str) -> tuple[str, str]:
     """The streams that a coder reads and predicts, if it can sit on this model.
 
     Raises

@@ -108,7 +108,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except RepeatedKeyError as error:
         raise OptionError(f"{path} {error}") from None
     except ValueError as error:
-        raise OptionError(f"{path} is no {path.suffix[1:].upper()}: {error}") from error
+        raise OptionError(f"{path} is no {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"{path} must hold a mapping of options, got {type(values).__name__}")
     return values

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.display import table
 from hooked_mamba.model.text import PaddingSide
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.sparse import Codes
 from saes.targets import last_layer, sites_of, stream_values
@@ -98,7 +98,7 @@ class Activations:
 
 @torch.no_grad()
 def encode_on(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Coders,
     input: str | Sequence[Any] | Tensor,
     *,

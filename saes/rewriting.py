@@ -23,7 +23,7 @@ from hooked_mamba.analysis.captured import Padded, captured, padding_under_way
 from hooked_mamba.analysis.columns import Columns, column_mask, columns_before
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.hooks.points import HookPoint
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.config import CoderConfig
 from saes.targets import LOCAL, sites_of, stream_values, streams_of
 
@@ -39,7 +39,7 @@ class Rewrite(NamedTuple):
 
 
 @contextmanager
-def rewritten(model: HookedSSM, rewrites: Sequence[Rewrite], positions: Columns = None) -> Iterator[None]:
+def rewritten(model: HookedModel, rewrites: Sequence[Rewrite], positions: Columns = None) -> Iterator[None]:
     """Rewrite streams in every forward pass inside the `with`; later layers see the changes of earlier ones.
 
     Parameters
@@ -59,13 +59,13 @@ def rewritten(model: HookedSSM, rewrites: Sequence[Rewrite], positions: Columns 
         yield
 
 
-def _inputs(model: HookedSSM, x: str, y: str) -> list[str]:
+def _inputs(model: HookedModel, x: str, y: str) -> list[str]:
     """Sites that a rewrite looks at besides the one it changes."""
     return ([] if x == y else sites_of(x, model)) + (sites_of(y, model) if y.endswith(LOCAL) else [])
 
 
 def _hook(
-    model: HookedSSM,
+    model: HookedModel,
     rewrite: Callable[[Tensor, Tensor], Tensor | None],
     x_stream: str,
     y_stream: str,

@@ -5,6 +5,12 @@ A name that exists here is not listed: SAE, encode, decode, W_enc, b_dec, from_p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from hooked_mamba import names_elsewhere
+from hooked_mamba.names_elsewhere import table as table
+from hooked_mamba.transformerlens_names import SAELENS_MODEL
+
 _TRAIN = "train_sae(model, site, layer, architecture, d_sae, n_tokens, text=...)"
 _OF = 'SparseCoder with sae_config(site, d, d_sae, architecture="{}")'
 _TRANSCODER = "MambaCoder with mambacoder_config(layer, d_model, d_sae)"
@@ -151,30 +157,10 @@ OPTIONS: dict[str, str] = {
 }
 """Options of its training runner -> those of train_sae."""
 
-MODEL: dict[str, str] = {
-    "run_with_saes": "with saes.splice(model, coders): model(text)",
-    "run_with_cache_with_saes": "with saes.splice(model, coders, record=True) as spliced: model.run_with_cache(text)",
-    "run_with_hooks_with_saes": "with saes.splice(model, coders): model.run_with_hooks(text, fwd_hooks=...)",
-    "add_sae": "with saes.splice(model, coders): ...",
-    "reset_saes": "none: a splice ends with its with block",
-    "acts_to_saes": "the coders given to saes.splice, spliced.coders",
-    "saes": "with saes.splice(model, coders) as spliced: ...",
-}
-"""Methods of its HookedSAETransformer -> what to write with a model of hooked_mamba."""
+MODEL = SAELENS_MODEL
+"""Methods of its HookedSAETransformer -> what to write with a model of hooked_mamba, whose errors say it."""
 
 
-def advice(name: str, uses: dict[str, str]) -> str:
+def advice(name: str, uses: Mapping[str, str]) -> str:
     """One line: what SAELens' name is here."""
-    use = uses[name]
-    found = use.removeprefix("none").removeprefix(": ").removeprefix("; ")
-    if use.startswith("none"):
-        return f"SAELens' {name} has no counterpart here" + (f": {found}" if found else "")
-    return f"SAELens' {name} is here: {use}"
-
-
-def table(uses: dict[str, str]) -> str:
-    """The rows of a Markdown table; names with the same counterpart share a row."""
-    rows: dict[str, list[str]] = {}
-    for name, use in uses.items():
-        rows.setdefault(use, []).append(f"`{name}`")
-    return "\n".join(f"| {', '.join(names)} | {use} |" for use, names in rows.items())
+    return names_elsewhere.advice(name, uses, names_elsewhere.SAE_LENS)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hooked_mamba.analysis.columns import Columns
 from hooked_mamba.components import at_least_fp32
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.config import CoderConfig
 from saes.naming import Coders, check_fits, named_coders, pick
@@ -49,7 +49,7 @@ FeatureEdit = LatentEdit | Callable[[Tensor], Tensor]
 class Spliced:
     """What `with splice(...) as spliced` gives."""
 
-    model: HookedSSM
+    model: HookedModel
     coders: dict[str, SparseCoder]
     latents: dict[str, Tensor] = field(default_factory=dict)
     """With record=True: each coder's latents in the last pass, edits included, b l F, attached to its graph."""
@@ -57,7 +57,7 @@ class Spliced:
 
 @contextmanager
 def splice(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Coders,
     error: bool | Mapping[str, Tensor] = False,
     features: Mapping[str, FeatureEdit] | FeatureEdit | None = None,
@@ -120,7 +120,7 @@ def splice(
 
 
 @torch.no_grad()
-def misses(model: HookedSSM, coders: Coders, input: Any, **forward: Any) -> dict[str, Tensor]:
+def misses(model: HookedModel, coders: Coders, input: Any, **forward: Any) -> dict[str, Tensor]:
     """Each coder's error on an input, y - decode(z), b l d_out, to be frozen in `splice(error=...)`.
 
     Parameters

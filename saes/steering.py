@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.analysis.columns import Columns
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import check_fits
 from saes.rewriting import Rewrite, rewritten
@@ -27,12 +27,12 @@ Amount = float | int | Tensor
 
 @contextmanager
 def steer(
-    model: HookedSSM,
+    model: HookedModel,
     coder: SparseCoder,
     feature_id: Features,
     vector_scale: Amount | Sequence[Amount] = 1.0,
     positions: Columns = None,
-) -> Iterator[HookedSSM]:
+) -> Iterator[HookedModel]:
     """Add `vector_scale` times a latent's decoder row to what the coder predicts: z'_f = z_f + scale.
 
     Parameters
@@ -61,7 +61,7 @@ def steer(
 
 @contextmanager
 def scale_features(
-    model: HookedSSM, coder: SparseCoder, factors: Mapping[int, Amount], positions: Columns = None
+    model: HookedModel, coder: SparseCoder, factors: Mapping[int, Amount], positions: Columns = None
 ) -> Iterator[Spliced]:
     """Multiply latents: z'_f = factor z_f.
 
@@ -85,8 +85,8 @@ def scale_features(
 
 @contextmanager
 def ablate(
-    model: HookedSSM, coder: SparseCoder, feature_id: Features, strength: float | int = 1.0, positions: Columns = None
-) -> Iterator[HookedSSM]:
+    model: HookedModel, coder: SparseCoder, feature_id: Features, strength: float | int = 1.0, positions: Columns = None
+) -> Iterator[HookedModel]:
     """Ablate latents: z'_f = (1 - strength) z_f.
 
     Parameters
@@ -104,8 +104,8 @@ def ablate(
 
 @contextmanager
 def set_features(
-    model: HookedSSM, coder: SparseCoder, values: Mapping[int, Amount], positions: Columns = None
-) -> Iterator[HookedSSM]:
+    model: HookedModel, coder: SparseCoder, values: Mapping[int, Amount], positions: Columns = None
+) -> Iterator[HookedModel]:
     """Set latents, whatever they were: z'_f = value.
 
     Parameters

@@ -129,7 +129,9 @@ class _Inside:
             if frozen.is_split(one.layer):
                 raise ValueError(f"the state of layer {one.layer}, a split one, cannot be edited: use mode 'mixer'")
 
-    def __call__(self, layer: int, delta: Float[Tensor, "b l d"], whole: bool) -> Float[Tensor, "b l d"] | float:
+    def __call__(
+        self, layer: int, delta: Float[Tensor, "b l d"], taken: Tensor | float, whole: bool
+    ) -> Float[Tensor, "b l d"] | float:
         cuts = [cut for cut in self.cuts if layer in cut.layers]
         states = [one for one in self.states if one.layer == layer]
         if not cuts and not states:
@@ -144,7 +146,8 @@ class _Inside:
             p, sigma = chain.push(delta, rows, until="p")[0], chain.path.sigma
             through = self.held.get(layer, torch.ones_like(p[0]))
             p, sigma = (p * through, sigma) if mode == "split" else (p, sigma * through)
-            u = sigma * chain.path.mix(p)
+            u = chain.push(p, rows, start="p", until="u")[0] + taken
+            u = u if mode == "split" else u * through
             below = Pass(_over(chain, u), replace(chain.path, p=p, sigma=sigma), None, self.frozen.padding, scales)
             y = y - lost_reads(cuts, below)
             if mode == "split":  # a change of the local part has not passed, so none of it can be cut

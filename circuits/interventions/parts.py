@@ -142,7 +142,7 @@ def state_changes(model: HookedModel, edit: OfState) -> list[StateChange]:
         value = torch.as_tensor(edit.value, dtype=scale.dtype, device=scale.device)
         try:
             value = value.expand(*value.shape[: max(0, value.ndim - len(own))], *own)
-        except RuntimeError as e:
-            raise ValueError(f"a state of layer {layer} is {list(own)}, got {list(value.shape)}") from e
+        except RuntimeError:
+            raise ValueError(f"a state of layer {layer} is {list(own)}, got {list(value.shape)}") from None
         add = torch.where(here, value.reshape(*value.shape[: value.ndim - len(own)], *lanes), 0.0)
     return [StateChange(layer, t, scale, add) for t in counted(edit.positions)]

@@ -21,7 +21,7 @@ from demos.dictionaries.text import training_rows
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.store import DataConfig, RowSource, take
 from saes.training import load_model
 
@@ -47,7 +47,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def means_by_token(
-    model: HookedSSM, rows: RowSource, n_rows: int, pull: float = 2.0
+    model: HookedModel, rows: RowSource, n_rows: int, pull: float = 2.0
 ) -> tuple[Float[Tensor, "v d"], Float[Tensor, " d"]]:
     """Each token's mean output of block 0, and the overall mean, towards which rare tokens are pulled.
 
@@ -72,7 +72,7 @@ def means_by_token(
 
 
 @torch.no_grad()
-def measure(model: HookedSSM, table: Tensor, mean: Tensor, batches: list[Tensor]) -> Bound:
+def measure(model: HookedModel, table: Tensor, mean: Tensor, batches: list[Tensor]) -> Bound:
     """Explained variance and losses on held-out batches."""
 
     def loss(replace) -> float:

@@ -19,7 +19,7 @@ import torch
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.evaluation import evaluate
 from saes.hub import push
@@ -44,13 +44,13 @@ KEPT = (
 """Figures that go with a coder; densities and the rest are in the evaluation's file."""
 
 
-def held_out_rows(model: HookedSSM, valid: Path) -> list[Rows]:
+def held_out_rows(model: HookedModel, valid: Path) -> list[Rows]:
     """Rows of 256 tokens that predict every held-out token once."""
     stream = torch.tensor(encode_stream(model.tokenizer, read_stories(valid)))
     return [Rows(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in windows(stream, 256, batch=8)]
 
 
-def calibrate_on(model: HookedSSM, coders: dict[str, SparseCoder], text: Path, n_tokens: int = 2**14) -> None:
+def calibrate_on(model: HookedModel, coders: dict[str, SparseCoder], text: Path, n_tokens: int = 2**14) -> None:
     """Thresholds such that k latents are active on average in a text; in the told stories of the mix more may be."""
     threshold = {n: c for n, c in coders.items() if c.cfg.architecture in ("batchtopk", "matryoshka")}
     if not threshold:
@@ -84,7 +84,7 @@ def groups(coders: dict[str, SparseCoder]) -> dict[str, dict[str, SparseCoder]]:
     return {kind: group for kind, group in found.items() if group}
 
 
-def measure(model: HookedSSM, coders: dict[str, SparseCoder], rows: list[Rows]) -> dict[str, Report]:
+def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]) -> dict[str, Report]:
     """A report for every group."""
     reports = {}
     for kind, group in groups(coders).items():

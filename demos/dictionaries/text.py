@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from demos.tinystories.grammar import tell_stories
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.store import DataConfig, DocumentRows, ListedDocuments, MixedRows, RowSource, read_text_file, rows_of
 
 TOLD = {"tinystories-4l": 0.15, "tinystories-mamba2-4l": 0.15}
@@ -18,7 +18,7 @@ STORIES = 8000
 
 
 def training_rows(
-    model: HookedSSM, text: Path | None, dataset: str | None, share: float | None, data: DataConfig
+    model: HookedModel, text: Path | None, dataset: str | None, share: float | None, data: DataConfig
 ) -> RowSource:
     """Rows of a text file or of a streamed hub data set, and the told stories' share of them.
 

@@ -21,7 +21,7 @@ import torch
 from demos.dictionaries.presets import specs
 from demos.dictionaries.text import training_rows
 from hooked_mamba.hooks.names import HookNameError
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.config import ARCHITECTURES
 from saes.store import DataConfig
 from saes.training import TrainConfig, TrainResult, coder_config, load_model, local_device, train_coders
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, model: HookedSSM) -> TrainResult:
+def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
     """Train what the command line asks for, and say how fast it went."""
     data = DataConfig(
         batch_size=args.batch_size,

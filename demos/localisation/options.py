@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from demos.localisation.families import TITLES
 from demos.localisation.task import NAMES, SIZES, Task
 
 
@@ -24,6 +25,7 @@ class Options:
 
     task: str = field(metadata=about("recall or induction"))
     out: Path = field(metadata=about("folder for checkpoint, log and the finished model"))
+    family: str = field(default="mamba", metadata=about(f"one of {', '.join(TITLES)}"))
     size: int | None = field(
         default=None, metadata=about("recall: pairs of a prompt (default: 8); induction: its length (default: 16)", 2)
     )
@@ -52,12 +54,19 @@ class Options:
             value, low = getattr(self, entry.name), entry.metadata["low"]
             if low is not None and value is not None and not value >= low:
                 raise ValueError(f"{entry.name} must be at least {low}, got {value!r}")
+        if self.family not in TITLES:
+            raise ValueError(f"family must be one of {', '.join(TITLES)}, got {self.family!r}")
         self.goal  # noqa: B018  a task that does not exist is an error now, not after a model was built
 
     @property
     def goal(self) -> Task:
         """The task at its full size."""
         return Task(self.task, self.size or SIZES.get(self.task, 0), self.vocab)
+
+    @property
+    def name(self) -> str:
+        """The model's name: its task, and its family where that is not Mamba-1."""
+        return self.task if self.family == "mamba" else f"{self.task}-{self.family.replace('_', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: every option that the result depends on."""
@@ -82,7 +91,7 @@ OptionsType = TypeVar("OptionsType", bound=Options)
 def parse_args(
     argv: list[str] | None = None,
     options: type[OptionsType] = Options,  # type: ignore[assignment]
-    about: str = "Train a small Mamba on a task whose answers have a place.",
+    about: str = "Train a small model on a task whose answers have a place.",
 ) -> tuple[OptionsType, bool]:
     """The options of a command line, and whether to resume. Unknown options are errors."""
     parser = argparse.ArgumentParser(prog=f"python -m {options.program}", description=about, allow_abbrev=False)
@@ -95,7 +104,7 @@ def parse_args(
             type=types[str(entry.type)],
             required=required,
             default=None if required else entry.default,
-            choices=NAMES if entry.name == "task" else None,
+            choices={"task": NAMES, "family": tuple(TITLES)}.get(entry.name),
             help=text,
         )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, bit for bit")

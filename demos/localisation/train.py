@@ -1,6 +1,6 @@
-"""Train a small Mamba on associative recall or induction.
+"""Train a small model on associative recall or induction.
 
-    python -m demos.localisation.train --task recall --out runs/recall
+    python -m demos.localisation.train --task recall --family rwkv7 --out runs/recall-rwkv7
 
 Progress is shown, accuracy on held-out prompts logged, a checkpoint written every --checkpoint-every steps and on
 Ctrl-C; the same command with --resume goes on from there. At the end the model is saved in `OUT/model`, with a card.
@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from demos.localisation.families import TITLES
 from demos.localisation.options import Options, parse_args
 from demos.localisation.stats import Rate
 from demos.localisation.task import SMALLEST
 from demos.localisation.trainer import HELD_OUT_SEED, Trainer, accuracy
 from demos.tinystories.checkpoint import write_atomically
-from hooked_mamba import HookedMamba
+from hooked_mamba import load_model
 from saes.training.signals import stop_on_signal
 
 CARD = Path(__file__).with_name("card_template.md")
@@ -101,14 +102,15 @@ def finish(trainer: Trainer) -> Path:
     folder = options.out / "model"
     trainer.model.save_pretrained(folder)
     goal.save(folder)
-    stored = HookedMamba.from_pretrained(folder)
+    stored = load_model(folder)
     right = accuracy(stored, goal, CARD_PROMPTS, CARD_SEED)
     curve = [
         f"| {row['step']} | {row['seconds']:.0f} | {row['train_loss']:.4f} | {row['accuracy']:.1%} |"
         for row in trainer.rows
     ]
     values = {
-        "task": options.task,
+        "name": options.name,
+        "title": TITLES[options.family],
         "size": goal.size,
         "smallest": SMALLEST[options.task],
         "unit": "pairs" if options.task == "recall" else "tokens",
@@ -116,7 +118,7 @@ def finish(trainer: Trainer) -> Path:
         "vocab": goal.vocab,
         "function": "associative_recall" if options.task == "recall" else "induction",
         "drill": f"{options.task}_drill",
-        "shape": f"d_model {cfg.d_model}, d_inner {cfg.E}, d_state {cfg.d_state}, d_conv {cfg.d_conv}",
+        "shape": f"d_model {cfg.d_model}, a state of {2 * cfg.d_model * options.d_state:,} numbers in each",
         "n_layers": cfg.n_layers,
         "parameters": f"{sum(p.numel() for p in stored.parameters()):,}",
         "steps": options.steps,

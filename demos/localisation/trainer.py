@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demos.localisation.families import build_model
 from demos.localisation.options import Options
 from demos.localisation.task import SMALLEST, Task
 from demos.tinystories import checkpoint
-from hooked_mamba import HookedMamba, MambaConfig
 
 HELD_OUT_SEED = 1_000_001
 
@@ -64,8 +64,8 @@ class Trainer:
         self.options = options
         self.model = self.build(options)
         named = list(self.model.named_parameters())
-        decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("A_log")]
-        free = [p for name, p in named if p.ndim < 2 or name.endswith("A_log")]
+        decayed = [p for name, p in named if p.ndim >= 2 and name.endswith("weight")]
+        free = [p for name, p in named if p.ndim < 2 or not name.endswith("weight")]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2))
         self.step = 0
@@ -78,14 +78,8 @@ class Trainer:
 
     def build(self, options: Any) -> Any:
         """A model with random weights drawn from the run's seed."""
-        cfg = MambaConfig(
-            d_model=options.d_model,
-            n_layers=options.n_layers,
-            d_vocab=options.vocab,
-            d_state=options.d_state,
-            model_name=f"localisation-{options.task}",
-        )
-        return HookedMamba(cfg, seed=options.seed)
+        shape = (options.d_model, options.n_layers, options.d_state, options.vocab)
+        return build_model(options.family, *shape, f"localisation-{options.name}", options.seed)
 
     def extra_loss(self) -> Tensor | float:
         """What is added to the loss of the answers, from what the last pass left behind."""

@@ -57,6 +57,7 @@ class BidirectionalMixer(Branch):
     )
     frozen_sites = tuple(f"hook_{name}" for name in ("x", "dt", "B", "C", "gate"))
     places: ClassVar = {"u": "hook_x", "y": "hook_y"}
+    causal = False
 
     def __init__(self, cfg: StrangerConfig, layer: int = 0) -> None:
         super().__init__()

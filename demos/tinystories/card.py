@@ -23,7 +23,12 @@ CURVE_ROWS = 16
 CARD_OPTIONS = entries(
     "family/name/n_layers/steps/batch/length/lr/warmup/final_lr/weight_decay/beta2/clip/dropout/seed"
 )
-TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2", "hybrid": "hybrid (Mamba-2, attention, experts, MLP)"}
+TITLES = {
+    "mamba": "Mamba-1",
+    "mamba2": "Mamba-2",
+    "rwkv7": "RWKV-7",
+    "hybrid": "hybrid (Mamba-2, attention, experts, MLP)",
+}
 
 
 def finish(trainer: Trainer) -> Path:
@@ -46,8 +51,11 @@ def finish(trainer: Trainer) -> Path:
 def _settings(trainer: Trainer) -> dict[str, Any]:
     options, cfg = trainer.options, trainer.model.cfg
     mixer = cfg.branches["mixer"] if options.family == "hybrid" else cfg
-    shape = f"d_model {cfg.d_model}, d_inner {mixer.E}, d_state {mixer.d_state}, d_conv {mixer.d_conv}"
-    if options.family != "mamba":
+    if options.family == "rwkv7":
+        shape = f"d_model {cfg.d_model}, {cfg.H} heads of {cfg.K}, channel mix of {cfg.F} neurons"
+    else:
+        shape = f"d_model {cfg.d_model}, d_inner {mixer.E}, d_state {mixer.d_state}, d_conv {mixer.d_conv}"
+    if options.family in ("mamba2", "hybrid"):
         shape += f", {mixer.H} heads of {mixer.P}"
     if options.family == "hybrid":
         shape += (
@@ -55,13 +63,14 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
             f" {', '.join(str(i) for i, letter in enumerate(options.pattern) if letter == '*')} in place of Mamba-2:"
             f" {options.n_heads} query heads, {options.n_kv_heads} of keys and values, {options.d_head} wide, no"
             f" positions; in every block then {options.n_experts} experts of {options.d_expert} neurons,"
-            f" {options.top_k} a token, beside an MLP of {options.d_mlp}"
+            f" {options.top_k} a token, beside an MLP of {cfg.branches['mlp'].d_mlp}"
         )
     values = {name: getattr(options, name) for name in CARD_OPTIONS}
     return values | {
         "title": TITLES[options.family],
         "dropped": "branch's" if options.family == "hybrid" else "mixer's",
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
+        "command": options.command(),
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
         "tokenizer_text": trainer.corpus.tokenizer.init_kwargs.get("trained_on", "text that its files do not name"),

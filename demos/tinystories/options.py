@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("mamba", "mamba2", "hybrid")
+FAMILIES = ("mamba", "mamba2", "rwkv7", "hybrid")
 
 
 def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
@@ -22,7 +22,7 @@ class Options:
     text: Path = field(metadata=_about("training text: stories parted by lines <|endoftext|>"))
     valid: Path = field(metadata=_about("held-out text, the same format"))
     out: Path = field(metadata=_about("folder for checkpoints, log and the finished model"))
-    family: str = field(metadata=_about("mamba, mamba2 or hybrid"))
+    family: str = field(metadata=_about("mamba, mamba2, rwkv7 or hybrid"))
     name: str = field(default="tinystories", metadata=_about("name of the model, for its card"))
     tokenizer: Path | None = field(
         default=None, metadata=_about("folder of a trained tokenizer; default: train one on the mix")
@@ -35,7 +35,7 @@ class Options:
     d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
     n_layers: int = field(default=4, metadata=_about("blocks", 1))
     d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, else 64", 1))
-    head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2, hybrid)", 1))
+    head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2, rwkv7, hybrid)", 1))
     pattern: str = field(
         default="MM*M",
         metadata=_about("hybrid: a letter a block, M for Mamba-2, * for attention; experts and MLP follow"),
@@ -43,7 +43,10 @@ class Options:
     n_heads: int = field(default=6, metadata=_about("hybrid: query heads of attention", 1))
     n_kv_heads: int = field(default=2, metadata=_about("hybrid: its heads of keys and values", 1))
     d_head: int = field(default=32, metadata=_about("hybrid: width of such a head", 1))
-    d_mlp: int = field(default=192, metadata=_about("hybrid: neurons of the MLP", 1))
+    d_mlp: int | None = field(
+        default=None,
+        metadata=_about("neurons of the MLP (hybrid; default: d_model) or channel mix (rwkv7; default: 4 d_model)", 1),
+    )
     n_experts: int = field(default=4, metadata=_about("hybrid: experts", 1))
     top_k: int = field(default=2, metadata=_about("hybrid: experts of each token", 1))
     d_expert: int = field(default=64, metadata=_about("hybrid: neurons of an expert", 1))
@@ -87,6 +90,15 @@ class Options:
         for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", "sample_tokens"):
             del values[machine]
         return values
+
+    def command(self) -> str:
+        """The command line of this run, options at their defaults left out; files by the names that they have here."""
+        words = ["python -m demos.tinystories.train --text train.txt --valid valid.txt"]
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if value != entry.default and entry.name not in ("text", "valid", "out", "threads", "checkpoint_every"):
+                words.append(f"--{entry.name.replace('_', '-')} {value}")
+        return " ".join([*words, f"--out runs/{self.name}"])
 
     def check_same_run(self, stored: dict[str, Any]) -> None:
         """Raise where a checkpoint was made with other options than these."""

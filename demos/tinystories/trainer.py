@@ -34,10 +34,13 @@ def learning_rate(step: int, options: Options) -> float:
 
 
 def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
-    """AdamW that decays matrices. A_log is a table of rates, not a map, and stays out (Gu & Dao's own choice)."""
+    """AdamW that decays matrices: the weights of layers, as those who train Mamba and RWKV do.
+
+    A_log is a table of rates, not a map; RWKV's low-rank factors have names of their own.
+    """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        is_matrix = parameter.ndim >= 2 and name.endswith("weight")
         (decayed if is_matrix else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2), eps=1e-8)

@@ -10,7 +10,6 @@ from hooked_mamba.analysis.direct_logits import direct_logit_attribution as dire
 from hooked_mamba.analysis.direct_logits import source_logit_attribution as source_logit_attribution
 from hooked_mamba.analysis.erasure import Erasure as Erasure
 from hooked_mamba.analysis.erasure import erasure as erasure
-from hooked_mamba.analysis.factored_matrix import FactoredMatrix as FactoredMatrix
 from hooked_mamba.analysis.hidden_attention import attention_map as attention_map
 from hooked_mamba.analysis.hidden_attention import attention_rollout as attention_rollout
 from hooked_mamba.analysis.knockout import knockout as knockout
@@ -33,3 +32,4 @@ from hooked_mamba.analysis.weight_views import fold_norms as fold_norms
 from hooked_mamba.analysis.weight_views import head_OV as head_OV
 from hooked_mamba.analysis.weight_views import mixer_composition_scores as mixer_composition_scores
 from hooked_mamba.analysis.weight_views import mixer_OV as mixer_OV
+from hooked_mamba.factored_matrix import FactoredMatrix as FactoredMatrix

@@ -9,7 +9,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mamba.analysis.captured import position_mask
-from hooked_mamba.hooks.points import StateHookPoint
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.root import HookedRoot
 from hooked_mamba.state import Padding
@@ -31,10 +30,7 @@ def kept(columns: Columns) -> Columns:
 
 def columns_before(model: HookedRoot) -> int | None:
     """Columns of earlier calls while `generate` runs; None outside of it."""
-    for point in model.hook_dict.values():
-        if isinstance(point, StateHookPoint):
-            return point.offset
-    return None
+    return getattr(model, "columns_before", None)
 
 
 def column_mask(

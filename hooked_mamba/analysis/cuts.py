@@ -215,7 +215,7 @@ def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Fl
                 where = where & ~targets[i]
         u = (inputs[code] if code in inputs else torch.zeros_like(lost)).unflatten(2, (H, P)).to(view.u.dtype)
         if code & written:
-            y = u * view.skip()[:, None]
+            y = u * view.skip().unsqueeze(-1)
         elif call.before is None and not bool(where.any()):
             continue
         else:

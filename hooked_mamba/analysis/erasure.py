@@ -1,4 +1,4 @@
-"""What any single write, removal or decay of a delta rule does to a number, each switched off by itself, exactly.
+"""What any single write, removal or decay of a state does to a number, each switched off by itself, exactly.
 
     S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T,      y_t = S_t r_t,      T = sum_t vy_t . y_t
 
@@ -8,6 +8,8 @@ give what T changes by when any ONE of them is switched off:
     write      -v_s . Lam_s k_s                     the state does without v_s k_s^T
     removal    -(S_{s-1} a_s) . Lam_s b_s           what lies under the key stays
     decay      <S_{s-1} (1 - w_s), Lam_s>           w_s = 1; where the removal reads the decayed state, also there
+
+Mamba-3 has no removals; its write enters at two positions, and both halves are switched off.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.display import Shown
-from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.run import Run
 
 
@@ -30,7 +31,7 @@ class Erasure(Shown):
     write: Float[Tensor, "b l"]
     """The value is not written into the state; what reads it beside the state (RWKV-7's bonus) stays."""
     removal: Float[Tensor, "b l"]
-    """What lies under the key is not removed."""
+    """What lies under the key is not removed; 0 where the recurrence removes nothing."""
     decay: Float[Tensor, "b l"]
     """The state does not decay."""
 
@@ -61,41 +62,20 @@ def erasure(run: Run, layer: int, head: int, target: str | int | Float[Tensor, "
     Raises
     ------
     ValueError
-        The mixer has no delta rule, or a covector of another shape.
+        The mixer does not say what is switched off, or a covector of another shape.
     IndexError
         A layer, head or token that does not exist.
     """
     if not -run.n_layers <= layer < run.n_layers:
         raise IndexError(f"layer {layer} is out of range: there are {run.n_layers}")
     chain = run.chain(layer % run.n_layers)
-    scan = chain.scan
-    if not isinstance(scan, DeltaScan):
-        title = run.model.mixer(layer % run.n_layers).title
-        raise ValueError(f"erasure is about delta rules, which remove before they write; layer {layer} is {title}")
     rows = torch.arange(run.batch, device=run.tokens.device)
-    vy = chain.pull(_covector(run, target), rows, until="y").below.unflatten(2, (scan.n_lanes, -1))
-    h0 = chain.h0
-    if h0 is not None:
-        h0 = h0.reshape(run.batch, scan.n_lanes, scan.width, -1)
-    (at,) = scan.lane_numbers([head])
-    return _of_head(scan.chosen([at]), vy[:, :, [at]], None if h0 is None else h0[:, [at]])
-
-
-def _of_head(scan: DeltaScan, vy: Float[Tensor, "b l 1 P"], h0: Float[Tensor, "b 1 P K"] | None) -> Erasure:
-    S = scan.out(h0, states_at=range(scan.length)).states
-    assert S is not None  # they were asked for
-    first = torch.zeros_like(S[:, 0]) if h0 is None else h0.to(S.dtype)
-    S = torch.cat([first.unsqueeze(1), S[:, :-1]], 1)  # before each position
-    Lam = scan.adjoint(vy)
-    v = scan.strength.unsqueeze(-1) * scan.u
-    write = -torch.einsum("blhv,blhvk,blhk->bl", v, Lam, scan.k)
-    recall = torch.einsum("blhvk,blhk->blhv", S, scan.a)
-    removal = -torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, scan.b.expand_as(scan.k))
-    decay = (S * (1 - scan.w).unsqueeze(-2) * Lam).flatten(2).sum(-1)
-    if scan.removes_decayed:
-        undecayed = -scan.strength.unsqueeze(-1) * scan.k
-        decay = decay + torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, undecayed - scan.b)
-    return Erasure(write, removal, decay)
+    vy = chain.pull(_covector(run, target), rows, until="y").below
+    try:
+        return Erasure(*chain.scan.switched_off(head, vy, chain.h0))
+    except NotImplementedError as error:
+        title = run.model.mixer(layer % run.n_layers).title
+        raise ValueError(f"erasure is defined for delta rules and Mamba-3; layer {layer} is {title}") from error
 
 
 def _covector(run: Run, target: str | int | Tensor) -> Float[Tensor, "b l d"]:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -321,7 +322,7 @@ get_act_patch_resid_pre = _by_pos("resid_pre", "The residual stream entering eac
 get_act_patch_resid_post = _by_pos("resid_post", "The residual stream leaving each block")
 get_act_patch_in_proj = _by_pos("in_proj", "The whole input projection")
 get_act_patch_x_pre = _by_pos("x_pre", "The convolution's input")
-get_act_patch_z = _by_pos("z", "The gate branch before SiLU")
+get_act_patch_gate_pre = _by_pos("mixer.z", "The mixer's gate branch, before SiLU")
 get_act_patch_conv = _by_pos("conv", "The convolution's output")
 get_act_patch_x = _by_pos("x", "The scan's input")
 get_act_patch_x_proj = _by_pos("x_proj", "Low-rank dt, B and C together (Mamba-1)")
@@ -389,7 +390,7 @@ get_act_patch_expert_score_by_pos, get_act_patch_expert_score_all_pos = _of_head
     "router_scores", "expert", "Each expert's score in the choice"
 )
 
-SMALL_SITES = ("resid_pre", "x_pre", "z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")
+SMALL_SITES = ("resid_pre", "x_pre", "mixer.z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")
 """The sites of :func:`get_act_patch_site_every`, which both families have."""
 
 
@@ -404,6 +405,50 @@ def get_act_patch_site_every(
     """Layer x position sweeps of several sites, stacked in front: site layer pos."""
     sweeps = [_by_pos(site, site) for site in sites]
     return torch.stack([sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps])
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
+    clean_cache: ActivationCache,
+    metric: Metric,
+    **options: Any,
+) -> Tensor:
+    """Attention heads' output, queries, keys, values and patterns at all positions: 5 layer head. NaN where there are
+    fewer heads of keys and values than of queries."""
+    sweeps = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
+    return _stacked([sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps])
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
+    clean_cache: ActivationCache,
+    metric: Metric,
+    **options: Any,
+) -> Tensor:
+    """The same by position, 5 layer pos head."""
+    sweeps = (
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos,
+        get_act_patch_attn_head_pattern_by_pos,
+    )
+    results = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps]
+    return _stacked([*results[:-1], results[-1].transpose(1, 2)])
+
+
+def _stacked(results: Sequence[Tensor]) -> Tensor:
+    """Results whose last axes may differ in length, the shorter filled up with NaN."""
+    heads = max(found.shape[-1] for found in results)
+    return torch.stack([F.pad(found, (0, heads - found.shape[-1]), value=torch.nan) for found in results])
 
 
 def get_act_patch_block_every(

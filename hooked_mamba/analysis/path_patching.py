@@ -105,10 +105,10 @@ def path_patch(
             stream = entering[n].repeat(many, 1, 1)
             logits = model(stream + change.to(stream.dtype), start_at_layer=n, **given)
         else:
-            layer, _ = receiver
+            layer, branch = receiver
             stream = entering[layer].repeat(many, 1, 1)
             usual = receiver_site in (None, "out_proj")
-            site = names[r + 1] if usual else model.act_name(receiver_site, layer)
+            site = names[r + 1] if usual else model.act_name(receiver_site, layer, branch)
             read = "hook_resid_mid" if _stage(model, receiver) else "hook_resid_pre"
 
             def add(value: Tensor, hook: Any, change: Tensor = change) -> Tensor:

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.analysis.factored_matrix import FactoredMatrix
+from hooked_mamba.factored_matrix import FactoredMatrix
 
 Input = Literal["x", "z", "B", "C", "dt"]
 

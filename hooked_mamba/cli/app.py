@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import models
+from hooked_mamba.cli import models, verify
 from hooked_mamba.cli.base import new_app, one_line, reports_errors
 
 GROUP = "hooked_mamba.commands"
@@ -41,7 +41,8 @@ def make_app(plugins: Iterable[EntryPoint] | None = None) -> typer.Typer:
     app.command()(models.cache)
     app.command(hidden=True)(models.demo)
     app.command(name="models")(models.models)
-    ours = {"cache", "demo", "models"}
+    app.command(name="verify")(verify.verify)
+    ours = {"cache", "demo", "models", "verify"}
     found = entry_points(group=GROUP) if plugins is None else plugins
     for name, entry in sorted({entry.name: entry for entry in found}.items()):
         if name not in ours:

@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project
+from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project, Rows
+from hooked_mamba.frozen.routed import Routing
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
@@ -69,6 +70,8 @@ class Chain:
     """Name of a value that another layer made -> the factor with which it is added to u."""
     gives: Mapping[str, str] = field(default_factory=dict)
     """Name of a value that other layers take -> the node here at which it is made."""
+    routing: Routing | None = None
+    """Which experts the channels belong to; None where there are no experts."""
 
     # What it is made of ----------------------------------------------------------------------------------------
 
@@ -123,7 +126,14 @@ class Chain:
     @property
     def input_bias(self) -> Float[Tensor, " E"] | float:
         """What p has without any stream."""
-        return next((piece.b for piece in self.pieces if isinstance(piece, Project) and piece.b is not None), 0.0)
+        before = self.between(until="p")
+        first = next((i for i, piece in enumerate(before) if isinstance(piece, Project) and piece.b is not None), None)
+        if first is None:
+            return 0.0
+        bias: Any = cast(Project, before[first]).b
+        for piece in before[first + 1 :]:
+            bias = piece.push(bias)
+        return bias
 
     def between(self, start: str | None = None, until: str | None = None) -> tuple[Piece, ...]:
         """The pieces from one node (None: the stream) to another (None: the output)."""
@@ -140,6 +150,8 @@ class Chain:
 
     def with_output(self, factor: float) -> Chain:
         """The same with its output times a factor."""
+        if not isinstance(self.pieces[-1], Project):
+            return self.followed_by(Gain(self.u.new_tensor(factor)))
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
 
@@ -152,7 +164,7 @@ class Chain:
     def pull(
         self,
         v: Float[Tensor, "n l e"],
-        rows: Int[Tensor, " n"],
+        rows: Rows,
         through: Shares | None = None,
         *,
         start: str | None = None,
@@ -202,7 +214,7 @@ class Chain:
         bias = _summed([*biases[-1:], *biases[:-1]], none)
         return Pulled(v, met, bias, _summed(initial, none).to(none.dtype), carried=carried)
 
-    def carried(self, v: Float[Tensor, "n l E"], rows: Int[Tensor, " n"]) -> dict[str, Float[Tensor, "n l E"]]:
+    def carried(self, v: Float[Tensor, "n l E"], rows: Rows) -> dict[str, Float[Tensor, "n l E"]]:
         """Covectors on u as ones on the values that other layers made."""
         return {name: gain.of(rows).pull(v).covector for name, gain in self.takes.items()}
 

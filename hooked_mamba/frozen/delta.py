@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba import ops
-from hooked_mamba.frozen.scan import HeldScan, resolve_queries
+from hooked_mamba.frozen.scan import HeldScan, resolve_queries, states_before
 from hooked_mamba.ops.delta_scan._adjoint import from_the_end
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 
@@ -80,6 +80,27 @@ class DeltaScan(HeldScan):
         states = ops.delta_scan(*reversed_scan, states_at="all").states
         assert states is not None  # they were asked for
         return states.flip(1)
+
+    def switched_off(
+        self, head: int, vy: Float[Tensor, "b l E"], h0: Tensor | None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b l"], Float[Tensor, "b l"]]:
+        (at,) = self.lane_numbers([head])
+        one, vy = self.chosen([at]), vy.unflatten(2, (self.n_lanes, -1))[:, :, [at]]
+        if h0 is not None:
+            h0 = h0.reshape(self.batch, self.n_lanes, self.width, -1)[:, [at]]
+        S = one.out(h0, states_at=range(self.length)).states
+        assert S is not None  # they were asked for
+        S = states_before(S, h0)
+        Lam = one.adjoint(vy)
+        v = one.strength.unsqueeze(-1) * one.u
+        write = -torch.einsum("blhv,blhvk,blhk->bl", v, Lam, one.k)
+        recall = torch.einsum("blhvk,blhk->blhv", S, one.a)
+        removal = -torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, one.b.expand_as(one.k))
+        decay = (S * (1 - one.w).unsqueeze(-2) * Lam).flatten(2).sum(-1)
+        if one.removes_decayed:
+            undecayed = -one.strength.unsqueeze(-1) * one.k
+            decay = decay + torch.einsum("blhv,blhvk,blhk->bl", recall, Lam, undecayed - one.b)
+        return write, removal, decay
 
     def rows(
         self,

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.layers import has_no_hook
+
+Rows = Int[Tensor, " n"] | tuple[Int[Tensor, "n 1"], Int[Tensor, "n 1"]]
+"""Rows of a run that n targets belong to; or (row, position) pairs, of targets that have one position each."""
 
 
 class Back(NamedTuple):
@@ -89,7 +92,8 @@ class Gain(Piece):
     """b l e, or what broadcasts to it; e where it is the same in all rows."""
 
     def of(self, rows: Any) -> Gain:
-        return self if self.factor.ndim < 2 else Gain(self.factor[rows])
+        same = self.factor.ndim < 2 or (len(self.factor) == 1 and isinstance(rows, Tensor))
+        return self if same else Gain(self.factor[rows])
 
     def push(self, x: Tensor) -> Tensor:
         return x * self.factor
@@ -176,6 +180,25 @@ class Plus(Piece):
 
 
 @dataclass(frozen=True)
+class Offset(Piece):
+    """x + b, the b counting as a bias."""
+
+    b: Float[Tensor, " e"]
+
+    def push(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x + self.b
+
+    def pull(self, v: Tensor) -> Back:
+        return Back(v, (v @ self.b).sum(1))
+
+    def diagonal(self) -> Tensor:
+        return torch.ones_like(self.b)
+
+
+@dataclass(frozen=True)
 class Conv(Piece):
     """A causal depthwise convolution: sum_k taps[K-1-k] x_{t-k} + bias."""
 
@@ -197,12 +220,14 @@ class Conv(Piece):
 
     def pull(self, v: Float[Tensor, "n l E"]) -> Back:
         K, l = self.taps.shape[1], v.shape[1]
-        back = v.new_zeros(v.shape[0], K - 1 + l, v.shape[2])
-        for k in range(K):  # position t reads the input k positions before it
-            first = K - 1 - k
-            back[:, first : first + l] += self.taps[:, K - 1 - k] * v
-        initial = (back[:, : K - 1] * self.history).flatten(1).sum(1)
-        return Back(back[:, K - 1 :], (v @ self.bias).sum(1), initial)
+        back, initial = v * self.taps[:, -1], v.new_zeros(len(v))
+        for k in range(1, K):  # position t reads the input k positions before it
+            tap = self.taps[:, K - 1 - k]
+            back[:, : max(0, l - k)].addcmul_(v[:, k:], tap)
+            early = v[:, :k]  # of which some lie before the first position
+            past = self.history[:, K - 1 - k :][:, : early.shape[1]]
+            initial = initial + (early * tap * past).flatten(1).sum(1)
+        return Back(back, (v @ self.bias).sum(1), initial)
 
     def here(self) -> Gain:
         return Gain(self.diagonal())
@@ -257,10 +282,10 @@ class Mix(Piece):
         u = self.scan.values
         return self.scan.diagonal(include_skip=False).repeat_interleave(self.scan.width, 2).to(u.dtype)
 
-    def skip(self) -> Float[Tensor, " E"]:
+    def skip(self) -> Float[Tensor, "*positions E"]:
         """What a channel passes on beside the state."""
         u = self.scan.values
-        return self.scan.skip().repeat_interleave(self.scan.width).to(u.dtype)
+        return self.scan.skip().repeat_interleave(self.scan.width, -1).to(u.dtype)
 
     def _over(self, x: Tensor) -> HeldScan:
         return self.scan.over(x.unflatten(2, (self.scan.n_lanes, -1)), self.rows)

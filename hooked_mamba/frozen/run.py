@@ -6,9 +6,10 @@ constants of each branch are read from the cache when they are first asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
+from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
+from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
-from hooked_mamba.model.stack import scaled
+from hooked_mamba.model.stack import Block, scaled
 from hooked_mamba.state import ModelState, Padding
 
 Stream = Literal["resid", "out", "y", "u", "p"]
@@ -91,7 +95,7 @@ class Run:
                 self.tokens, names_filter=names, attention_mask=attention_mask, initial_state=initial_state
             )
         assert isinstance(cache, ActivationCache)  # return_cache_object is its default
-        self.cache = cache
+        self.cache: ActivationCache | Beginning = cache
         self.logits: Float[Tensor, "b l V"] = logits.detach()
         self._chains: dict[Part, Chain] = {}
 
@@ -225,8 +229,27 @@ class Run:
         return held_norm(self.model.ln_final, self.cache["ln_final.hook_scale"])
 
     def stages(self, layer: int) -> list[list[Part]]:
-        """The parts of a block, stage by stage in the order of the forward pass."""
-        return [[self.part(layer, name) for name in stage] for stage in self.model.block(layer).stages]
+        """The parts of a block that write into the stream, stage by stage in the order of the forward pass."""
+        block = self.model.block(layer)
+        written = [[self.part(layer, name) for name in stage if name in block.written] for stage in block.stages]
+        return [stage for stage in written if stage]
+
+    def parts(self, layer: int) -> list[Part]:
+        """All parts of a block, those beside the stream included."""
+        side = self.side(layer)
+        return [*([] if side is None else side.parts), *(part for stage in self.stages(layer) for part in stage)]
+
+    def side(self, layer: int) -> Side | None:
+        """A block's transformer beside the stream, whose output joins what its mixer reads; None: there is none."""
+        block: Any = self.model.block(layer)
+        if not block.beside:
+            return None
+        return Side(tuple(f"{layer}.{name}" for name in block.beside), projection(block.linear, where="linear"))
+
+    @property
+    def embedded(self) -> Float[Tensor, "b l d"]:
+        """The embeddings, as blocks read them that read them once more."""
+        return at_least_fp32(self.cache["hook_embed"])
 
     def part(self, layer: int, branch: str) -> Part:
         """What a branch is called here: the number of its layer for a mixer, with the branch's name for others."""
@@ -236,6 +259,23 @@ class Run:
         """(layer, branch) of a part."""
         layer, _, branch = str(part).partition(".")
         return int(layer), branch or "mixer"
+
+    def upto(self, stop: int) -> Run:
+        """The run of the first `stop` positions, made of this one's values and not run again.
+
+        It is the whole run where a position may read later ones, and where functions sat on hook points, which may
+        have looked at how many there are.
+        """
+        branches = (branch for block in self.model.blocks for branch in cast(Block, block).branches.values())
+        if stop >= self.length or self.edited or not all(branch.causal for branch in branches):
+            return self
+        other = copy.copy(self)
+        other.cache = Beginning(self.cache, self.length, stop)
+        other.tokens, other.logits = self.tokens[:, :stop], self.logits[:, :stop]
+        other.mask = None if self.mask is None else self.mask[:, :stop]
+        other._chains = {}
+        vars(other).pop("final_norm", None)
+        return other
 
     def chain(self, part: Part) -> Chain:
         """One branch as an affine map of the stream that its norm reads."""
@@ -268,8 +308,15 @@ class Run:
     def entering(self, part: Part) -> Float[Tensor, "b l d"]:
         """The residual stream that a part's norm reads."""
         layer, name = self.branch_of(part)
-        first = name in self.model.block(layer).stages[0]
-        return self.resid(layer) if first else at_least_fp32(self.cache[f"blocks.{layer}.hook_resid_mid"])
+        block, at = self.model.block(layer), f"blocks.{layer}."
+        if block.beside:
+            if name not in block.beside:
+                return at_least_fp32(self.cache[f"{at}hook_mixer_in"])
+            place = block.beside.index(name)
+            if place:
+                return self.out(layer, block.beside[place - 1])
+            return torch.cat([self.resid(layer), self.embedded], -1)
+        return self.resid(layer) if name in block.stages[0] else at_least_fp32(self.cache[f"{at}hook_resid_mid"])
 
     def behind_norm(
         self, layer: int, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
@@ -323,7 +370,8 @@ class Run:
         site = unalias(site)
         name = SiteName.parse(site)
         if name.layer is not None:
-            if name.local in ("hook_resid_pre", "norm.hook_out"):
+            beside = self.model.block(name.layer).beside
+            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not beside):
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
@@ -338,7 +386,8 @@ class Run:
 def frozen_sites(model: HookedModel, layer: int) -> list[str]:
     """The sites of one block that its branches' affine maps are made of."""
     block, at = model.block(layer), f"blocks.{layer}."
-    names = [f"{at}hook_resid_pre"] + [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
+    names = [f"{at}hook_resid_pre"]
+    names += [f"{at}hook_mixer_in"] if block.beside else [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
     names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
     for name, branch in block.branches.items():
         names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
@@ -349,9 +398,7 @@ def frozen_sites(model: HookedModel, layer: int) -> list[str]:
 def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
     """The site of what a branch adds to the stream."""
     block = model.block(layer)
-    if block.output_sites:
-        return f"blocks.{layer}.hook_{branch}_out"
-    return f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
+    return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
 
 
 def norm_name(model: HookedModel, layer: int, branch: str) -> str:
@@ -361,7 +408,7 @@ def norm_name(model: HookedModel, layer: int, branch: str) -> str:
 
 
 def frozen_branch(
-    cache: ActivationCache, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
+    cache: ActivationCache | Beginning, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
 ) -> Chain:
     """One branch as an affine map, from a cache of its block's :func:`frozen_sites`."""
     model: Any = cache.model

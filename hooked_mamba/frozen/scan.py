@@ -134,8 +134,12 @@ class HeldScan(ABC):
         out = back.permute(0, 3, 1, 2)
         if not include_skip:
             out = out.clone()
-            out[:, :, torch.arange(len(targets), device=v.device), at] -= self.skip()[:, None].to(out.dtype)
+            out[:, :, torch.arange(len(targets), device=v.device), at] -= self._skip_at(targets).to(out.dtype)
         return out if lanes is None else out[:, self.lane_numbers(lanes)]
+
+    def _skip_at(self, targets: list[int]) -> Float[Tensor, "*b H q"]:
+        skip = self.skip()
+        return skip[:, None] if skip.ndim == 1 else skip[:, targets].transpose(1, 2)
 
     def mean_rows(
         self,
@@ -153,8 +157,8 @@ class HeldScan(ABC):
         """alpha[t,t]."""
         return self.rows(include_skip=include_skip).diagonal(dim1=2, dim2=3).transpose(1, 2)
 
-    def skip(self) -> Float[Tensor, " H"]:
-        """The part of alpha[t,t] that passes beside the state, one number a lane."""
+    def skip(self) -> Float[Tensor, "*positions H"]:
+        """The part of alpha[t,t] that passes beside the state: one number a lane, or b l H where it depends on t."""
         return self.values.new_zeros(self.n_lanes)
 
     def write(self, u: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l H P N"]:
@@ -176,6 +180,18 @@ class HeldScan(ABC):
             This kind does not say.
         """
         raise ValueError(f"{type(self).__name__} does not say what is left of a write")
+
+    def switched_off(
+        self, head: int, vy: Float[Tensor, "b l E"], h0: Tensor | None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b l"], Float[Tensor, "b l"]]:
+        """What sum_t vy_t . y_t changes by when each single write, removal or decay of a head is switched off.
+
+        Raises
+        ------
+        NotImplementedError
+            This kind does not say.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     def lane_numbers(self, lanes: Sequence[int] | slice) -> list[int]:
         """Lanes as non-negative numbers.
@@ -247,3 +263,9 @@ def resolve_queries(queries: Sequence[int] | None, length: int) -> list[int]:
         if not -length <= t < length:
             raise IndexError(f"query {t} is out of range for {length} positions")
     return [int(t) % length for t in queries]
+
+
+def states_before(states: Float[Tensor, "b l ..."], h0: Tensor | None) -> Float[Tensor, "b l ..."]:
+    """The state before each position, from those after each."""
+    first = torch.zeros_like(states[:, 0]) if h0 is None else h0.to(states.dtype)
+    return torch.cat([first.unsqueeze(1), states[:, :-1]], 1)

@@ -64,6 +64,8 @@ class SelectiveScan(HeldScan):
         if self.A.shape[1] == 1:
             A, B, C = self.A[:, 0], self.B, self.C
             return ops.ssd(self.u, self.dt, A, B, C, self.D, h0=h0, states_at=states_at, edits=edits, frozen=frozen)
+        if self.B.shape[2] > 1:
+            return self._by_group(h0, states_at, edits, frozen)
         if edits is not None:
             scale, add = (None if part is None else part[:, :, :, 0] for part in edits[1:])
             edits = StateEdits(edits.at, scale, add)
@@ -74,6 +76,26 @@ class SelectiveScan(HeldScan):
         )
         states = None if out.states is None else out.states.unsqueeze(3)
         return ScanOut(out.y.unsqueeze(-1), out.h_last.unsqueeze(2), states)
+
+    def _by_group(
+        self, h0: Tensor | None, states_at: Sequence[int] | None, edits: StateEdits | None, frozen: bool
+    ) -> ScanOut:
+        """Channels whose heads have B and C of their own, one head after the other."""
+        G, outs = self.B.shape[2], []
+        per_group = self.n_lanes // G
+        for g in range(G):
+            lanes = slice(g * per_group, (g + 1) * per_group)
+            # A head's B and C, which are those of all its channels.
+            B, C = self.B[:, :, g : g + 1], self.C[:, :, g : g + 1]
+            mine = SelectiveScan(self.u[:, :, lanes], self.dt[..., lanes], self.A[lanes], B, C, self.D[lanes])
+            here = edits
+            if edits is not None:
+                parts = (t if t is None or t.shape[2] == 1 else t[:, :, lanes] for t in edits[1:])
+                here = StateEdits(edits.at, *parts)
+            start = None if h0 is None else h0[:, lanes]
+            outs.append(mine.out(start, states_at=states_at, edits=here, frozen=frozen))
+        states = None if outs[0].states is None else torch.cat([out.states for out in outs], 2)  # type: ignore[misc]
+        return ScanOut(torch.cat([out.y for out in outs], 2), torch.cat([out.h_last for out in outs], 1), states)
 
     def chosen(self, lanes: Sequence[int] | slice) -> SelectiveScan:
         """Only these lanes. B and C are repeated so that every lane is a group of its own."""

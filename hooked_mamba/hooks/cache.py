@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from hooked_mamba.display import cache_html
 from hooked_mamba.hooks.names import unknown_name
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import CACHE
 
 Key = str | tuple[str, int] | tuple[str, int, str | None]
 """A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
@@ -36,15 +38,29 @@ class HookCache:
         False once :meth:`remove_batch_dim` was called.
     mask
         b l, True at the real tokens of a padded batch; None where all are real.
+    packed
+        Whether several documents stand in a row (`document_ids`).
     """
 
     def __init__(
-        self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True, mask: Tensor | None = None
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        mask: Tensor | None = None,
+        packed: bool = False,
     ) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
         self.mask = mask
+        self.packed = packed
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for names that do not exist; for TransformerLens' the error says what they are here."""
+        if name in CACHE:
+            raise AttributeError(advice(name, CACHE))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, key: Key) -> Tensor:
         name = self._full_name(key)
@@ -126,7 +142,7 @@ class HookCache:
             If the batch axis is gone already.
         """
         if batch_slice is None:
-            return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim, self.mask)
+            return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim, self.mask, self.packed)
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis to choose rows from")
         select = PositionSelect(batch_slice, "batch_slice", "row")
@@ -137,7 +153,7 @@ class HookCache:
         if mask is not None:  # b l still, also of one row
             mask = mask[select.index(len(mask))]
             mask = None if bool(mask.all()) else mask
-        return type(self)(chosen, self.model, select.keeps_axis, mask)
+        return type(self)(chosen, self.model, select.keeps_axis, mask, self.packed)
 
     def selected(self, pos_slice: PosSlice, argument: str = "pos_slice") -> PositionSelect:
         """Positions, checked against padding: see :meth:`PositionSelect.check_padding`."""

@@ -27,6 +27,11 @@ IN_NORMS = ("scale", "normalized", "out")
 """Short names that mean the block's norm, or without a layer the final norm, as in TransformerLens."""
 
 
+OF_ATTENTION = ("hook_z",)
+"""Sites whose short name means attention's, as in TransformerLens, although mixers have one of that name too: a mixer's
+is ("mixer.z", 3)."""
+
+
 class HookNameError(KeyError):
     """A name that no hook site has."""
 
@@ -84,7 +89,7 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
     ("dt", 3) -> blocks.3.mixer.hook_dt; ("resid_pre", 0) -> blocks.0.hook_resid_pre; ("embed") -> hook_embed;
     ("scale", 2) -> blocks.2.norm.hook_scale; ("scale", 2, "mixer.norm") for the gated norm; ("scale") -> the final
-    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4; ("attn.z", 2) -> blocks.2.attn.hook_z where other branches have a z.
+    norm's; ("h.4", 1) -> blocks.1.mixer.hook_h.4; ("z", 2) -> blocks.2.attn.hook_z; ("mixer.z", 2) for a mixer's own z.
     Full names come back as they are.
     """
     if layer is None:
@@ -110,6 +115,8 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
         return hook
     if ("", hook) in known.rows:
         return str(site)
+    if hook in OF_ATTENTION:
+        return str(site.at("attn", hook))
     if hook in known.aliases:
         place, _, hook = known.aliases[hook].rpartition(".")
         return str(site.at(place, hook))
@@ -192,16 +199,20 @@ def _match_one(pattern: str, names: Sequence[str]) -> list[str]:
     return [name + suffix for name in found]
 
 
+def spelled_like(name: str, names: Sequence[str]) -> list[str]:
+    """Up to three names whose last part is spelled most like that of a wrong name, the likeliest first; where there is
+    none, names that are alike as a whole."""
+    hooks = dict.fromkeys(full.rpartition(".")[2] for full in names)
+    near = difflib.get_close_matches(name.rpartition(".")[2], hooks, n=3, cutoff=0.7)
+    found = [next(full for full in names if full.rpartition(".")[2] == hook) for hook in near]
+    return found or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+
+
 def unknown_name(name: str, names: Sequence[str]) -> HookNameError:
     """The error for a name that does not exist, with the nearest ones."""
-    same_site = [full for full in names if full.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = difflib.get_close_matches(name, [*same_site, *names], n=6, cutoff=0.5)
     block = SiteName.parse(name).block
     here = [n for n in names if SiteName.parse(n).block == block] if block is not None else []
-    if here:  # rather a wrong site than a wrong layer
-        same_site = [n for n in same_site if n in here]
-        near = [*difflib.get_close_matches(name, here, n=2, cutoff=0.5), *near]
-    suggestions = list(dict.fromkeys([*same_site[:1], *near]))[:3]
+    suggestions = spelled_like(name, here or names)  # rather a wrong site than a wrong layer
     blocks = {SiteName.parse(n).block for n in names} - {None}
     meant = meant_by(name, names, None if block is None or not here else f"blocks.{block}.")
     if meant is not None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import POINT
 
 HookFunction = Callable[..., Any]
 """`fn(tensor, hook) -> tensor or None`: None keeps the value, a tensor replaces it."""
@@ -47,7 +49,11 @@ class Hook:
         return True
 
     def __call__(self, value: Tensor, hook_point: HookPoint) -> Any:
-        return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
+        try:
+            return self.fn(value, hook=hook_point) if self.by_keyword else self.fn(value, hook_point)
+        except Exception as error:  # torch's errors do not say where
+            error.add_note(f"in a hook at {hook_point.name}, whose value is {_describe(value)}")
+            raise
 
 
 @dataclass(eq=False)
@@ -84,6 +90,12 @@ class HookPoint(nn.Module):
         self.fwd_hooks: list[Hook] = []
         self.bwd_hooks: list[Hook] = []
         self.readers: list[Reader] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Torch's own; for TransformerLens' names an error that says what they are here."""
+        if name in POINT:
+            raise AttributeError(advice(name, POINT))
+        return super().__getattr__(name)
 
     # What sits here ------------------------------------------------------------------------------------------
 
@@ -245,6 +257,8 @@ class StateHookPoint(LazyHookPoint):
         """Columns before this call, while generating; None outside, where a position out of range is an error."""
         self.padding: Any = None
         """The :class:`~hooked_mamba.state.Padding` of the call under way; None where all columns are real."""
+        self.documents: Any = None
+        """The :class:`~hooked_mamba.documents.Documents` of the call under way; None where each row is one."""
 
     def at(self, t: int) -> HookPoint:
         """The hook point of the state after position t; negative t counts from each row's last real token."""

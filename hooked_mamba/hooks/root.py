@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.hooks.cache import HookCache
-from hooked_mamba.hooks.names import NamesFilter, get_act_name, match_names, names_its_branch, unalias, unknown_name
+from hooked_mamba.hooks.names import (
+    OF_ATTENTION,
+    NamesFilter,
+    get_act_name,
+    match_names,
+    names_its_branch,
+    unalias,
+    unknown_name,
+)
 from hooked_mamba.hooks.points import Hook, HookFunction, HookPoint, LazyHookPoint, Reader, StateHookPoint
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.hooks.sited import SitedModule, placed_aliases, placed_sites
+from hooked_mamba.names_elsewhere import SAE_LENS, advice
+from hooked_mamba.transformerlens_names import GRANTED, MODEL, OPTIONS, SAELENS_MODEL
 
 HookList = Sequence[tuple[str | Sequence[str] | Callable[[str], bool], HookFunction]]
 """Pairs of (name, glob, list of these or predicate on names; function)."""
@@ -43,6 +53,17 @@ class HookedRoot(SitedModule):
         # The same for globs, which name no block: a name within a block -> the first block's site.
         local = {SiteName.parse(theirs).local: SiteName.parse(ours) for theirs, ours in reversed(self._aliases.items())}
         self._local_aliases = local
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and modules; for other libraries' names an error that says what they are here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in MODEL:
+                raise AttributeError(advice(name, MODEL)) from None
+            if name in SAELENS_MODEL:
+                raise AttributeError(advice(name, SAELENS_MODEL, SAE_LENS)) from None
+            raise
 
     # Finding -------------------------------------------------------------------------------------------------
 
@@ -72,7 +93,7 @@ class HookedRoot(SitedModule):
         chosen = layer_type is not None or (layer is not None and names_its_branch(name))
         name = self.resolve(get_act_name(name, layer, layer_type))
         site = SiteName.parse(name)
-        if chosen or site.layer is None or str(site.base) in self._hook_points:
+        if chosen or site.layer is None or site.hook in OF_ATTENTION or str(site.base) in self._hook_points:
             return name
         places = (other.place for other in map(SiteName.parse, self._hook_points) if other.hook == site.hook)
         here = {str(site.at(place, site.hook).base): place for place in places if not place.endswith("norm")}
@@ -116,12 +137,14 @@ class HookedRoot(SitedModule):
         """Hook points by full name for all that a filter chooses, in computing order."""
         return {name: self._point(name) for name in self.names_of(names_filter)}
 
-    def hook_points(self) -> Iterator[HookPoint]:
+    def hook_points(self) -> list[HookPoint]:
         """Every hook point, with those single states on which something sits."""
+        found: list[HookPoint] = []
         for point in self.hook_dict.values():
-            yield point
+            found.append(point)
             if isinstance(point, StateHookPoint):
-                yield from point.live_points()
+                found.extend(point.live_points())
+        return found
 
     # Adding and removing -------------------------------------------------------------------------------------
 
@@ -211,6 +234,7 @@ class HookedRoot(SitedModule):
         **model_kwargs: Any,
     ) -> Any:
         """Forward with temporary hooks. Backward hooks fire when `backward()` of this pass is called, also later."""
+        self._check_arguments(model_kwargs, self.run_with_hooks)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
 
@@ -259,7 +283,7 @@ class HookedRoot(SitedModule):
         Any, ActivationCache
             The model's output and an :class:`ActivationCache`; cached tensors are detached.
         """
-        self._check_arguments(model_kwargs)
+        self._check_arguments(model_kwargs, self.run_with_cache)
         select = PositionSelect(pos_slice)
         if names_filter is None:
             points = {name: self._hook_points[name] for name in self.default_names()}
@@ -306,7 +330,12 @@ class HookedRoot(SitedModule):
 
         ordered = [*points, *(f"{name}_grad" for name in points)]
         mask = self.mask_of(*model_args, **model_kwargs)
-        cache = self.cache_class({name: values[name] for name in ordered if name in values}, self, mask=mask)
+        cache = self.cache_class(
+            {name: values[name] for name in ordered if name in values},
+            self,
+            mask=mask,
+            packed=self.is_packed(**model_kwargs),
+        )
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache if return_cache_object else cache.cache_dict
@@ -324,17 +353,24 @@ class HookedRoot(SitedModule):
         fit, and hands on what it has worked out for that."""
         return model_args, model_kwargs
 
-    def _check_arguments(self, given: dict[str, Any]) -> None:
-        """Refuse a keyword that neither `run_with_cache` nor `forward` has, with the nearest one."""
+    def _check_arguments(self, given: dict[str, Any], caller: Callable[..., Any]) -> None:
+        """Refuse a keyword that neither the caller nor `forward` has, with the nearest one.
+
+        `forward` itself says what to use instead of those that other libraries have.
+        """
         taken = inspect.signature(self.forward).parameters
         if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             return
         for name in given:
-            if name not in taken:
-                mine = [p for p in inspect.signature(self.run_with_cache).parameters if not p.startswith("model_")]
+            if name not in taken and name not in OPTIONS and name not in GRANTED:
+                mine = [p for p in inspect.signature(caller).parameters if not p.startswith("model_")]
                 near = difflib.get_close_matches(name, [*mine, *taken], n=1)
                 hint = f"; did you mean {near[0]}=?" if near else ""
-                raise TypeError(f"run_with_cache got an unexpected keyword argument {name!r}{hint}")
+                raise TypeError(f"{caller.__name__} got an unexpected keyword argument {name!r}{hint}")
+
+    def is_packed(self, **model_kwargs: Any) -> bool:
+        """Whether a call has several documents in a row."""
+        return False
 
     def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
         """Which columns of a prepared call are real, b l; None where all are."""
@@ -351,3 +387,7 @@ def _scalar(out: Any) -> Tensor:
         got = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"incl_bwd needs a model output of one number, such as return_type='loss'; got {got}")
     return out
+
+
+HookedRootModule = HookedRoot
+"""TransformerLens' name, for modules of one's own."""

@@ -47,6 +47,8 @@ class SitedModule(nn.Module):
         for row in self.site_rows():
             if isinstance(row, Site):
                 setattr(self, row.name, POINTS[row.kind]())
+                # As a plain attribute too, which is found at once: torch looks for modules only when all else fails.
+                self.__dict__[row.name] = self._modules[row.name]
 
 
 DECLARED: list[type[SitedModule]] = []

@@ -51,7 +51,8 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
     names = {name: name.removeprefix(PREFIX) for name in state_dict}
     if len(set(names.values())) < len(names):
         raise CheckpointError(f"tensors appear both with and without the prefix {PREFIX!r}; expected one of the two")
-    return raw_mamba2.to_ours(raw, LazyState.of(state_dict).renamed(names))
+    cfg, state = raw_mamba2.to_ours(raw, LazyState.of(state_dict).renamed(names))
+    return cfg, state.expecting(PREFIX)
 
 
 def from_ours(cfg: Mamba2Config, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], LazyState]:

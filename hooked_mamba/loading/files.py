@@ -81,7 +81,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
             f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
             f"Checkpoints that need no network: {bundled}"
-        ) from error
+        ) from None
     return folder
 
 

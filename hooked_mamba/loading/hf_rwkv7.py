@@ -17,6 +17,7 @@ from hooked_mamba.loading.tables import (
     CheckpointError,
     Field,
     LazyState,
+    Place,
     from_ours_weights,
     read_fields,
     reject,
@@ -109,14 +110,16 @@ def to_ours(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tupl
 def _under_our_names(state_dict: Mapping[str, Tensor], n_layers: int) -> LazyState:
     """Tensors renamed and in our shapes."""
     getters: dict[str, Callable[[], Tensor]] = {}
+    places: dict[str, Place] = {}
     given = LazyState.of(state_dict)
     for name in given:
         if not name.endswith(".attn.x_x"):
-            getters[name] = given.getter(name)
+            getters[name], places[name] = given.getter(name), given.place(name)
             continue
         for row, mix in enumerate(MIXES):
-            getters[name.removesuffix("x_x") + mix] = _row(given.getter(name), row)
-    state = to_ours_weights(LazyState(getters), WEIGHTS, n_layers)
+            single = name.removesuffix("x_x") + mix
+            getters[single], places[single] = _row(given.getter(name), row), given.place(name)
+    state = to_ours_weights(LazyState(getters, places), WEIGHTS, n_layers)
     return state.with_changed(dict.fromkeys(_mixes(n_layers), torch.flatten)).with_changed(_turned(n_layers))
 
 

@@ -96,7 +96,7 @@ def vectors(layer: int) -> list[str]:
     return [f"blocks.{layer}.{name}" for name in VECTORS]
 
 
-def sizes_of(state: Mapping[str, Tensor], n_layers: int) -> dict[str, Any]:
+def sizes_of(state: LazyState, n_layers: int) -> dict[str, Any]:
     """A config's sizes, from shapes of weights under our names.
 
     Raises
@@ -116,12 +116,14 @@ def sizes_of(state: Mapping[str, Tensor], n_layers: int) -> dict[str, Any]:
         places["blocks.1.mixer.v1"] = (None, "value_rank")
     absent = [name for name in places if name not in state]
     if absent:
-        raise CheckpointError(f"this RWKV-7 lacks {', '.join(absent)}, from which its sizes are read")
+        names = ", ".join(str(state.place(name)) for name in absent)
+        of = f" of {', '.join(state.files)}" if state.files else ""
+        raise CheckpointError(f"this RWKV-7{of} lacks {names}, from which its sizes are read")
     sizes: dict[str, Any] = {}
     for name, fields in places.items():
         shape = state[name].shape
         if len(shape) != 2:
-            raise CheckpointError(f"{name} is {list(shape)}; expected two axes")
+            raise CheckpointError(f"{state.place(name)} is {list(shape)}; expected two axes")
         sizes |= {field: size for field, size in zip(fields, shape, strict=True) if field is not None}
     return sizes
 

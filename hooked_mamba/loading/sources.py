@@ -7,14 +7,14 @@ ways: reading takes the first source whose tensors are there, writing takes the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from hooked_mamba.loading.tables import CheckpointError, LazyState
+from hooked_mamba.loading.tables import CheckpointError, LazyState, Place
 
 
 class Piece(NamedTuple):
@@ -70,10 +70,6 @@ class Rows(Source):
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         tensor = state[self.name]
-        if tensor.shape[self.axis] < self.stop:
-            raise CheckpointError(
-                f"{self.name} is {list(tensor.shape)}; expected {self.stop} rows or more on axis {self.axis}"
-            )
         return tensor.narrow(self.axis, self.start, self.stop - self.start)
 
     def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
@@ -89,7 +85,9 @@ class Reshaped(Source):
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         if state[self.name].shape != self.theirs:
-            raise CheckpointError(f"{self.name} is {list(state[self.name].shape)}; expected {list(self.theirs)}")
+            raise CheckpointError(
+                f"{LazyState.of(state).place(self.name)} got {tuple(state[self.name].shape)}, expected {self.theirs}"
+            )
         return state[self.name].reshape(self.ours)
 
     def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
@@ -120,7 +118,15 @@ class Stacked(Source):
         return tuple(self.name.format(e=e) for e in range(self.count))
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([state[name] for name in self.names])
+        tensors = [state[name] for name in self.names]
+        usual = max((t.shape for t in tensors), key=[t.shape for t in tensors].count)
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if tensor.shape != usual:
+                raise CheckpointError(
+                    f"{LazyState.of(state).place(name)} got {tuple(tensor.shape)}, expected {tuple(usual)} as of the"
+                    " other experts"
+                )
+        return torch.stack(tensors)
 
     def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
         return [Piece(name, 0, 0, _expert(ours, e)) for e, name in enumerate(self.names)]
@@ -134,9 +140,7 @@ class Runs(Source):
     """(first row, row after the last) of each."""
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        tensor, last = state[self.name], max(stop for _, stop in self.runs)
-        if len(tensor) < last:
-            raise CheckpointError(f"{self.name} is {list(tensor.shape)}; expected {last} rows or more")
+        tensor = state[self.name]
         return torch.cat([tensor[start:stop] for start, stop in self.runs])
 
     def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
@@ -159,7 +163,13 @@ class Joined(Source):
         return tuple(self.name.format(part=part) for part, _ in self.sizes)
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([state[name] for name in self.names])
+        tensors = [state[name] for name in self.names]
+        for name, tensor, (_, size) in zip(self.names, tensors, self.sizes, strict=True):
+            if tensor.ndim != tensors[0].ndim or len(tensor) != size:
+                raise CheckpointError(
+                    f"{LazyState.of(state).place(name)} got {tuple(tensor.shape)}, expected {size} rows"
+                )
+        return torch.cat(tensors)
 
     def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
         found, at = [], 0
@@ -197,32 +207,48 @@ def read_table(state: Mapping[str, Tensor], table: Table, dropped: tuple[str, ..
     dropped
         Beginnings of names that are left out without a word.
 
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor of the file that is missing, and every one that has no place here.
+    Returns
+    -------
+    LazyState
+        What has no place here keeps its name, and what is missing is missing: both are reported, by the file's names,
+        together with wrong shapes when the weights are assigned.
     """
+    given = LazyState.of(state)
     getters: dict[str, Callable[[], Tensor]] = {}
-    used: set[str] = set()
-    faults: list[str] = []
+    places: dict[str, Place] = {}
+    expected: dict[str, str] = {}
+    used: dict[str, list[Source]] = {}
     for ours, sources in table.items():
         options = sources if isinstance(sources, tuple) else (sources,)
-        found = next((s for s in options if all(name in state for name in s.names)), None)
+        found = next((s for s in options if all(name in given for name in s.names)), None)
         if found is None:
-            absent = [name for name in options[0].names if name not in state]
-            alternatives = f" (or {', or '.join(s.name for s in options[1:])})" if len(options) > 1 else ""
-            faults.append(f"missing: {absent[0]}{alternatives}, for {ours}")
+            # Of several places the one of which most is there: what the file has of it is not unexpected.
+            meant = max(options, key=lambda s: sum(name in given for name in s.names))
+            absent = [name for name in meant.names if name not in given]
+            alternatives = (
+                f" (or {', or '.join(s.name for s in options if s is not meant)})" if len(options) > 1 else ""
+            )
+            expected[ours] = some_of(absent) + alternatives
+            used |= {name: [] for name in meant.names if name not in used}
             continue
-        used.update(found.names)
-        getters[ours] = _reader(found, state)
-    faults += [
-        f"unexpected: {name} {tuple(state[name].shape)}"
-        for name in state
-        if name not in used and not name.startswith(dropped)
-    ]
-    if faults:
-        raise CheckpointError(f"the tensors do not fit the config, {len(faults)} faults:\n  " + "\n  ".join(faults))
-    return LazyState(getters)
+        for name in found.names:
+            used.setdefault(name, []).append(found)
+        places[ours] = given.place(found.names[0])._replace(
+            tensor=some_of([given.place(name).tensor for name in found.names]),
+            changed=not isinstance(found, Whole),
+            rows=tuple(str(given.place(name)) for name in found.names) if isinstance(found, Stacked) else (),
+        )
+        getters[ours] = _reader(found, given, used)
+    for name in given:
+        if name not in used and not name.startswith(dropped):
+            key = f"{name} (unexpected)" if name in table else name
+            getters[key], places[key] = given.getter(name), given.place(name)
+    return LazyState(getters, places, expected)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of several tensors that make one weight, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def write_table(state: Mapping[str, Tensor], table: Table, names: Collection[str] | None = None) -> LazyState:
@@ -248,8 +274,26 @@ def write_table(state: Mapping[str, Tensor], table: Table, names: Collection[str
     return LazyState({name: _joined(sorted(parts, key=lambda part: part.start)) for name, parts in pieces.items()})
 
 
-def _reader(source: Source, state: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    return lambda: source.read(state)
+def _reader(source: Source, state: LazyState, used: Mapping[str, Sequence[Source]]) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        if isinstance(source, Rows | Runs):
+            _covered(source, state, used[source.name])
+        return source.read(state)
+
+    return read
+
+
+def _covered(source: Rows | Runs, state: LazyState, readers: Sequence[Source]) -> None:
+    """Refuse a tensor of several weights that has more or fewer rows than they take."""
+    axis = source.axis if isinstance(source, Rows) else 0
+    wanted = max(max(stop for _, stop in s.runs) if isinstance(s, Runs) else s.stop for s in readers if _in_rows(s))
+    shape = tuple(state[source.name].shape)
+    if len(shape) <= axis or shape[axis] != wanted:
+        raise CheckpointError(f"{state.place(source.name)} got {shape}, expected {wanted} rows on axis {axis}")
+
+
+def _in_rows(source: Source) -> TypeGuard[Rows | Runs]:
+    return isinstance(source, Rows | Runs)
 
 
 def _expert(ours: Callable[[], Tensor], e: int) -> Callable[[], Tensor]:

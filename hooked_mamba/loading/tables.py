@@ -8,9 +8,9 @@ reported as unexpected when the weights are assigned.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,8 +28,18 @@ __all__ = [
 ]
 
 
+NAMES_SHOWN = 8
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that says what this package cannot express."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 class _Required:
@@ -89,11 +99,41 @@ def reject(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], wh
             raise CheckpointError(f"{what} has {key}={config[key]!r}, which is not supported; expected {expected}")
 
 
-class LazyState(Mapping[str, Tensor]):
-    """A read-only state dict whose tensors are made when asked for, so that none is held in memory."""
+class Place(NamedTuple):
+    """Where a tensor stands, for errors: what its file calls it, and that file."""
 
-    def __init__(self, getters: Mapping[str, Callable[[], Tensor]]) -> None:
+    tensor: str
+    file: str | None = None
+    changed: bool = False
+    """Whether it has another shape there than here."""
+    rows: tuple[str, ...] = ()
+    """The tensors that stand one behind the other on its first axis here, where it is made of several."""
+
+    def __str__(self) -> str:
+        return self.tensor if self.file is None else f"{self.tensor} in {self.file}"
+
+
+class LazyState(Mapping[str, Tensor]):
+    """A read-only state dict whose tensors are made when asked for, so that none is held in memory.
+
+    Parameters
+    ----------
+    getters
+        Name -> what makes the tensor.
+    places
+        Name -> where it stands, of those that have another name there or of which the file is known.
+    expected
+        Name here -> what the format calls it, also of weights that are not there.
+    """
+
+    def __init__(
+        self,
+        getters: Mapping[str, Callable[[], Tensor]],
+        places: Mapping[str, Place] | None = None,
+        expected: Mapping[str, str] | None = None,
+    ) -> None:
         self._getters = dict(getters)
+        self._places, self.expected = dict(places or {}), dict(expected or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._getters[name]()
@@ -111,6 +151,15 @@ class LazyState(Mapping[str, Tensor]):
         """What makes the tensor `name`."""
         return self._getters[name]
 
+    def place(self, name: str) -> Place:
+        """Where a tensor stands; of one that is not there, where it should: no file is known then."""
+        return self._places.get(name) or Place(self.expected.get(name, name))
+
+    @property
+    def files(self) -> list[str]:
+        """Files that tensors come from."""
+        return sorted({place.file for place in self._places.values() if place.file is not None})
+
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> LazyState:
         """Any state dict as a lazy one; its tensors are shared, not copied."""
@@ -118,7 +167,12 @@ class LazyState(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> LazyState:
         """The same tensors, each under `names[its name]`."""
-        return LazyState({names[name]: getter for name, getter in self._getters.items()})
+        getters = {names[name]: getter for name, getter in self._getters.items()}
+        return LazyState(getters, {names[name]: self.place(name) for name in self}, self.expected)
+
+    def expecting(self, prefix: str) -> LazyState:
+        """The same state of a format whose names all begin with a prefix more."""
+        return LazyState(self._getters, self._places, {n: f"{prefix}{theirs}" for n, theirs in self.expected.items()})
 
     def with_changed(self, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> LazyState:
         """The same state with the tensors named in `changes` passed through a function when read."""
@@ -126,15 +180,21 @@ class LazyState(Mapping[str, Tensor]):
         def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
             return lambda: change(self[name])
 
-        return LazyState(self._getters | {n: changed(n, f) for n, f in changes.items() if n in self})
+        here = {name: change for name, change in changes.items() if name in self}
+        places = {name: self.place(name)._replace(changed=True) for name in here}
+        return LazyState(
+            self._getters | {n: changed(n, f) for n, f in here.items()}, self._places | places, self.expected
+        )
 
     def without(self, *names: str) -> LazyState:
         """The same state without `names`."""
-        return LazyState({n: getter for n, getter in self._getters.items() if n not in names})
+        getters = {n: getter for n, getter in self._getters.items() if n not in names}
+        return LazyState(getters, {n: place for n, place in self._places.items() if n in getters}, self.expected)
 
     def with_copy(self, source: str, target: str) -> LazyState:
         """The same state with the tensor `source` also under the name `target`."""
-        return LazyState(self._getters | {target: self._getters[source]})
+        places = self._places | {target: self.place(source)}
+        return LazyState(self._getters | {target: self._getters[source]}, places, self.expected)
 
 
 def _expand(weights: Mapping[str, str | None], n_layers: int) -> dict[str, str | None]:
@@ -167,18 +227,22 @@ def to_ours_weights(state: Mapping[str, Tensor], weights: Mapping[str, str | Non
     CheckpointError
         Two tensors for one weight.
     """
-    table = _expand(weights, n_layers)
+    table, given = _expand(weights, n_layers), LazyState.of(state)
     getters: dict[str, Callable[[], Tensor]] = {}
     came_from: dict[str, str] = {}
-    for theirs in state:
+    for theirs in given:
         ours = table.get(theirs, theirs)
         if ours is None:
             continue
         if ours in came_from:
             raise CheckpointError(f"both {came_from[ours]!r} and {theirs!r} hold {ours!r}; expected one of them")
         came_from[ours] = theirs
-        getters[ours] = _getter(state, theirs)
-    return LazyState(getters)
+        getters[ours] = given.getter(theirs)
+    expected: dict[str, str] = {}
+    for name, here in table.items():
+        if here is not None:
+            expected.setdefault(here, name)
+    return LazyState(getters, {ours: given.place(theirs) for ours, theirs in came_from.items()}, expected)
 
 
 def from_ours_weights(state: Mapping[str, Tensor], weights: Mapping[str, str | None], n_layers: int) -> LazyState:

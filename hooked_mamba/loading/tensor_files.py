@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,21 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hooked_mamba.loading.tables import CheckpointError, LazyState
+from hooked_mamba.loading.tables import CheckpointError, LazyState, Place, some
 
 __all__ = ["open_bin", "open_safetensors", "open_sharded", "read_json"]
 
 REMAP_BYTES = 64 * 2**20
 JSON_BYTES_MAX = 64 * 2**20
 HEADER_BYTES_MAX = 100 * 2**20
-NAMES_SHOWN = 8
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names of a list that may be long, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=_floats)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected an object")
     return value
@@ -91,7 +83,7 @@ def _check_safetensors(path: Path) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + header_bytes + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file: its header does not read ({error})") from error
+            raise CheckpointError(f"{path} is not a safetensors file: its header does not read ({error})") from None
     if expected != size:
         state = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path} is {state}: expected {expected:,} bytes, it has {size:,}")
@@ -100,8 +92,8 @@ def _check_safetensors(path: Path) -> None:
 class _Remapping:
     """Tensors of one file by name; maps it anew after `REMAP_BYTES` so that pages already read are let go."""
 
-    def __init__(self, open_file: Callable[[], tuple[Callable[[str], Tensor], list[str]]]) -> None:
-        self._open = open_file
+    def __init__(self, file: str, open_file: Callable[[], tuple[Callable[[str], Tensor], list[str]]]) -> None:
+        self._file, self._open = file, open_file
         self._get, self.names = open_file()
         self._bytes_read = 0
 
@@ -117,7 +109,8 @@ class _Remapping:
         def getter(name: str) -> Callable[[], Tensor]:
             return lambda: self.get(name)
 
-        return LazyState({name: getter(name) for name in self.names})
+        places = {name: Place(name, self._file) for name in self.names}
+        return LazyState({name: getter(name) for name in self.names}, places)
 
 
 def open_safetensors(path: Path) -> LazyState:
@@ -134,10 +127,10 @@ def open_safetensors(path: Path) -> LazyState:
         try:
             handle = safe_open(str(path), framework="pt", device="cpu")
         except Exception as error:  # the library's own errors share no base class with those of the system
-            raise CheckpointError(f"{path} does not read as safetensors: {error}") from error
+            raise CheckpointError(f"{path} does not read as safetensors: {error}") from None
         return handle.get_tensor, list(handle.keys())
 
-    return _Remapping(open_file).state()
+    return _Remapping(path.name, open_file).state()
 
 
 def open_bin(path: Path) -> LazyState:
@@ -158,7 +151,7 @@ def open_bin(path: Path) -> LazyState:
             raise CheckpointError(
                 f"{path} does not read as plain weights: it is damaged, or holds code, which is never run "
                 f"({type(error).__name__}: {reason[0] if reason else 'no message'})"
-            ) from error
+            ) from None
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{path} holds a {type(state).__name__}; expected tensors by name")
         strange = [
@@ -168,7 +161,7 @@ def open_bin(path: Path) -> LazyState:
             raise CheckpointError(f"{path} holds entries that are no tensors: {some(strange)}")
         return state.__getitem__, list(state)
 
-    return _Remapping(open_file).state()
+    return _Remapping(path.name, open_file).state()
 
 
 def open_sharded(index: Path, open_shard: Callable[[Path], LazyState], suffix: str) -> LazyState:
@@ -192,6 +185,7 @@ def open_sharded(index: Path, open_shard: Callable[[Path], LazyState], suffix: s
     if missing:
         raise CheckpointError(f"{index} names {len(files)} shards, of which these are not there: {some(missing)}")
     tensors: dict[str, Callable[[], Tensor]] = {}
+    places: dict[str, Place] = {}
     for name in files:
         shard = open_shard(index.parent / name)
         promised = {tensor for tensor, file in weight_map.items() if file == name}
@@ -202,4 +196,5 @@ def open_sharded(index: Path, open_shard: Callable[[Path], LazyState], suffix: s
                 f"unexpected {some(set(shard) - promised) or 'nothing'}"
             )
         tensors |= {tensor: shard.getter(tensor) for tensor in shard}
-    return LazyState(tensors)
+        places |= {tensor: shard.place(tensor) for tensor in shard}
+    return LazyState(tensors, places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hooked_mamba.loading.tables import CheckpointError
 from hooked_mamba.loading.world_tokenizer import VOCABULARY, WorldTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -21,6 +22,11 @@ def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
         The checkpoint's.
     own
         A tokenizer of the checkpoint that was found already.
+
+    Raises
+    ------
+    CheckpointError, OSError
+        There is none, or the hub cannot be reached.
     """
     if tokenizer is None and own is not None:
         return own
@@ -37,4 +43,14 @@ def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
         return WorldTokenizer.from_file(place / VOCABULARY)
     from transformers import AutoTokenizer  # slow to import, and token ids need none
 
-    return AutoTokenizer.from_pretrained(str(tokenizer))
+    if place.is_absolute() and not place.exists():
+        raise CheckpointError(f"no tokenizer at {place}: there is no such file or folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(tokenizer))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        kind = OSError if isinstance(error, OSError) else CheckpointError
+        raise kind(
+            f"no tokenizer loads from {str(tokenizer)!r}: {first}. Give a folder with tokenizer.json, a hub id"
+            " or a tokenizer object"
+        ) from None

@@ -36,8 +36,9 @@ def drop_tied(state: LazyState, tied: bool) -> LazyState:
         return state.renamed({name: "embed.weight" if name == "unembed.weight" else name for name in state})
     if not _equal(state["embed.weight"], state["unembed.weight"]):
         raise CheckpointError(
-            "the config ties the unembedding to the embedding, but the file holds two different tensors; "
-            "correct the config (tie_word_embeddings or tie_embeddings: false) if the second one is meant"
+            f"the config ties the unembedding to the embedding, but {state.place('unembed.weight')} is another tensor "
+            f"than {state.place('embed.weight')}; correct the config (tie_word_embeddings or tie_embeddings: false) if"
+            " the first one is meant"
         )
     return state.without("unembed.weight")
 

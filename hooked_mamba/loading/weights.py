@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hooked_mamba.loading.tables import CheckpointError
+from hooked_mamba.loading.tables import CheckpointError, LazyState, some
 
 __all__ = ["check_shapes", "float32_names", "load_into", "target_dtype"]
 
@@ -84,38 +84,69 @@ def load_into(
     """
     slots, float32 = _slots(module), float32_names(module)
     expected = {name: slot for slot in slots for name in slot.names}
-    faults = [f"unexpected: {name} {tuple(state_dict[name].shape)}" for name in state_dict if name not in expected]
+    state = LazyState.of(state_dict)
+    faults = [
+        f"unexpected: {state.place(name)} {tuple(state_dict[name].shape)}"
+        for name in state_dict
+        if name not in expected
+    ]
     sources: dict[str, _Slot] = {}
+    missing: dict[str, list[_Slot]] = {}
     for slot in slots:
         present = [name for name in slot.names if name in state_dict]
         if not present:
-            faults.append(f"missing: {slot.names[0]} {tuple(slot.parameter.shape)}")
+            missing.setdefault(str(state.place(slot.names[0])), []).append(slot)
             continue
-        source = state_dict[present[0]]
+        try:
+            source = state_dict[present[0]]
+        except CheckpointError as error:  # what it is made of does not fit together
+            faults.append(f"shape: {error}{_meaning(state, present[0])}")
+            continue
+        where = state.place(present[0])
         if not source.dtype.is_floating_point:
-            faults.append(f"dtype: {present[0]} got {source.dtype} (quantised?), expected floating point")
+            faults.append(f"dtype: {where} got {source.dtype} (quantised?), expected floating point")
         elif source.shape != slot.parameter.shape:
-            faults.append(f"shape: {present[0]} got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}")
+            shapes = f"got {tuple(source.shape)}, expected {tuple(slot.parameter.shape)}"
+            faults.append(f"shape: {where} {shapes}{_meaning(state, present[0])}")
         else:
             sources[present[0]] = slot
+    for due, parts in missing.items():
+        here = " and ".join(f"{part.names[0]} {tuple(part.parameter.shape)}" for part in parts)
+        shape = tuple(parts[0].parameter.shape)
+        faults.append(
+            f"missing: {due} {shape}" if due == parts[0].names[0] else f"missing: {due}, which is {here} here"
+        )
     copies: dict[str, Tensor] = {}
     for name, slot in sources.items():
         source = state_dict[name]
         wanted = target_dtype(name, dtype or slot.parameter.dtype, float32)
-        where = device(name) if callable(device) else device
-        copy = source.detach().to(device=where, dtype=wanted, copy=True).contiguous()
-        fault = _not_finite(name, source, copy)
-        if fault:
-            faults.append(fault)
+        target = device(name) if callable(device) else device
+        copy = source.detach().to(device=target, dtype=wanted, copy=True).contiguous()
+        place = state.place(name)
+        found = (
+            [_not_finite(row, *pair) for row, *pair in zip(place.rows, source, copy, strict=True)] if place.rows else []
+        )
+        fault = None if place.rows else _not_finite(str(place), source, copy)
+        faults += [one for one in (fault, *found) if one]
         if not faults:
             copies[name] = copy
         del source, copy
     if faults:
+        faults = list(dict.fromkeys(faults))
+        of = f" (of {some(state.files)})" if state.files else ""
         raise CheckpointError(
-            f"the checkpoint does not fit {type(module).__name__}, {len(faults)} faults:\n  " + "\n  ".join(faults)
+            f"the checkpoint{of} does not fit {type(module).__name__}, {len(faults)} faults:\n  " + "\n  ".join(faults)
         )
     for name, slot in sources.items():
         slot.assign(copies.pop(name))
+
+
+def _meaning(state: LazyState, name: str) -> str:
+    """What a tensor is called here, where its file calls it otherwise or has it in another shape."""
+    place = state.place(name)
+    if place.tensor == name:
+        return ""
+    return f", as {name} here" if place.changed else f", which is {name} here"
 
 
 class _Slot:

@@ -211,4 +211,4 @@ def _parsed(path: Path) -> Iterable[tuple[int, bytes]]:
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise CheckpointError(
                     f"line {number} of {path} is {line[:60]!r}; expected `id literal length`: {error}"
-                ) from error
+                ) from None

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_mamba.components import Linear, LowRank, at_least_fp32, rms_normalize
+from hooked_mamba.documents import Documents
 from hooked_mamba.frozen.linear import Project
 from hooked_mamba.frozen.pattern import Pattern
 from hooked_mamba.frozen.tokens import TokenPath
@@ -25,16 +26,18 @@ from hooked_mamba.hybrid_config import AttentionConfig
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.kv_state import KVState, remember
-from hooked_mamba.mixers.linear_form import Read, projection
+from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.rope import rotate, turn_of
+from hooked_mamba.mixers.weight_views import AttentionViews
 from hooked_mamba.state import BranchState, Call
 
 
-class Attention(Branch):
+class Attention(AttentionViews, Branch):
     """q, k, v -> positions -> scores -> pattern -> z -> output, with a hook point at every site."""
 
     kind = "attention"
+    packs = True
     title = "Attention"
     place = "attn"
     config_class = AttentionConfig
@@ -105,17 +108,19 @@ class Attention(Branch):
         if cfg.rotary_dim:
             turn = turn_of(call, q, cfg.rotary_dim, cfg.rotary_base)
             q, k = self.hook_rot_q(rotate(q, turn)), self.hook_rot_k(rotate(k, turn))
-        new = KVState(k, v, real_columns(call, batch, length, resid.device))
+        new = KVState(k, v, call.real_columns(batch, length, resid.device))
         new.whole = call.padding is None
         memory = remember(state, new)
         z = self.hook_z(self.mix(q, memory, call))
+        if call.documents is not None:  # later calls continue the last document
+            memory = KVState(memory.k, memory.v, memory.real & of_last(call.documents, memory.real.shape[1]))
         if cfg.output_gate:
             z = self.hook_z_gated(z * self.hook_gate(torch.sigmoid(self.projected("gate", resid))))
         if self.hook_result.edited:
             out = self.hook_result(self.of_heads(z)).sum(2)
             out = out if self.o_proj.bias is None else out + self.o_proj.bias
         else:
-            out = self.o_proj(rearrange(z, "b l h c -> b l (h c)"))
+            out = self.o_proj(z.flatten(2))
             self.hook_result.read(length, lambda t: self.of_heads(z[:, t]))
         return self.hook_out(out), memory
 
@@ -130,37 +135,43 @@ class Attention(Branch):
         out = self.get_submodule(f"{name}_proj")(resid)
         if self.cfg.adapter_rank is not None and name in self.adapters:
             out = out + self.adapters[name](resid)
-        return rearrange(out, "b l (h c) -> b l h c", c=self.cfg.d_head)
+        return out.unflatten(-1, (-1, self.cfg.d_head))
 
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
         """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
         length, m = q.shape[1], memory.k.shape[1]
-        seen = None if memory.all_real() else visible(memory.real, length)
+        documents = call.documents
+        seen = None if documents is None and memory.all_real() else visible(memory.real, length, documents)
         if self.hook_attn_scores.edited or self.hook_pattern.edited:
             everything = slice(None)
-            scores = self.hook_attn_scores(self.scores(q, memory, everything))
+            scores = self.hook_attn_scores(self.scores(q, memory, everything, documents))
             pattern = self.hook_pattern(scores.softmax(-1).to(q.dtype))
             z = torch.einsum("bhqm,bmhc->bqhc", pattern, of_queries(memory.v, self.cfg.n_heads))
         else:
-            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t))
-            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t).softmax(-1).to(q.dtype))
+            self.hook_attn_scores.read(length, lambda t: self.scores(q, memory, t, documents))
+            self.hook_pattern.read(length, lambda t: self.scores(q, memory, t, documents).softmax(-1).to(q.dtype))
             mask = seen if seen is not None else visible(memory.real, length) if 1 < length < m else None
+            # At one position the heads that share keys are rows of one product.
+            rows = q.transpose(1, 2) if length > 1 else q.unflatten(2, (memory.k.shape[2], -1))[:, 0]
             z = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
+                rows,
                 memory.k.transpose(1, 2),
                 memory.v.transpose(1, 2),
                 attn_mask=None if mask is None else mask[:, None],
                 is_causal=mask is None and length > 1,
                 scale=self.cfg.score_scale,
-                enable_gqa=True,
-            ).transpose(1, 2)
+                enable_gqa=length > 1,
+            )
+            z = z.transpose(1, 2) if length > 1 else z.flatten(1, 2).unsqueeze(1)
         return z if call.padding is None else call.padding.zero(z)
 
-    def scores(self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice) -> Float[Tensor, "b Q q m"]:
+    def scores(
+        self, q: Float[Tensor, "b l Q c"], memory: KVState, t: list[int] | slice, documents: Documents | None
+    ) -> Float[Tensor, "b Q q m"]:
         """Scaled scores of chosen queries, -inf where they must not look."""
         keys = of_queries(memory.k, self.cfg.n_heads)
         scores = at_least_fp32(torch.einsum("bqhc,bmhc->bhqm", q[:, t], keys)) * self.cfg.score_scale
-        return scores.masked_fill(~visible(memory.real, q.shape[1])[:, None, t], -torch.inf)
+        return scores.masked_fill(~visible(memory.real, q.shape[1], documents)[:, None, t], -torch.inf)
 
     def of_heads(self, z: Float[Tensor, "b q Q c"]) -> Float[Tensor, "b q Q d"]:
         """What each head adds to the output."""
@@ -195,6 +206,8 @@ class Attention(Branch):
     def value_input(self) -> Project:
         """v's weights, those of a key-value head once for each of its query heads."""
         own, c, Q = projection(self.v_proj, where="v_proj"), self.cfg.d_head, self.cfg.n_heads
+        if self.cfg.adapter_rank is not None:
+            own = Project(own.W + low_rank(self.adapters["v"], "adapters.v"), own.b)
         W = of_queries(own.W.reshape(1, 1, -1, c * own.W.shape[1]), Q).reshape(Q * c, -1)
         return Project(W, None if own.b is None else of_queries(own.b.reshape(1, 1, -1, c), Q).flatten())
 
@@ -218,20 +231,29 @@ class Attention(Branch):
         self.o_proj.weight /= self.cfg.n_layers**0.5
 
 
-def real_columns(call: Call, batch: int, length: int, device: torch.device) -> Bool[Tensor, "b l"]:
-    """Which columns of a call hold real tokens."""
-    if call.padding is not None:
-        return call.padding.mask
-    return torch.ones(batch, length, dtype=torch.bool, device=device)
-
-
-def visible(real: Bool[Tensor, "b m"], length: int) -> Bool[Tensor, "b l m"]:
-    """Which keys each of the last `length` columns sees: real ones up to itself. A padded query sees only itself."""
+def visible(real: Bool[Tensor, "b m"], length: int, documents: Documents | None = None) -> Bool[Tensor, "b l m"]:
+    """Which keys each of the last `length` columns sees: real ones of its document up to itself. A padded query sees
+    only itself. Columns before this call belong to a row's first document."""
     m = real.shape[1]
     columns = torch.arange(m, device=real.device)
     own = columns[m - length :, None]
     causal = (columns <= own) & real[:, None]
+    if documents is not None:
+        number = numbers(documents, m)
+        causal = causal & (number[:, m - length :, None] == number[:, None])
     return torch.where(real[:, m - length :, None], causal, (columns == own)[None])
+
+
+def numbers(documents: Documents, m: int) -> Int[Tensor, "b m"]:
+    """The document of each of m columns, of which the last ones are those of this call."""
+    number = documents.number
+    return torch.cat([number.new_zeros(len(number), m - number.shape[1]), number], 1)
+
+
+def of_last(documents: Documents, m: int) -> Bool[Tensor, "b m"]:
+    """Columns of each row's last document."""
+    number = numbers(documents, m)
+    return number == number[:, -1:]
 
 
 def of_queries(kv: Float[Tensor, "b m J c"], heads: int) -> Float[Tensor, "b m Q c"]:

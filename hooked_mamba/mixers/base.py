@@ -30,6 +30,8 @@ class Branch(KeepsFloat32, LinearForm):
     config_class: ClassVar[type[BranchConfig]] = BranchConfig
     """What shapes it: the first argument of its constructor, the layer being the second."""
 
+    packs: ClassVar[bool] = False
+    """Whether it keeps documents of one row apart (`Call.documents`)."""
     growing: ClassVar[tuple[str, ...]] = ()
     """Parts of its memory whose second axis is as long as the text so far, such as keys."""
 

@@ -38,6 +38,7 @@ class ChannelMix(Branch):
     """token shift -> neurons -> output."""
 
     kind = "rwkv7_channel_mix"
+    packs = True
     title = "Channel mix (RWKV-7)"
     place = "mlp"
     sites = (
@@ -45,7 +46,7 @@ class ChannelMix(Branch):
         Site("hook_x_k", "b l d", "input mixed with the one before it"),
         Site("hook_pre", "b l F", "neurons before relu^2"),
         Site("hook_post", "b l F", "neurons after relu^2"),
-        Site("hook_out", "b l d", "output of the layer"),
+        Site("hook_out", "b l d", "output of the layer", also=("hook_mlp_out",)),
     )
 
     def __init__(self, cfg: RWKV7Config, layer: int = 0) -> None:
@@ -65,8 +66,8 @@ class ChannelMix(Branch):
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], ShiftState]:
-        padding = None if call is None else call.padding
-        before, last = shifted(resid, None if state is None else state[0], padding)
+        call = Call() if call is None else call
+        before, last = shifted(resid, None if state is None else state[0], call.padding, call.documents)
         x = self.hook_x_k(resid + self.x_k * (self.hook_shift(before) - resid))
         post = self.hook_post(F.relu(self.hook_pre(self.key(x))).square())
         return self.hook_out(self.value(post)), ShiftState(last)

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from hooked_mamba import ops
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.points import LazyHookPoint, StateHookPoint
-from hooked_mamba.mixers.states import all_states_through_hooks, linear_scan_through_hooks, scan_through_hooks
+from hooked_mamba.mixers.states import (
+    all_states_through_hooks,
+    emptied,
+    linear_scan_through_hooks,
+    scan_through_hooks,
+)
 from hooked_mamba.ops.interface import ScanOut, StateEdits
 
 
@@ -82,6 +88,21 @@ def delta_scan_through_hooks(
     else:
         y, h = scan_through_hooks(hook_h, length, h0, scan, x.read_out)
     return y, h, torch.cat(recalled, 1)
+
+
+def closed_loop_recall(
+    x: DeltaInputs, h0: Float[Tensor, "b H V K"] | None, documents: Documents | None
+) -> Float[Tensor, "b l H V"]:
+    """What the scan recalls at every position, without hooks."""
+    length = x.v.shape[1]
+    resets = {} if documents is None else documents.ends()
+    recalled, h, start = [], h0, 0
+    for end in sorted({*resets, length - 1}):
+        out = ops.delta_scan(*x.at(slice(start, end + 1)), h0=h)
+        recalled.append(out.recall)
+        h = emptied(out.h_last, resets[end]) if end in resets else out.h_last
+        start = end + 1
+    return torch.cat(recalled, 1)
 
 
 def given_recall_through_hooks(

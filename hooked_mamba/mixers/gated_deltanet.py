@@ -18,7 +18,6 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_mamba import ops
 from hooked_mamba.components import Linear, at_least_fp32, conv_silu, silu, softplus
 from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.tokens import TokenPath
@@ -26,7 +25,12 @@ from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
+from hooked_mamba.mixers.delta_states import (
+    DeltaInputs,
+    closed_loop_recall,
+    delta_scan_through_hooks,
+    given_recall_through_hooks,
+)
 from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.recurrent_config import DeltaNetConfig
@@ -75,6 +79,7 @@ class GatedDeltaNet(Branch):
     """projections -> conv -> lengths -> delta rule -> norm of heads -> gate -> output."""
 
     kind = "gated_deltanet"
+    packs = True
     title = "Gated DeltaNet"
     place = "mixer"
     config_class = DeltaNetConfig
@@ -154,14 +159,14 @@ class GatedDeltaNet(Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], DeltaNetState]:
         cfg = self.cfg
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         past, S = (self.empty_history(len(resid)), None) if state is None else state
 
         qkv = self.hook_x_pre(real(self.in_proj(resid)))
         if cfg.d_conv:
-            qkv, before, history = with_history(qkv, past, padding)
-            qkv = conv_silu(qkv, before, self.conv1d, self.hook_conv)
+            qkv, before, history = with_history(qkv, past, padding, documents)
+            qkv = conv_silu(qkv, before, self.conv1d, self.hook_conv, documents)
             qkv = qkv[:, qkv.shape[1] - resid.shape[1] :]
         else:
             qkv, history = silu(qkv), past
@@ -213,7 +218,7 @@ class GatedDeltaNet(Branch):
             self.hook_delta.read(v.shape[1], lambda t: delta[:, t])
             self.hook_Bx.read(v.shape[1], x._replace(v=delta).write_at)
             return y, S
-        recall = self.hook_recall(w.to(v.dtype) * ops.delta_scan(*x, h0=S).recall)
+        recall = self.hook_recall(w.to(v.dtype) * closed_loop_recall(x, S, self.hook_h.documents))
         delta = self.hook_delta(strength * (v - recall))
         return given_recall_through_hooks(x._replace(v=delta), None, S, self.hook_h, self.hook_Bx)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain
-from hooked_mamba.frozen.linear import Conv, Gain, Mix, Piece, Project
+from hooked_mamba.frozen.linear import Conv, Gain, Mix, Offset, Piece, Project
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
@@ -73,6 +73,8 @@ class LinearForm(SitedModule):
     """Pairs (a norm's weight within the branch, the weight whose columns read it)."""
     rule_sites: tuple[str, ...] = ()
     """Sites that :meth:`rule_hooks` reads."""
+    causal: ClassVar[bool] = True
+    """Whether no position reads a later one."""
 
     @property
     def moves_values(self) -> bool:
@@ -97,12 +99,15 @@ class LinearForm(SitedModule):
         """
         path, scan, gain = self.token_path(read), self.held_scan(read), self.output_gain(read)
         pieces: list[Piece] = [norm, self.value_input()]
+        own_gain, bias = self.input_gain(read), self.scan_bias()
+        pieces += [] if own_gain is None else [Gain(own_gain)]
         if mask is not None:
             pieces.append(Gain(mask.unsqueeze(-1).to(path.p.dtype)))
         nodes = {"p": len(pieces)}
         pieces += [Conv(path.taps, path.bias, self.history(before, path)), Gain(path.sigma)]
         nodes["u"] = len(pieces)
-        pieces += [] if scan is None else [Mix(scan, self.memory(before))]
+        pieces += [] if scan is None else [Mix(scan, self.entering(before))]
+        pieces += [] if bias is None else [Offset(bias)]
         nodes["y"] = len(pieces)
         pieces += [] if gain is None else [Gain(gain)]
         u = at_least_fp32(read(self.site_at("u")).flatten(2)) if scan is None else scan.values
@@ -122,9 +127,9 @@ class LinearForm(SitedModule):
 
     def own_input(self, read: Read) -> Float[Tensor, "b l E"]:
         """p without its bias, and without what other positions give it."""
-        b = self.value_input().b
+        b, gain = self.value_input().b, self.input_gain(read)
         p = self.token_path(read).p
-        return p if b is None else p - b
+        return p if b is None else p - (b if gain is None else b * gain)
 
     # Its parts -------------------------------------------------------------------------------------------------
 
@@ -135,6 +140,14 @@ class LinearForm(SitedModule):
     def token_path(self, read: Read) -> TokenPath:
         """How a channel's own input p becomes the value u; default: it is u."""
         return TokenPath.straight(read(self.site_at("u")))
+
+    def input_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
+        """What the value's weights' output is multiplied with before it is p; None: nothing."""
+        return None
+
+    def scan_bias(self) -> Float[Tensor, " E"] | None:
+        """What is added to what the scan gives before it is y; None: nothing."""
+        return None
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
         """What y is multiplied with before the output's weights; None: nothing."""
@@ -160,6 +173,10 @@ class LinearForm(SitedModule):
     def memory(self, before: BranchState | None) -> Tensor | None:
         """The scan's own part of the memory; default: the last part."""
         return before[-1] if before else None
+
+    def entering(self, before: BranchState | None) -> Tensor | None:
+        """What the held scan goes on from; default: its state."""
+        return self.memory(before)
 
     def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
         """The K - 1 values of p before the first position; default: zeros."""
@@ -227,6 +244,11 @@ def projection(linear: Any, rows: slice = slice(None), where: str = "a linear la
     """A linear layer (or some of its rows) as a piece; `where` is its name, for the error if an adapter is on it."""
     weight, bias = weights_of(linear, where)
     return Project(at_least_fp32(weight)[rows], None if bias is None else at_least_fp32(bias[rows]))
+
+
+def low_rank(adapter: Any, where: str) -> Float[Tensor, "o i"]:
+    """What a model's own adapter adds to a weight, W_b W_a; `where` as in :func:`projection`."""
+    return projection(adapter.b, where=f"{where}.b").W @ projection(adapter.a, where=f"{where}.a").W
 
 
 def hold(x: Tensor, hook: Any) -> Tensor:

@@ -34,6 +34,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
     """in_proj -> conv -> selective scan -> gate -> out_proj, with a hook point at every site."""
 
     kind = "mamba"
+    packs = True
     title = "Mamba-1"
     place = "mixer"
     config_class = MambaConfig
@@ -118,7 +119,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         # An empty memory is None: some kernels start from no other.
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
@@ -127,8 +128,8 @@ class Mamba1Mixer(Mamba1Views, Branch):
         x = self.hook_x_pre(real(xz[..., :E]))
         z = self.hook_z(xz[..., E:])
 
-        x, before, history = with_history(x, past, padding)
-        x = self.hook_x(real(conv_silu(x, before, self.conv1d, self.hook_conv)))
+        x, before, history = with_history(x, past, padding, documents)
+        x = self.hook_x(real(conv_silu(x, before, self.conv1d, self.hook_conv, documents)))
 
         x_proj = self.hook_x_proj(self.x_proj(x))
         dt_low, B, C = x_proj.split([R, N, N], -1)
@@ -139,7 +140,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
         dt_low = self.hook_dt_low(dt_low)
         dt_pre = self.hook_dt_pre(self.dt_proj(dt_low))
 
-        if padding is None and not self.inside_wanted:
+        if padding is None and documents is None and not self.inside_wanted:
             if self.hook_dt.readers:  # formed on the side: the scan makes its own
                 self.hook_dt.show(softplus(dt_pre))
             B, C = self.hook_B(B), self.hook_C(C)

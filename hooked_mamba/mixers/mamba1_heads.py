@@ -33,6 +33,7 @@ class HeadedMamba1Mixer(Mamba1Mixer):
     """Mamba-1 whose heads each have their own x_proj and dt_proj."""
 
     kind = "mamba_heads"
+    packs = True
     title = "Mamba-1 with heads"
     place = "mixer"
     config_class = HeadedMambaConfig
@@ -60,15 +61,15 @@ class HeadedMamba1Mixer(Mamba1Mixer):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         E, N, R, G = self.cfg.E, self.cfg.d_state, self.cfg.R, self.cfg.n_heads
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
 
         xz = self.hook_in_proj(self.in_proj(resid))
         x = self.hook_x_pre(real(xz[..., :E]))
         z = self.hook_z(xz[..., E:])
-        x, before, history = with_history(x, past, padding)
-        x = self.hook_x(real(conv_silu(x, before, self.conv1d, self.hook_conv)))
+        x, before, history = with_history(x, past, padding, documents)
+        x = self.hook_x(real(conv_silu(x, before, self.conv1d, self.hook_conv, documents)))
 
         heads = rearrange(x, "b l (g e) -> b l g e", g=G)
         x_proj = self.hook_x_proj(torch.einsum("blge,gwe->blgw", heads, self.x_proj_weight))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hooked_mamba import ops
 from hooked_mamba.components import GroupedRMSNorm, Linear, at_least_fp32, conv_silu, silu, softplus
 from hooked_mamba.config import Mamba2Config
+from hooked_mamba.frozen.linear import Project
 from hooked_mamba.frozen.selective import SelectiveScan
 from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Child, Site
@@ -35,6 +36,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     """in_proj -> conv -> state-space dual -> gated norm -> out_proj, with a hook point at every site."""
 
     kind = "mamba2"
+    packs = True
     title = "Mamba-2"
     place = "mixer"
     config_class = Mamba2Config
@@ -133,7 +135,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
     ) -> tuple[Float[Tensor, "b l d"], LayerState]:
         cfg = self.cfg
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         # An empty memory is None: some kernels start from no other.
         past, h0 = (self.empty_history(len(resid)), None) if state is None else state
@@ -144,13 +146,13 @@ class Mamba2Mixer(Mamba2Views, Branch):
         xBC = self.hook_x_pre(real(xBC))
         z = self.hook_z(z)
 
-        xBC, before, history = with_history(xBC, past, padding)
-        x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv).split([E, GN, GN], -1)
-        x = self.hook_x(real(rearrange(x, "b l (h p) -> b l h p", h=H)))
+        xBC, before, history = with_history(xBC, past, padding, documents)
+        x, B, C = conv_silu(xBC, before, self.conv1d, self.hook_conv, documents).split([E, GN, GN], -1)
+        x = self.hook_x(real(x.unflatten(-1, (H, cfg.P))))
         dt_pre = self.hook_dt_pre(at_least_fp32(dt_pre) + self.dt_bias)
-        dt = self.hook_dt(real(softplus(dt_pre).clamp(*cfg.dt_limit)))
-        B = self.hook_B(rearrange(B, "b l (g n) -> b l g n", g=cfg.G))
-        C = self.hook_C(rearrange(C, "b l (g n) -> b l g n", g=cfg.G))
+        dt = softplus(dt_pre)
+        dt = self.hook_dt(real(dt if cfg.dt_limit == (0, math.inf) else dt.clamp(*cfg.dt_limit)))
+        B, C = self.hook_B(B.unflatten(-1, (cfg.G, -1))), self.hook_C(C.unflatten(-1, (cfg.G, -1)))
 
         y_scan, h = self.ssm(x, dt, B, C, h0)
         y_scan = self.hook_y_scan(y_scan)
@@ -158,7 +160,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
         y = self.hook_y(y_scan + skip)
 
         gate = self.hook_gate(silu(z))
-        y = rearrange(y, "b l h p -> b l (h p)")
+        y = y.flatten(2)
         if cfg.gated_norm == "gate_first":
             out = self.norm(self.hook_y_gated(y * gate))
         else:
@@ -215,10 +217,12 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.hook_Bx.read(x.shape[1], Bx_at)
 
         # Settled for the whole call: positions before an edited state must keep every bit.
-        chunk = ops.default_chunk(x.shape[1])
+        chunk, everywhere = ops.default_chunk(x.shape[1]), slice(0, x.shape[1])
 
         def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ops.ScanOut:
-            return ops.ssd(x[:, t], dt[:, t], A, B[:, t], C[:, t], h0=h, states_at=states_at, chunk=chunk)
+            here = (x, dt, B, C) if t == everywhere else (v[:, t] for v in (x, dt, B, C))
+            u, step, B_t, C_t = here
+            return ops.ssd(u, step, A, B_t, C_t, h0=h, states_at=states_at, chunk=chunk)
 
         return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, read_out)
 
@@ -253,6 +257,12 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     def token_path(self, read: Read) -> TokenPath:
         return TokenPath.silu(self.conv1d, *(read(f"hook_{name}") for name in ("x_pre", "conv", "x")))
+
+    def value_input(self) -> Project:
+        own, scales = super().value_input(), self.cfg.in_scales
+        if scales is None:
+            return own
+        return Project(own.W * scales[1], None if own.b is None else own.b * scales[1])
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"]:
         """The gate, and the gated norm's weight and divisor."""

@@ -12,7 +12,7 @@ Glossary
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from hooked_mamba import ops
 from hooked_mamba.components import GroupedRMSNorm, Linear, at_least_fp32, rms_normalize, silu, softplus
+from hooked_mamba.documents import Documents
+from hooked_mamba.frozen.trapezoid import TrapezoidScan
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.mixers.base import Branch
+from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
 from hooked_mamba.mixers.token_shift import shifted
@@ -49,14 +52,15 @@ class Mamba3Mixer(Branch):
     """in_proj -> norms of B and C -> turning -> trapezoidal scan -> gate -> out_proj."""
 
     kind = "mamba3"
+    packs = True
     title = "Mamba-3"
     place = "mixer"
     config_class = Mamba3Config
-    keep_float32 = ("dt_bias", "B_bias", "C_bias", "D")
-    sites = (
+    keep_float32: tuple[str, ...] = ("dt_bias", "B_bias", "C_bias", "D")
+    sites: ClassVar[tuple[Site | Child, ...]] = (
         Site("hook_in_proj", "b l O", "whole projection, before the split"),
         Site("hook_z", "b l E", "gate branch, before SiLU"),
-        Site("hook_x", "b l H P", "input of the scan"),
+        Site("hook_x", "b l H P", "input of the scan; 0 at padding"),
         Site("hook_dt_pre", "b l H", "step size before softplus, bias included", wide=True),
         Site("hook_dt", "b l H", "step size dt, after softplus", wide=True),
         Site("hook_A", "b l H", "decay rate A, negative", wide=True),
@@ -99,7 +103,9 @@ class Mamba3Mixer(Branch):
         self.D = nn.Parameter(torch.empty(H))
         if cfg.norm_of_heads:
             self.norm = GroupedRMSNorm(cfg.E, cfg.norm_eps, H)
+            self.frozen_sites = (*type(self).frozen_sites, "norm.hook_scale")
         self.out_proj = Linear(cfg.E, cfg.d_model, bias=cfg.use_bias)
+        self.value_rows, self.head_width = slice(cfg.E, 2 * cfg.E), cfg.head_dim
         self.add_sites()
 
     def site_rows(self) -> tuple[Site | Child, ...]:
@@ -118,42 +124,72 @@ class Mamba3Mixer(Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], Mamba3State]:
         cfg, H = self.cfg, self.cfg.H
-        padding = None if call is None else call.padding
+        padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
         theta, h0, B_last, x_last = (None,) * 4 if state is None else state
 
         projected = self.hook_in_proj(self.in_proj(resid))
         z, x, B, C, dt, A, lam, angle = projected.split(cfg.in_widths, -1)
-        z, x = self.hook_z(z), self.hook_x(rearrange(x, "b l (h p) -> b l h p", h=H))
+        z, x = self.hook_z(z), self.hook_x(real(rearrange(x, "b l (h p) -> b l h p", h=H)))
         dt_pre = self.hook_dt_pre(at_least_fp32(dt) + self.dt_bias)
         dt = self.hook_dt(real(softplus(dt_pre)))
         A = self.hook_A(-self.rate(at_least_fp32(A)).clamp(min=cfg.A_floor))
         lam = self.hook_lam(torch.sigmoid(at_least_fp32(lam)))
 
         step = math.pi * torch.tanh(at_least_fp32(angle)).unsqueeze(2) * dt.unsqueeze(-1)
-        turned = step.cumsum(1) if theta is None else step.cumsum(1) + theta.unsqueeze(1)
-        turned = self.hook_angle(turned)
-        B = turn(self.hook_B_pre(self.of_heads(B, self.B_norm_weight, self.B_bias)), turned)
-        C = turn(self.hook_C_pre(self.of_heads(C, self.C_norm_weight, self.C_bias)), turned)
+        turned = self.hook_angle(summed(step, theta, documents))
+        B = self.turn(self.hook_B_pre(self.of_heads(B, self.B_norm_weight, self.B_bias)), turned)
+        C = self.turn(self.hook_C_pre(self.of_heads(C, self.C_norm_weight, self.C_bias)), turned)
         B, C = self.hook_B(B), self.hook_C(C)
 
         A_bar = self.hook_A_bar(torch.exp(A * dt))
         beta = self.hook_beta((1 - lam) * dt * A_bar)
         gamma = self.hook_gamma(lam * dt)
-        x_before, x_last = shifted(x.flatten(2), None if x_last is None else x_last.flatten(1), padding)
-        B_before, B_last = shifted(B.flatten(2), None if B_last is None else B_last.flatten(1), padding)
-        x_before, B_before = x_before.reshape(x.shape), B_before.reshape(B.shape)
+        written = self.entered(x)
+        x_before, B_before = (
+            shifted(v.flatten(2), None if last is None else last.flatten(1), padding, documents)[0].reshape(v.shape)
+            for v, last in ((written, None if x_last is None else self.written(x_last.unsqueeze(1))), (B, B_last))
+        )
+        x_last = shifted(x.flatten(2), None if x_last is None else x_last.flatten(1), padding, documents)[1]
+        B_last = shifted(B.flatten(2), None if B_last is None else B_last.flatten(1), padding, documents)[1]
 
         if self.discrete_sites_edited:
-            y_scan, h = self.materialised(x, x_before, B, B_before, C, A_bar, beta, gamma, h0)
+            y_scan, h = self.materialised(written, x_before, B, B_before, C, A_bar, beta, gamma, h0)
         else:
-            y_scan, h = self.fused(x, x_before, B, B_before, C, A * dt, (A, lam), h0)
-        y = self.hook_y(self.hook_y_scan(y_scan) + self.hook_skip((self.D.unsqueeze(-1) * x).to(x.dtype)))
-        y = rearrange(y, "b l h p -> b l (h p)")
-        y = self.norm(y) if cfg.norm_of_heads else y
-        y_gated = self.hook_y_gated(y * self.hook_gate(silu(z)))
-        after = Mamba3State(turned[:, -1], h, B_last.unflatten(1, (H, -1)), x_last.unflatten(1, (H, -1)))
-        return self.hook_out_proj(self.out_proj(y_gated)), after
+            y_scan, h = self.fused(written, x_before, B, B_before, C, A * dt, (A, lam), h0)
+        y = self.hook_y(self.hook_y_scan(y_scan) + self.hook_skip((self.D.unsqueeze(-1) * written).to(x.dtype)))
+        after = Mamba3State(turned[:, -1], h, B_last.unflatten(1, B.shape[2:-1] + (-1,)), x_last.unflatten(1, (H, -1)))
+        return self.hook_out_proj(self.out_proj(self.gated(y, z))), after
+
+    # Steps that differ with several inputs and outputs -------------------------------------------------------------
+
+    def written(self, x: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l ... P"]:
+        """What is written of x."""
+        return x
+
+    def entered(self, x: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l ... P"]:
+        """The same through its hook, if it is no site already."""
+        return x
+
+    def turn(self, v: Float[Tensor, "b l H N"], theta: Float[Tensor, "b l H S"]) -> Float[Tensor, "b l H N"]:
+        """The first S pairs (2i, 2i+1) turned by their angles."""
+        S = theta.shape[-1]
+        pairs = v[..., : 2 * S].unflatten(-1, (S, 2))
+        turned = torch.stack(turned_pairs(pairs[..., 0], pairs[..., 1], theta), -1).flatten(-2)
+        return torch.cat([turned, v[..., 2 * S :]], -1)
+
+    def gated(self, y: Float[Tensor, "b l H P"], z: Float[Tensor, "b l E"]) -> Float[Tensor, "b l E"]:
+        """What the output's weights read."""
+        y = self.norm(y.flatten(2)) if self.cfg.norm_of_heads else y.flatten(2)
+        return self.hook_y_gated(y * self.hook_gate(silu(z)))
+
+    def read_state(self, h: Tensor, C: Tensor, dtype: torch.dtype) -> Float[Tensor, "b l H P"]:
+        """h C of each head."""
+        return torch.einsum("blhpn,blhn->blhp", h, C.to(h.dtype)).to(dtype)
+
+    def write(self, factor: Tensor, x: Tensor, B: Tensor) -> Float[Tensor, "b l H P N"]:
+        """factor x B^T of each head."""
+        return (factor.unsqueeze(-1) * x).unsqueeze(-1) * B.unsqueeze(-2)
 
     def rate(self, pre: Tensor) -> Tensor:
         """f: from A' to the rate of decay, before the floor."""
@@ -175,25 +211,27 @@ class Mamba3Mixer(Branch):
 
     def materialised(self, x, x_before, B, B_before, C, A_bar, beta, gamma, h0):  # type: ignore[no-untyped-def]
         """The recurrence with every write formed."""
-        everything = slice(None)
-        old = self.hook_Bx_prev(write(beta, x_before, B_before))
-        new = self.hook_Bx(write(gamma, x, B))
+        old = self.hook_Bx_prev(self.write(beta, x_before, B_before))
+        new = self.hook_Bx(self.write(gamma, x, B))
         h, last = linear_scan_through_hooks(self.hook_h, A_bar[..., None, None], old + new, h0)
         h = self.hook_h(h) if self.hook_h.wanted else h
-        return read_out(h, C[:, everything], x.dtype), last
+        return self.read_state(h, C, x.dtype), last
+
+    def shares(self, x, x_before, A_dt, rates):  # type: ignore[no-untyped-def]
+        """gamma x and beta x of the position before, both divided by -A dt, which may be 0."""
+        A, lam = (rate.reshape(*rate.shape[:2], *(1,) * (x.ndim - 4), -1, 1) for rate in rates)
+        alpha = torch.exp(A_dt).reshape(A.shape)
+        return lam / -A * at_least_fp32(x), (1 - lam) * alpha / -A * at_least_fp32(x_before)
 
     def fused(self, x, x_before, B, B_before, C, A_dt, rates, h0):  # type: ignore[no-untyped-def]
         """The sum of two scans with the same decay: one writes x_t B_t, the other x_{t-1} B_{t-1}.
 
         A scan of Mamba-2 with step -A dt and rate -1 writes -A dt x B; gamma and beta divided by it are finite.
         """
-        A, lam = rates
-        alpha = torch.exp(A_dt)
-        now = (lam / -A).unsqueeze(-1) * at_least_fp32(x)
-        then = ((1 - lam) * alpha / -A).unsqueeze(-1) * at_least_fp32(x_before)
-        self.hook_Bx_prev.read(x.shape[1], lambda t: write(-A_dt[:, t], then[:, t], B_before[:, t]))
-        self.hook_Bx.read(x.shape[1], lambda t: write(-A_dt[:, t], now[:, t], B[:, t]))
-        one = -torch.ones_like(A[0, 0])
+        now, then = self.shares(x, x_before, A_dt, rates)
+        self.hook_Bx_prev.read(x.shape[1], lambda t: self.write(-A_dt[:, t], then[:, t], B_before[:, t]))
+        self.hook_Bx.read(x.shape[1], lambda t: self.write(-A_dt[:, t], now[:, t], B[:, t]))
+        one = -torch.ones_like(A_dt[0, 0])
         chunk = ops.default_chunk(x.shape[1])
 
         def scan(t: slice, h: Tensor | None, states_at: list[int] | str | None) -> ScanOut:
@@ -203,17 +241,43 @@ class Mamba3Mixer(Branch):
             states = None if a.states is None or b.states is None else a.states + b.states
             return ScanOut((a.y + b.y).to(x.dtype), a.h_last + b.h_last, states)
 
-        return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, lambda h, t: read_out(h, C[:, t], x.dtype))
+        return scan_through_hooks(self.hook_h, x.shape[1], h0, scan, lambda h, t: self.read_state(h, C[:, t], x.dtype))
 
-    def held_scan(self, read):  # type: ignore[no-untyped-def]
-        """Not there.
+    # The linear form: dt, A, lam, B, C, the gate and the norm's divisor are held -------------------------------------
 
-        Raises
-        ------
-        ValueError
-            A value enters the state at two positions, which no held scan here can say.
-        """
-        raise ValueError("Mamba-3's linear form is not computed: its values enter the state at two positions each")
+    frozen_sites = tuple(f"hook_{name}" for name in ("x", "dt", "A", "beta", "gamma", "B", "C", "gate"))
+    places: ClassVar = {"u": "hook_x", "y": "hook_y", "state": "hook_h"}
+    vectors_site: str | None = "hook_y_gated"
+
+    def held_scan(self, read: Read) -> TrapezoidScan:
+        u, dt, A, beta, gamma, B, C = (read(f"hook_{n}") for n in ("x", "dt", "A", "beta", "gamma", "B", "C"))
+        beside = at_least_fp32(self.D).expand(u.shape[:3])
+        return TrapezoidScan(u, -A * dt, beta, gamma, B.unsqueeze(2), C.unsqueeze(2), beside)
+
+    def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
+        """The gate, and the weight and divisor of the heads' norm."""
+        gain = at_least_fp32(read("hook_gate"))
+        if not self.cfg.norm_of_heads:
+            return gain
+        grouped = (gain * self.norm.weight).unflatten(2, (self.cfg.H, -1)) / read("norm.hook_scale")
+        return grouped.flatten(2)
+
+    def memory(self, before: BranchState | None) -> Tensor | None:
+        return before[1] if before else None
+
+    def entering(self, before: BranchState | None) -> Float[Tensor, "b H P M"] | None:
+        """h, and x B^T of the last position, which the next one writes."""
+        if not before:
+            return None
+        _, h, B, x = before
+        return torch.cat([h, self.outer(x, B).to(h.dtype)], -1)
+
+    def outer(self, x: Float[Tensor, "b H P"], B: Tensor) -> Float[Tensor, "b H P N"]:
+        """x B^T."""
+        return x.unsqueeze(-1) * B.unsqueeze(-2)
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        return [("hook_in_proj", self.in_proj.bias), ("hook_out_proj", self.out_proj.bias)]
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> Mamba3State:
         """The empty memory, where the weights are; on "meta" its shapes alone."""
@@ -241,20 +305,16 @@ class Mamba3Mixer(Branch):
             self.norm.weight.fill_(1)
 
 
-def turn(v: Float[Tensor, "b l H N"], theta: Float[Tensor, "b l H S"]) -> Float[Tensor, "b l H N"]:
-    """The first S pairs (2i, 2i+1) turned by their angles."""
-    S = theta.shape[-1]
-    pairs = v[..., : 2 * S].unflatten(-1, (S, 2))
-    a, b, cos, sin = pairs[..., 0], pairs[..., 1], torch.cos(theta), torch.sin(theta)
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    return torch.cat([turned, v[..., 2 * S :]], -1)
+def summed(
+    step: Float[Tensor, "b l H S"], theta: Float[Tensor, "b H S"] | None, documents: Documents | None
+) -> Float[Tensor, "b l H S"]:
+    """The angle at every position: the steps so far, from theta on."""
+    if documents is not None:
+        return documents.cumsum(step, theta)
+    return step.cumsum(1) if theta is None else step.cumsum(1) + theta.unsqueeze(1)
 
 
-def write(factor: Tensor, x: Tensor, B: Tensor) -> Tensor:
-    """factor x B^T of each head."""
-    return (factor.unsqueeze(-1) * x).unsqueeze(-1) * B.unsqueeze(-2)
-
-
-def read_out(h: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
-    """h C of each head."""
-    return torch.einsum("blhpn,blhn->blhp", h, C.to(h.dtype)).to(dtype)
+def turned_pairs(a: Tensor, b: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs (a, b) turned by theta."""
+    cos, sin = torch.cos(theta), torch.sin(theta)
+    return a * cos - b * sin, a * sin + b * cos

@@ -19,8 +19,9 @@ from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import Activation, MLPConfig
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.linear_form import Read, projection
+from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
+from hooked_mamba.mixers.weight_views import MLPViews
 from hooked_mamba.state import BranchState, Call
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -31,10 +32,21 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(Branch):
+def activation_path(
+    act: Callable[[Tensor], Tensor], pre: Float[Tensor, "b l E"], linear: Float[Tensor, "b l E"] | None
+) -> TokenPath:
+    """Neurons with their activation held: a factor of the other half of a gated one, act(pre) / pre of an ungated."""
+    factor = act(pre)
+    if linear is not None:
+        return TokenPath.scaled(linear, factor)
+    return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
+
+
+class MLP(MLPViews, Branch):
     """x -> neurons -> output, with a hook point at every site."""
 
     kind = "mlp"
+    packs = True
     title = "MLP"
     place = "mlp"
     config_class = MLPConfig
@@ -103,11 +115,8 @@ class MLP(Branch):
 
     def token_path(self, read: Read) -> TokenPath:
         """act(pre) is the factor where the MLP is gated, act(pre) / pre where it is not."""
-        pre = at_least_fp32(read("hook_pre"))
-        factor = ACTIVATIONS[self.cfg.activation](pre)
-        if self.cfg.gated:
-            return TokenPath.scaled(at_least_fp32(read("hook_pre_linear")), factor)
-        return TokenPath.scaled(pre, torch.where(pre == 0, 0, factor / torch.where(pre == 0, 1, pre)))
+        linear = at_least_fp32(read("hook_pre_linear")) if self.cfg.gated else None
+        return activation_path(ACTIVATIONS[self.cfg.activation], at_least_fp32(read("hook_pre")), linear)
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
         if not self.cfg.output_gate:
@@ -115,7 +124,10 @@ class MLP(Branch):
         return at_least_fp32(read("hook_gate")).expand(-1, -1, self.cfg.d_mlp)
 
     def value_input(self) -> Project:
-        return projection(self.up_proj, where="up_proj")
+        own = projection(self.up_proj, where="up_proj")
+        if self.cfg.adapter_rank is None:
+            return own
+        return Project(own.W + low_rank(self.adapter, "adapter")[-self.cfg.d_mlp :], own.b)
 
     def value_output(self) -> Project:
         return projection(self.down_proj, where="down_proj")

@@ -12,16 +12,21 @@ hook makes of the indices, the weights and the experts' work follow.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_mamba.components import Linear, at_least_fp32
+from hooked_mamba.components import Linear, at_least_fp32, linear
+from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.linear import Gain, Piece
+from hooked_mamba.frozen.routed import IntoExperts, OutOfExperts, Routing
+from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Site
 from hooked_mamba.hybrid_config import MoEConfig
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.mlp import ACTIVATIONS
+from hooked_mamba.mixers.linear_form import Read, projection
+from hooked_mamba.mixers.mlp import ACTIVATIONS, activation_path
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.state import BranchState, Call
 
@@ -30,6 +35,7 @@ class MoE(Branch):
     """x -> router -> k experts -> weighted sum, with a hook point at every site."""
 
     kind = "moe"
+    packs = True
     title = "MoE"
     place = "moe"
     config_class = MoEConfig
@@ -82,7 +88,7 @@ class MoE(Branch):
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
         router, _ = weights_of(self.router, "router")
-        logits = self.hook_router_logits(nn.functional.linear(at_least_fp32(resid), at_least_fp32(router)))
+        logits = self.hook_router_logits(linear(at_least_fp32(resid), at_least_fp32(router)))
         scores = self.hook_router_scores(self.scores(logits))
         indices = self.hook_expert_indices(self.choose(scores))
         weights = self.hook_expert_weights(self.weigh(logits, scores, indices))
@@ -133,13 +139,17 @@ class MoE(Branch):
         """
         batch, length, k = indices.shape
         flat = indices.reshape(-1)
-        order = flat.argsort(stable=True)
-        back = order.argsort()
-        counts = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()
+        one_token = batch * length == 1
+        order = torch.arange(k, device=x.device) if one_token else flat.argsort(stable=True)
+        back = order if one_token else order.argsort()
+        if one_token:  # a step of generation: one row an expert, in the order of the choices
+            hit, counts = flat.tolist(), [1] * k
+        else:
+            found = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()
+            hit, counts = [e for e, n in enumerate(found) if n], [n for n in found if n]
 
         def grouped(values: Tensor, W: Float[Tensor, "X o i"]) -> Tensor:
-            pieces = [v @ W[e].t() for e, v in enumerate(values.split(counts)) if len(v)]
-            return torch.cat(pieces) if pieces else values.new_zeros(0, W.shape[1])
+            return torch.cat([linear(v[None], W[e])[0] for e, v in zip(hit, values.split(counts), strict=True)])
 
         def through(hook: HookPoint, values: Tensor) -> Tensor:
             if not hook.wanted:
@@ -155,6 +165,40 @@ class MoE(Branch):
             post = act(through(self.hook_expert_pre, grouped(xs, self.up_proj)))
         out = grouped(through(self.hook_expert_post, post), self.down_proj)[back].unflatten(0, (batch, length, k))
         return self.hook_expert_out(out) if self.hook_expert_out.wanted else out
+
+    # The linear form: the routing is held, and each expert's activation as a factor ------------------------------
+
+    @property
+    def frozen_sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        linear = ("hook_expert_pre_linear",) * self.cfg.gated
+        return ("hook_expert_indices", "hook_expert_weights", "hook_expert_pre", *linear, "hook_expert_post")
+
+    @property
+    def places(self) -> dict[str, str]:  # type: ignore[override]
+        return {"p": "hook_expert_pre_linear" if self.cfg.gated else "hook_expert_pre", "u": "hook_expert_post"}
+
+    def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:
+        """As in :class:`LinearForm`; its channels are the neurons of the chosen experts, k F of them side by side."""
+        path, chosen = self.token_path(read), read("hook_expert_indices")
+        weights = at_least_fp32(read("hook_expert_weights")).repeat_interleave(self.cfg.d_mlp, -1)
+        latent = self.cfg.d_latent is not None
+        pieces: list[Piece] = [norm]
+        pieces += [projection(self.latent_in, where="latent_in")] if latent else []
+        pieces += [IntoExperts(at_least_fp32(self.up_proj.detach()), chosen)]
+        pieces += [] if mask is None else [Gain(mask.unsqueeze(-1).to(path.p.dtype))]
+        nodes = {"p": len(pieces), "u": len(pieces) + 1, "y": len(pieces) + 1}
+        pieces += [Gain(path.sigma), Gain(weights), OutOfExperts(at_least_fp32(self.down_proj.detach()), chosen)]
+        pieces += [projection(self.latent_out, where="latent_out")] if latent else []
+        u = at_least_fp32(read("hook_expert_post").flatten(2))
+        return Chain(tuple(pieces), nodes, path, {"p": path.p, "u": u}, routing=Routing(chosen, self.cfg.n_experts))
+
+    def token_path(self, read: Read) -> TokenPath:
+        pre = at_least_fp32(read("hook_expert_pre")).flatten(2)
+        linear = at_least_fp32(read("hook_expert_pre_linear")).flatten(2) if self.cfg.gated else None
+        return activation_path(ACTIVATIONS[self.cfg.activation], pre, linear)
+
+    def bias_sites(self) -> list[tuple[str, Tensor | None]]:
+        return []
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

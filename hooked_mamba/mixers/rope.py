@@ -9,7 +9,7 @@ from torch import Tensor
 from hooked_mamba.state import Call
 
 Turn = tuple[Float[Tensor, "b l 1 r"], Float[Tensor, "b l 1 r"]]
-"""Cosines and sines of the angles, in the dtype of what they turn."""
+"""Cosines and signed sines of the angles, those of a pair at both of its places, in the dtype of what they turn."""
 
 
 def turn_of(call: Call, like: Float[Tensor, "b l h c"], width: int, base: float) -> Turn:
@@ -24,13 +24,16 @@ def turn_of(call: Call, like: Float[Tensor, "b l h c"], width: int, base: float)
         inv_freq = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width)
         positions = call.positions(like.shape[0], like.shape[1], like.device)
         angle = positions[:, :, None, None].to(wide) * inv_freq.to(wide)
-        call.turns[key] = torch.cos(angle).to(like.dtype), torch.sin(angle).to(like.dtype)
+        cos, sin = torch.cos(angle).to(like.dtype), torch.sin(angle).to(like.dtype)
+        call.turns[key] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     return call.turns[key]
 
 
 def rotate(x: Float[Tensor, "b l h c"], turn: Turn) -> Float[Tensor, "b l h c"]:
     """Turn the first numbers of every head by its position; the others stay."""
     cos, sin = turn
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
+    width = cos.shape[-1]
+    turned = x if width == x.shape[-1] else x[..., :width]
+    a, b = turned.chunk(2, -1)
+    turned = torch.addcmul(turned * cos, torch.cat([b, a], -1), sin)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)

@@ -21,7 +21,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_mamba import ops
 from hooked_mamba.components import HeadNorm, Linear, at_least_fp32
 from hooked_mamba.frozen.chain import Bypass, Chain
 from hooked_mamba.frozen.delta import DeltaScan
@@ -30,7 +29,12 @@ from hooked_mamba.frozen.tokens import ShiftedPath
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hooks, given_recall_through_hooks
+from hooked_mamba.mixers.delta_states import (
+    DeltaInputs,
+    closed_loop_recall,
+    delta_scan_through_hooks,
+    given_recall_through_hooks,
+)
 from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
@@ -58,6 +62,7 @@ class RWKV7Mixer(Branch):
     """token shift -> r, w, k, v, a, g -> delta rule -> norm of heads -> bonus -> gate -> output."""
 
     kind = "rwkv7"
+    packs = True
     title = "RWKV-7"
     place = "mixer"
     config_class = RWKV7Config
@@ -145,7 +150,7 @@ class RWKV7Mixer(Branch):
         real = zero_padding(call.padding)
         last, S = (None, None) if state is None else state
 
-        before, last = shifted(resid, last, call.padding)
+        before, last = shifted(resid, last, call.padding, call.documents)
         step = self.hook_shift(before) - resid
         x = {j: getattr(self, f"hook_x_{j}")(resid + getattr(self, f"x_{j}") * step) for j in MIXES}
 
@@ -203,7 +208,7 @@ class RWKV7Mixer(Branch):
             y, S, recall = delta_scan_through_hooks(x, S, self.hook_h, self.hook_Bx)
             self.hook_recall.read(recall.shape[1], lambda t: recall[:, t])
             return y, S
-        recall = self.hook_recall(unhooked_recall(x, S))
+        recall = self.hook_recall(closed_loop_recall(x, S, self.hook_h.documents))
         return given_recall_through_hooks(x, recall, S, self.hook_h, self.hook_Bx)
 
     # The linear form: r, w, k, kappa, a, nu, the gate and the norm's divisor are held --------------------------------
@@ -310,8 +315,3 @@ class RWKV7Mixer(Branch):
         self.r_k.zero_()
         self.norm.weight.fill_(1)
         self.norm.bias.zero_()
-
-
-def unhooked_recall(x: DeltaInputs, S: Tensor | None) -> Float[Tensor, "b l H V"]:
-    """What the closed loop recalls."""
-    return ops.delta_scan(*x, h0=S).recall

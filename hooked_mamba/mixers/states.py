@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,17 @@ def scan_through_hooks(
     3. Go on from there. States that are only read come out of the same scans, at just their positions.
     4. In a batch padded on the right `hook_h.-1` is edited behind the padding, which leaves a state as it is; what each
        row reads at its own last token is made anew from the edited state.
+    5. Where documents are packed into rows, cut behind each as well; the next one starts from an empty state.
     """
     points = hook_h.points_at(length)
+    resets = {} if hook_h.documents is None else hook_h.documents.ends()
     edited = [t for t, at in points.items() if any(point.edited for point in at)]
     wanted = _columns_read(hook_h, points, length)
-    if not edited and not wanted and not hook_h.readers:
+    if not edited and not wanted and not hook_h.readers and not resets:
         out = scan(slice(0, length), h0, None)
         return out.y, out.h_last
 
-    ends = edited if edited and edited[-1] == length - 1 else [*edited, length - 1]
+    ends = sorted({*edited, *resets, length - 1})
     ys, states, h, start = [], [], h0, 0
     for end in ends:
         columns = slice(start, end + 1)
@@ -53,6 +55,7 @@ def scan_through_hooks(
         ys.append(y)
         if found is not None:
             states.append(found)
+        h = emptied(h, resets[end]) if end in resets else h
         start = end + 1
 
     assert h is not None  # at least one segment was scanned
@@ -83,14 +86,16 @@ def all_states_through_hooks(
     """Every state, by `states_of(columns, state before them)`, with the hooks on single states in line; and the last
     one."""
     points = hook_h.points_at(length)
+    resets = {} if hook_h.documents is None else hook_h.documents.ends()
     pieces, h, start = [], h0, 0
-    for end in [t for t in points if t < length - 1] + [length - 1]:
+    for end in sorted({*points, *resets, length - 1}):
         piece = states_of(slice(start, end + 1), h)
         h = piece[:, -1]
         if end in points:
             h = _through(points[end], h)
             piece = torch.cat([piece[:, :-1], h.unsqueeze(1)], 1)
         pieces.append(piece)
+        h = emptied(h, resets[end]) if end in resets else h
         start = end + 1
     assert h is not None
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -100,6 +105,11 @@ def all_states_through_hooks(
     return joined, h.clone()
 
 
+def emptied(h: Tensor, rows: Tensor) -> Tensor:
+    """A state with zeros in chosen rows."""
+    return torch.where(rows.reshape(-1, *(1,) * (h.ndim - 1)), torch.zeros((), dtype=h.dtype, device=h.device), h)
+
+
 def _replaced(values: Tensor, column: int, rows: Tensor, new: Tensor) -> Tensor:
     """b l ... with new values of some rows at one column."""
     rows = rows.reshape(-1, *(1,) * (new.ndim - 1))
@@ -107,20 +117,24 @@ def _replaced(values: Tensor, column: int, rows: Tensor, new: Tensor) -> Tensor:
     return torch.cat([values[:, :column], new, values[:, column + 1 :]], 1)
 
 
+def rows_known(branch: nn.Module, call: Call | None) -> AbstractContextManager[None]:
+    """Tell a branch's hook points on states, for one call, where its rows are padded and where documents start."""
+    return _NOTHING_TO_TELL if call is None or call.plain else _rows_told(branch, call)
+
+
+_NOTHING_TO_TELL = nullcontext()
+
+
 @contextmanager
-def padding_known(branch: nn.Module, call: Call | None) -> Iterator[None]:
-    """Tell a branch's hook points on states, for one call, where its rows are padded."""
-    if call is None or call.padding is None:
-        yield
-        return
+def _rows_told(branch: nn.Module, call: Call) -> Iterator[None]:
     points = [point for point in branch.modules() if isinstance(point, StateHookPoint)]
     for point in points:
-        point.padding = call.padding
+        point.padding, point.documents = call.padding, call.documents
     try:
         yield
     finally:
         for point in points:
-            point.padding = None
+            point.padding = point.documents = None
 
 
 def _through(names_of_one_state: list[HookPoint], h: Tensor) -> Tensor:

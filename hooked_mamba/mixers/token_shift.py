@@ -9,12 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.components import at_least_fp32
+from hooked_mamba.documents import Documents
 from hooked_mamba.frozen.linear import Conv, Gain, Piece, Project
 from hooked_mamba.state import Padding, with_history
 
 
 def shifted(
-    x: Float[Tensor, "b l d"], last: Float[Tensor, "b d"] | None, padding: Padding | None
+    x: Float[Tensor, "b l d"],
+    last: Float[Tensor, "b d"] | None,
+    padding: Padding | None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"]]:
     """x one position later, and each row's last real x for the next call.
 
@@ -24,12 +28,15 @@ def shifted(
         Inputs.
     last
         The real input before the first position; None: there was none, which reads as 0.
+    padding, documents
+        Columns that hold no token; documents packed into the rows, whose first inputs have none before them.
     """
     history = x.new_zeros(len(x), 1, x.shape[2]) if last is None else last.unsqueeze(1)
     longer, before, after = with_history(x, history, padding)
     if before is not None:  # without padding the history is not in it yet
         longer = torch.cat([before, longer], 1)
-    return longer[:, :-1], after[:, 0]
+    before_each = longer[:, :-1]
+    return before_each if documents is None else documents.zero_starts(before_each), after[:, 0]
 
 
 def held_shift(

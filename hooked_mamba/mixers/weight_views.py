@@ -131,6 +131,85 @@ class Mamba2Views(ProjectionViews):
         return rearrange(columns, "d (g n) -> d g n", g=self.cfg.G)
 
 
+class AttentionViews:
+    """Attention: one matrix a query head; keys' and values' matrices are repeated for the heads that share them."""
+
+    cfg: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+
+    @property
+    def W_Q(self) -> Float[Tensor, "Q i c"]:
+        return self._of_heads("q_proj")
+
+    @property
+    def W_K(self) -> Float[Tensor, "Q i c"]:
+        return self._of_heads("k_proj")
+
+    @property
+    def W_V(self) -> Float[Tensor, "Q i c"]:
+        return self._of_heads("v_proj")
+
+    @property
+    def W_O(self) -> Float[Tensor, "Q c d"]:
+        return rearrange(weights_of(self.o_proj, "o_proj")[0], "d (h c) -> h c d", c=self.cfg.d_head)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "Q c"]:
+        return self._bias_of_heads(self.q_proj)
+
+    @property
+    def b_K(self) -> Float[Tensor, "Q c"]:
+        return self._bias_of_heads(self.k_proj)
+
+    @property
+    def b_V(self) -> Float[Tensor, "Q c"]:
+        return self._bias_of_heads(self.v_proj)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d"]:
+        return bias_of(self.o_proj)
+
+    def _of_heads(self, name: str) -> Float[Tensor, "Q i c"]:
+        heads = rearrange(weights_of(getattr(self, name), name)[0], "(h c) i -> h i c", c=self.cfg.d_head)
+        return heads.repeat_interleave(self.cfg.n_heads // len(heads), 0)
+
+    def _bias_of_heads(self, linear: nn.Linear) -> Float[Tensor, "Q c"]:
+        heads = rearrange(bias_of(linear), "(h c) -> h c", c=self.cfg.d_head)
+        return heads.repeat_interleave(self.cfg.n_heads // len(heads), 0)
+
+
+class MLPViews:
+    """An MLP; `W_gate` only of a gated one."""
+
+    cfg: Any
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
+    @property
+    def W_gate(self) -> Float[Tensor, "i F"]:
+        return weights_of(self.gate_proj, "gate_proj")[0].t()
+
+    @property
+    def W_in(self) -> Float[Tensor, "i F"]:
+        return weights_of(self.up_proj, "up_proj")[0].t()
+
+    @property
+    def b_in(self) -> Float[Tensor, " F"]:
+        return bias_of(self.up_proj)
+
+    @property
+    def W_out(self) -> Float[Tensor, "F d"]:
+        return weights_of(self.down_proj, "down_proj")[0].t()
+
+    @property
+    def b_out(self) -> Float[Tensor, " d"]:
+        return bias_of(self.down_proj)
+
+
 def bias_of(linear: nn.Linear) -> Tensor:
     """A layer's bias; zeros where it has none."""
     return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)

@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from hooked_mamba.hooks.points import StateHookPoint
 from hooked_mamba.model.beam_search import Rules, beam_search
 from hooked_mamba.model.text import PaddingSide
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 def sample_logits(
@@ -67,6 +69,10 @@ def sample_logits(
 class Generation:
     """`generate`, for a model with TextMethods and a forward that takes and returns its state."""
 
+    columns_before: int | None = None
+    """Columns of earlier calls while `generate` runs; None outside of it."""
+
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def generate(
         self,
@@ -218,10 +224,12 @@ class Generation:
 
     @contextmanager
     def _counting_columns(self) -> Iterator[Any]:
-        """Tell single-state hook points how many columns earlier calls had; gives a function that counts on."""
+        """Say on the model and on single-state hook points how many columns earlier calls had; gives a function that
+        counts on."""
         sites = [p for p in self.hook_dict.values() if isinstance(p, StateHookPoint)]  # type: ignore[attr-defined]
 
         def count(columns: int) -> None:
+            self.columns_before = (self.columns_before or 0) + columns
             for site in sites:
                 site.offset = (site.offset or 0) + columns
 
@@ -229,6 +237,7 @@ class Generation:
         try:
             yield count
         finally:
+            self.columns_before = None
             for site in sites:
                 site.offset = None
 

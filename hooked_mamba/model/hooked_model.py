@@ -14,6 +14,7 @@ from hooked_mamba import loading
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.display import model_html
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.root import HookedRoot
@@ -26,7 +27,9 @@ from hooked_mamba.model.generation import Generation
 from hooked_mamba.model.inputs import Inputs
 from hooked_mamba.model.stack import Block, Stack, Stages
 from hooked_mamba.model.text import PaddingSide, TextMethods, lm_cross_entropy_loss
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import ModelState, Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 from hooked_mamba.weights import SharedWeights
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -100,6 +103,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         return cls(cfg, tokenizer, seed=seed)
 
     @classmethod
+    @knows_options(OPTIONS, GRANTED)
     def from_pretrained(
         cls: type[Model],
         name_or_path: str | Path,
@@ -131,6 +135,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         """
         checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map)
+
+    from_pretrained_no_processing = from_pretrained
+    """TransformerLens' name: nothing is ever processed here."""
 
     @classmethod
     def from_checkpoint(
@@ -230,6 +237,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
 
     # Running -------------------------------------------------------------------------------------------------
 
+    @knows_options(OPTIONS, GRANTED)
     def forward(
         self,
         input: str | Sequence[Any] | Tensor,
@@ -244,6 +252,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         initial_state: ModelState | None = None,
         return_state: bool = False,
         carry: Mapping[str, Tensor] | None = None,
+        document_ids: Tensor | None = None,
     ) -> Any:
         """Run the model.
 
@@ -273,6 +282,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         carry
             What layers before `start_at_layer` hand to later ones beside the stream, by name; only for models that
             have such a thing, whose error says what.
+        document_ids
+            b l integers, for several documents packed into a row (mamba_ssm's `seq_idx`): columns with one id in a row
+            are one document, and get at every site what they would get alone; so does the loss, which predicts no
+            token from another document. The state that is returned is the last document's.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -288,6 +301,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if attention_mask is not None:
             padding = Padding.from_mask(attention_mask, (batch, length), self.device)
         self.padding = padding
+        documents = None
+        if document_ids is not None:
+            mask = None if padding is None else padding.mask
+            documents = Documents.from_ids(document_ids, (batch, length), mask, self.device)
         if initial_state is not None:
             self.check_state(initial_state, batch)
 
@@ -295,11 +312,11 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             assert tokens is not None  # found above
             resid = self.embed_tokens(tokens)
         carry = self.carried(carry, resid if start_at_layer is None else None, tokens)
-        resid, state = self.run_blocks(resid, layers, initial_state, padding, carry)
+        resid, state = self.run_blocks(resid, layers, initial_state, padding, carry, documents)
         out: Any = resid
         if stop_at_layer is None:
             logits = self.to_logits(resid)
-            out = self._output(logits, tokens, padding, return_type, loss_per_token)
+            out = self._output(logits, tokens, padding, return_type, loss_per_token, documents)
         return (out, state) if return_state else out
 
     def loss_fn(
@@ -308,9 +325,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         tokens: Int[Tensor, "b l"],
         attention_mask: Tensor | None = None,
         per_token: bool = False,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of next tokens in nats, see :func:`lm_cross_entropy_loss`."""
-        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token, starts)
 
     def _repr_html_(self) -> str:
         return model_html(self)
@@ -330,6 +348,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         padding: Padding | None,
         return_type: ReturnType,
         loss_per_token: bool,
+        documents: Documents | None = None,
     ) -> Any:
         if return_type is None:
             return None
@@ -340,7 +359,8 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if tokens.shape[1] < 2:
             raise ValueError("the loss needs two tokens or more: there is nothing to predict from one")
         mask = None if padding is None else padding.mask.to(logits.device)
-        loss = self.loss_fn(logits, tokens, mask, loss_per_token)
+        starts = None if documents is None else documents.starts.to(logits.device)
+        loss = self.loss_fn(logits, tokens, mask, loss_per_token, starts)
         return loss if return_type == "loss" else Output(logits, loss)
 
     def prepared(
@@ -374,6 +394,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         select.check_padding(self.mask_of(input, *rest, **kwargs))
         check_cache_fits(reached, shape, select, self.embed.weight.element_size(), where, copies=2 if incl_bwd else 1)
         return (input, *rest), kwargs
+
+    def is_packed(self, **model_kwargs: Any) -> bool:
+        return model_kwargs.get("document_ids") is not None
 
     def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:
         given = model_kwargs.get("attention_mask")

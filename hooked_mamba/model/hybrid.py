@@ -15,6 +15,7 @@ from hooked_mamba.mixers.mamba1 import Mamba1Mixer
 from hooked_mamba.mixers.mamba1_heads import HeadedMamba1Mixer
 from hooked_mamba.mixers.mamba2 import Mamba2Mixer
 from hooked_mamba.mixers.mamba3 import Mamba3Mixer
+from hooked_mamba.mixers.mamba3_mimo import Mamba3MIMOMixer
 from hooked_mamba.mixers.mlp import MLP
 from hooked_mamba.mixers.moe import MoE
 from hooked_mamba.mixers.short_conv import ShortConv
@@ -22,7 +23,10 @@ from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.shared_block import SharedBlock
 from hooked_mamba.model.stack import Block, Stages
 
-BRANCHES = (Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, Mamba3Mixer, GatedDeltaNet, ShortConv, Attention, MLP, MoE)
+BRANCHES = (
+    *(Mamba1Mixer, HeadedMamba1Mixer, Mamba2Mixer, Mamba3Mixer, Mamba3MIMOMixer, GatedDeltaNet),
+    *(ShortConv, Attention, MLP, MoE),
+)
 """What may stand in the blocks of a hybrid here; further kinds join by being defined."""
 
 
@@ -87,7 +91,7 @@ class HookedDeltaNet(HookedHybrid):
 
 
 class HookedMamba3(HookedHybrid):
-    """Mamba-3 (arXiv:2603.15569) with single input and output, one mixer a block.
+    """Mamba-3 (arXiv:2603.15569), with single inputs and outputs or several (MIMO), one mixer a block.
 
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "mamba3".
     """

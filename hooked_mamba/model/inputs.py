@@ -82,6 +82,8 @@ class Inputs:
                 )
             for (part, got), (_, want) in zip(mine.items(), expected.items(), strict=True):
                 branch, _, name = part.partition(".")
+                if got.shape == want.shape:
+                    continue
                 found, due = list(got.shape), list(want.shape)
                 if name in self.blocks[i].branches[branch].growing:
                     due[1:2] = found[1:2]

@@ -55,7 +55,7 @@ class SharedBlock(Block):
         self.cfg, self.residual_in_fp32 = cfg, False
         self.stages = (("attn",), ("mlp",), ("mixer",))
         self.norm_names = ("norm_shared", "norm2", "norm")
-        self.in_scales, self.out_scales, self.output_sites = {}, {}, True
+        self.in_scales, self.out_scales, self.output_sites, self.norm_after = {}, {}, True, False
         self.norm_shared = RMSNorm(2 * cfg.d_model, cfg.eps)
         self.attn = branches["attn"]
         self.norm2 = RMSNorm(cfg.d_model, cfg.eps)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hooked_mamba.components import Embed, LayerNorm, RMSNorm, Unembed, at_least_fp32
 from hooked_mamba.config import ModelConfig
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
-from hooked_mamba.mixers.states import padding_known
+from hooked_mamba.mixers.states import rows_known
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
 
 Stages = Sequence[Sequence[str]]
@@ -88,6 +89,7 @@ class Block(SitedModule):
         self.norm_names = tuple(f"norm{i}" if i > 1 else "norm" for i in range(1, len(self.stages) + 1))
         self.in_scales, self.out_scales = dict(in_scales or {}), dict(out_scales or {})
         self.output_sites, self.norm_after = output_sites, norm_after
+        self.output_names = {name: f"hook_{name}_out" for name in branches}
         for name in self.norm_names:
             setattr(self, name, norm(cfg.d_model, cfg.eps))  # type: ignore[call-arg]
         for name, branch in branches.items():
@@ -128,6 +130,11 @@ class Block(SitedModule):
             for name, branch in self.branches.items()
         }
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Branches that write into what another one reads and not into the stream, in computing order."""
+        return tuple(name for name in self.branches if name not in self.written)
+
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
     ) -> tuple[Float[Tensor, "b l d"], BlockState]:
@@ -135,17 +142,20 @@ class Block(SitedModule):
             resid = at_least_fp32(resid)
         resid = self.hook_resid_pre(resid)
         after: dict[str, BranchState] = {}
-        for i, (norm, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
+        modules = self._modules  # many small look-ups, which count in a step of generation
+        for i, (norm_name, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
+            norm = cast(nn.Module, modules[norm_name])
             resid = self.hook_resid_mid(resid) if i else resid
-            x = resid.to(self.norm.weight.dtype) if self.norm_after else getattr(self, norm)(resid)
+            x = resid.to(self.norm.weight.dtype) if self.norm_after else norm(resid)
             outs: list[Tensor] = []
             for name in stage:
+                branch = cast(Branch, modules[name])
                 before = None if state is None else state[name]
-                with padding_known(getattr(self, name), call):
-                    out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
-                out = getattr(self, norm)(out) if self.norm_after else out
+                with rows_known(branch, call):
+                    out, after[name] = branch(scaled(x, self.in_scales.get(name)), before, call)
+                out = norm(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
-                out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
+                out = self.__dict__[self.output_names[name]](out) if self.output_sites else out
                 outs.append(out)
             resid = resid + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
@@ -231,9 +241,18 @@ class Stack(SitedModule):
         state: ModelState | None,
         padding: Padding | None,
         carry: Mapping[str, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Blocks of `layers` in order. Layers that do not run keep their state as it is."""
-        call = Call(padding, None if state is None else state.seen, dict(carry or {}))
+        """Blocks of `layers` in order. Layers that do not run keep their state as it is.
+
+        Raises
+        ------
+        ValueError
+            Packed documents, and a branch that cannot keep them apart.
+        """
+        if documents is not None:
+            self.check_packs(layers)
+        call = Call(padding, None if state is None else state.seen, dict(carry or {}), documents)
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
             device, before = self.block(i).device, states[i]
@@ -245,6 +264,17 @@ class Stack(SitedModule):
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
+
+    def check_packs(self, layers: range) -> None:
+        """Refuse packed documents where a branch would let one read another."""
+        for i in layers:
+            for name, branch in self.block(i).branches.items():
+                if not branch.packs:
+                    what = branch.title or type(branch).__name__
+                    raise ValueError(
+                        f"document_ids: blocks.{i}.{name} ({what}) does not keep documents of one row apart; give each"
+                        " document a row of its own"
+                    )
 
     def to_logits(self, resid: Tensor) -> Tensor:
         """Final norm and unembedding."""

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 SPACE_MARK = "\u2581"
 """What stands for a space in SentencePiece's tokens."""
@@ -36,6 +38,12 @@ class TextMethods:
         """Where the weights are."""
         return self.embed.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, and of most weights."""
+        return self.embed.weight.dtype
+
+    @knows_options(OPTIONS, GRANTED)
     def to_tokens(
         self,
         input: str | Sequence[str],
@@ -98,6 +106,7 @@ class TextMethods:
             raise ValueError(f"expected tokens of one or two axes, got {list(ids.shape)}")
         return tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
 
+    @knows_options(OPTIONS, GRANTED)
     def to_str_tokens(
         self, input: str | Int[Tensor, "..."] | Sequence[Any], prepend_bos: bool | None = None
     ) -> list[str] | list[list[str]]:
@@ -139,6 +148,7 @@ class TextMethods:
         """The text of one token id."""
         return self._str_tokens(torch.tensor([int_token]), None)[0]
 
+    @knows_options(OPTIONS, GRANTED)
     def get_token_position(
         self,
         single_token: str | int,
@@ -210,9 +220,11 @@ class TextMethods:
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
         """Ids of one text. False forbids also what the tokenizer itself would put in front; None leaves it that."""
         tokenizer = self._needs_tokenizer("text input")
+        # transformers warns of texts longer than model_max_length, which is no limit of these models.
+        quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         if prepend_bos is False:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tokenizer(text)["input_ids"]
+            return tokenizer(text, add_special_tokens=False, **quiet)["input_ids"]
+        ids = tokenizer(text, **quiet)["input_ids"]
         if not prepend_bos:
             return ids
         bos = self.bos_token_id
@@ -234,15 +246,21 @@ def lm_cross_entropy_loss(
     tokens: Int[Tensor, "b l"],
     attention_mask: Tensor | None = None,
     per_token: bool = False,
+    starts: Bool[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "b m"]:
     """Nats of each next token; their mean, or with `per_token` all l - 1 of them.
 
-    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses.
+    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses; so are tokens of
+    which `starts` says that they start a document.
     """
     log_probs = logits[:, :-1].log_softmax(-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
-    if attention_mask is None:
+    if attention_mask is None and starts is None:
         return losses if per_token else losses.mean()
-    real = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(losses.dtype)
+    real = torch.ones_like(losses)
+    if attention_mask is not None:
+        real = (attention_mask[:, 1:] * attention_mask[:, :-1]).to(losses.dtype)
+    if starts is not None:
+        real = real * ~starts[:, 1:]
     losses = torch.where(real.bool(), losses, torch.zeros_like(losses))
     return losses if per_token else losses.sum() / real.sum()

@@ -72,8 +72,11 @@ class Backend:
 
     def refusal(self, x: Tensor, N: int, asked: frozenset[str]) -> str | None:
         """The reason why it cannot do this call; None: it can."""
+        reason = self.refuses(x, N)
+        if reason is not None or asked <= self.takes:
+            return reason
         lacking = sorted(asked - self.takes - {"edits"})
-        return self.refuses(x, N) or (LACKS[lacking[0]] if lacking else None)
+        return LACKS[lacking[0]] if lacking else None
 
 
 _REGISTERED: dict[tuple[str, str], Backend] = {}

@@ -85,6 +85,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 def share(function: Callable, units: int, work: int, before: tuple, *after: tuple) -> None:
     """Run function(*before, *after[i], lo, hi) over all units, thread i with its own `after`, or the only one."""
     threads = threads_for(units, work)
+    if threads == 1:
+        function(*before, *(after[0] if after else ()), 0, units)
+        return
     cuts = [units * i // threads for i in range(threads + 1)]
     calls = [(*before, *after[i % len(after)], *cuts[i : i + 2]) for i in range(threads)]
     others = [_pool(os.getpid(), threads - 1).submit(function, *call) for call in calls[1:]]

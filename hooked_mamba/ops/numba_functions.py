@@ -8,10 +8,8 @@ import numba
 import torch
 from torch import Tensor
 
+from hooked_mamba.ops.elementwise.op import SMALL
 from hooked_mamba.ops.numba_lanes import LANES, div, exp, fma, minus_abs, mul, positive, splat
-
-SMALL = 1 << 13
-"""Numbers below which a call costs more than it saves."""
 
 ONE, TWO, MINUS_ONE = numba.float32(1), numba.float32(2), numba.float32(-1)
 ATANH = tuple(numba.float32(1 / n) for n in (13, 11, 9, 7, 5, 3))

@@ -1,10 +1,14 @@
-"""Matrix products of linear layers: on a CPU in float32 through oneDNN, elsewhere torch's own.
+"""Matrix products of linear layers: on a CPU in float32 through oneDNN or numba, elsewhere torch's own.
 
 torch multiplies float32 matrices on a CPU with MKL, which on AMD processors runs at half the speed of oneDNN. torch
 brings oneDNN along and calls it in compiled models, through the operator used here; it has no gradient of its own.
+A single row, as in a step of generation, goes through :mod:`hooked_mamba.ops.numba_row` where there is numba.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +25,41 @@ def linear(
 ) -> Float[Tensor, "b l o"]:
     """x W^T + bias; a bias of another type than the weight's is added in its own.
 
-    oneDNN is not taken inside torch.compile, nor with `torch.backends.mkldnn.flags(enabled=False)`.
+    Neither oneDNN nor numba is taken inside torch.compile, nor with `torch.backends.mkldnn.flags(enabled=False)`.
     """
     if bias is not None and bias.dtype != weight.dtype:
         return linear(x, weight).to(bias.dtype) + bias
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.numel() == x.shape[-1] and not gradient and (row_times := _by_numba(x, weight)):
+        return row_times(x, weight, bias)
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if gradient:
         out = _Product.apply(x, weight)
         return out if bias is None else out + bias
     return _product(x, weight, bias)
+
+
+@cache
+def _row_times() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The product of one row; None where numba is missing or cannot compile it."""
+    try:
+        from hooked_mamba.ops import numba_row
+    except ImportError:
+        return None
+    return numba_row.row_times if numba_row.works() else None
+
+
+def _by_numba(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    fits = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    )
+    return _row_times() if fits else None
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

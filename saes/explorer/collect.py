@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.explorer.data import FeatureData
 from saes.explorer.directions import neighbours, token_rankings
@@ -26,7 +26,7 @@ AT_ONCE = 1 << 24
 
 @torch.no_grad()
 def collect(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Coders,
     tokens: Text,
     *,
@@ -135,7 +135,7 @@ def chosen_features(features: Sequence[int] | None, d_sae: int, name: str) -> Te
 class Reader:
     """Latents of several dictionaries from one forward pass; `reads` names the stream of each."""
 
-    def __init__(self, model: HookedSSM, named: Mapping[str, SparseCoder], reads: Mapping[str, str]) -> None:
+    def __init__(self, model: HookedModel, named: Mapping[str, SparseCoder], reads: Mapping[str, str]) -> None:
         self.model, self.named, self.reads = model, named, reads
         self.sites = list(dict.fromkeys(site for stream in reads.values() for site in sites_of(stream, model)))
         self.last = last_layer(self.sites)
@@ -151,7 +151,7 @@ class Reader:
         _, cache = self.model.run_with_cache(
             rows.tokens,
             names_filter=self.sites,
-            attention_mask=None if bool(rows.real.all()) else rows.real,
+            **rows.arguments(),
             return_type=None,
             stop_at_layer=None if self.last is None else self.last + 1,
         )
@@ -165,7 +165,7 @@ def next_rows(rows: RowSource, n: int) -> Rows | None:
     if batch is None:
         return None
     length = int(batch.real.any(0).nonzero().max()) + 1
-    return Rows(batch.tokens[:, :length], batch.real[:, :length])
+    return batch.columns(slice(length))
 
 
 def first_of(counted: Tensor, n: int) -> Tensor:
@@ -179,7 +179,7 @@ def summary(
     coder: SparseCoder,
     features: Tensor,
     tally: Tally,
-    model: HookedSSM | None,
+    model: HookedModel | None,
     n_words: int,
     n_neighbours: int,
     labels: Mapping[int, str],
@@ -213,7 +213,7 @@ def summary(
     )
 
 
-def token_texts(model: HookedSSM, ids: Sequence[Tensor]) -> dict[int, str]:
+def token_texts(model: HookedModel, ids: Sequence[Tensor]) -> dict[int, str]:
     """The text of each token id; its number where the model has no tokenizer."""
     found = [int(i) for i in torch.cat([part.flatten().long() for part in ids]).unique() if i >= 0]
     if model.tokenizer is None:

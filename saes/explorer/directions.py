@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.explorer.data import Ranked
 from saes.features import feature_logits, residual_directions
@@ -17,7 +17,7 @@ AT_ONCE = 1 << 24
 
 @torch.no_grad()
 def token_rankings(
-    model: HookedSSM, coder: SparseCoder, n: int = 10, features: Int[Tensor, " F"] | None = None
+    model: HookedModel, coder: SparseCoder, n: int = 10, features: Int[Tensor, " F"] | None = None
 ) -> tuple[Ranked, Ranked] | None:
     """The tokens that each feature, or each of some, promotes and suppresses most; see :func:`saes.feature_logits`.
 
@@ -39,7 +39,7 @@ def token_rankings(
     )
 
 
-def reaches_logits(model: HookedSSM, coder: SparseCoder) -> bool:
+def reaches_logits(model: HookedModel, coder: SparseCoder) -> bool:
     """Whether a linear map leads from what a coder predicts to the logits, the final norm's divisor held."""
     if coder.cfg.out_site.startswith("ln_final."):
         return coder.cfg.out_site != "ln_final.hook_scale"

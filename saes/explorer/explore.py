@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.explorer.collect import collect, summary
 from saes.explorer.data import FeatureData
@@ -51,7 +51,7 @@ class Explorer(Mapping[str, FeatureData]):
         return self.page()._repr_html_()
 
 
-def explore(model: HookedSSM, coder: Coders, tokens: Text, **options: Any) -> Explorer:
+def explore(model: HookedModel, coder: Coders, tokens: Text, **options: Any) -> Explorer:
     """Read a text through a model and collect what a dictionary's features do: `explore(...).save("page.html")`.
 
     Parameters
@@ -72,7 +72,7 @@ def feature_explorer(
     contexts: Sequence[Any],
     *,
     top_k: int = 20,
-    model: HookedSSM | None = None,
+    model: HookedModel | None = None,
     label: str | None = None,
 ) -> Page:
     """A page about one feature, from given activations.

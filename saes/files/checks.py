@@ -109,7 +109,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except CoderFileError:
         raise
     except (CheckpointError, TypeError) as error:
-        raise CoderFileError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from error
+        raise CoderFileError(str(error) if isinstance(error, CheckpointError) else f"{path}: {error}") from None
 
 
 def no_key_twice(path: Path) -> None:
@@ -127,7 +127,7 @@ def open_tensors(path: Path) -> LazyState:
     except CoderFileError:
         raise
     except CheckpointError as error:
-        raise CoderFileError(str(error)) from error
+        raise CoderFileError(str(error)) from None
 
 
 def file_metadata(path: Path) -> dict[str, str]:

@@ -97,7 +97,7 @@ def read_own(
     try:
         cfg = CoderConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise CoderFileError(f"{where}: {error}") from error
+        raise CoderFileError(f"{where}: {error}") from None
     if cfg.input_norm != "none":
         raise CoderFileError(f"{where} has input_norm={cfg.input_norm!r}; in a file it is folded, and 'none'")
     dtype = dtype_name(field(config, "dtype", str, where), f"dtype in {where}")

@@ -86,4 +86,4 @@ def coder_config(
             in_site=in_site, out_site=out_site, model_name=None if model is None else str(model), k=hints.k, **fields
         )
     except (ValueError, TypeError) as error:
-        raise CoderFileError(f"{where}: {error}") from error
+        raise CoderFileError(f"{where}: {error}") from None

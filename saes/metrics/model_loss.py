@@ -20,10 +20,15 @@ VARIANTS = ("clean", "spliced", "zero", "mean")
 
 
 def next_token_log_probs(
-    logits: Float[Tensor, "b l V"], tokens: Int[Tensor, "b l"], real: Bool[Tensor, "b l"]
+    logits: Float[Tensor, "b l V"],
+    tokens: Int[Tensor, "b l"],
+    real: Bool[Tensor, "b l"],
+    starts: Bool[Tensor, "b l"] | None = None,
 ) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
-    """Log-probabilities at the positions whose next token is known, and that token."""
+    """Log-probabilities at the positions whose next token is known, and that token; none is the first of a document."""
     pairs = real[:, :-1] & real[:, 1:]
+    if starts is not None:
+        pairs &= ~starts[:, 1:]
     return logits[:, :-1][pairs].log_softmax(-1), tokens[:, 1:][pairs]
 
 

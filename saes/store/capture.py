@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.located import locate
 from saes.store.rows import Rows
 from saes.targets import last_layer, stream_values
@@ -38,7 +38,7 @@ class Capture:
 
     def __init__(
         self,
-        model: HookedSSM,
+        model: HookedModel,
         streams: Sequence[str],
         *,
         positions_per_row: int | None = None,
@@ -74,7 +74,6 @@ class Capture:
         """
         length = rows.tokens.shape[1]
         chosen = self._positions(length, generator)
-        attention_mask = None if bool(rows.real.all()) else rows.real
         counted = rows.real
         for token in self.exclude_tokens:
             counted = counted & (rows.tokens != token)
@@ -83,7 +82,7 @@ class Capture:
                 rows.tokens,
                 names_filter=self.names,
                 pos_slice=chosen,
-                attention_mask=attention_mask,
+                **rows.arguments(),
                 return_type=None,
                 stop_at_layer=None if self.last is None else self.last + 1,
             )

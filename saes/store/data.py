@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.options import OptionError, check_choice, check_number, from_mapping
 from saes.store.blocks import BlockSource, DiskBlocks, ModelBlocks
 from saes.store.capture import Capture
@@ -31,6 +31,8 @@ class DataConfig:
     """Tokens a row."""
     pack: bool = True
     """Documents one after the other, cut anywhere; False: one a row, padded."""
+    boundaries: bool = False
+    """Whether the model reads each document of a packed row from an empty memory; False: a row as one text."""
     epochs: int | None = None
     """Passes over the text; None: no end."""
     rows_per_pass: int = 16
@@ -66,6 +68,7 @@ class DataConfig:
                 check_number(name, getattr(self, name), 1, whole=True)
         check_number("seed", self.seed, 0, whole=True)
         check_choice("pack", self.pack, (True, False))
+        check_choice("boundaries", self.boundaries, (True, False))
         check_choice("dtype", self.dtype, list(DTYPES))
         if (self.folder is None) != (self.disk_tokens is None):
             raise OptionError("folder and disk_tokens belong together: where activations are kept, and how many")
@@ -87,7 +90,7 @@ Text = str | Path | Sequence[Any] | Tensor | Iterable[Any] | RowSource
 mappings (a `datasets` data set); rows made elsewhere."""
 
 
-def rows_of(text: Text, model: HookedSSM, config: DataConfig) -> RowSource:
+def rows_of(text: Text, model: HookedModel, config: DataConfig) -> RowSource:
     """Rows of tokens from any text.
 
     Raises
@@ -118,11 +121,18 @@ def rows_of(text: Text, model: HookedSSM, config: DataConfig) -> RowSource:
         documents = StreamedDocuments(text, encode, column=config.column)
     else:
         raise TypeError(f"text must be a path, texts, token ids or a data set, got {type(text).__name__}")
-    return DocumentRows(documents, config.context_length, pack=config.pack, separator=separator, epochs=config.epochs)
+    return DocumentRows(
+        documents,
+        config.context_length,
+        pack=config.pack,
+        separator=separator,
+        epochs=config.epochs,
+        boundaries=config.boundaries,
+    )
 
 
 def make_store(
-    model: HookedSSM,
+    model: HookedModel,
     streams: Sequence[str],
     text: Text,
     config: DataConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -131,8 +132,19 @@ def read_text_file(path: str | Path, separator: str = END) -> list[str]:
     ------
     ValueError
         If it holds no text.
+    FileNotFoundError
+        There is no such file, as where the text itself was given.
     """
-    documents = [text.strip() for text in Path(path).read_text(encoding="utf-8").split(separator)]
+    try:
+        read = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
+        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:60]}... ({len(str(path)):,} characters)"
+        raise FileNotFoundError(
+            errno.ENOENT, f"there is no text file {shown!r}; a text itself is given in a list, text=[...]"
+        ) from None
+    documents = [text.strip() for text in read.split(separator)]
     documents = [text for text in documents if text]
     if not documents:
         raise ValueError(f"{path} holds no text: expected documents separated by {separator!r}")

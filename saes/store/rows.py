@@ -15,6 +15,9 @@ from torch import Tensor
 
 from saes.store.documents import Documents
 
+Row = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Tokens, their mask, and where documents are kept apart the document of each token; l each."""
+
 
 class Rows(NamedTuple):
     """Some rows of tokens."""
@@ -22,11 +25,43 @@ class Rows(NamedTuple):
     tokens: Int[Tensor, "b l"]
     real: Bool[Tensor, "b l"]
     """False at padding."""
+    document_ids: Int[Tensor, "b l"] | None = None
+    """Which document each token is of, where the model must keep them apart; None: a row is read as one."""
 
     @classmethod
-    def stack(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> Rows:
-        """Of single rows and their masks."""
-        return cls(torch.stack([tokens for tokens, _ in rows]), torch.stack([real for _, real in rows]))
+    def stack(cls, rows: Sequence[Row]) -> Rows:
+        """Of single rows, their masks and their ids of documents; a row without ids is one document."""
+        ids = None
+        if any(len(row) > 2 for row in rows):
+            ids = torch.stack([row[2] if len(row) > 2 else torch.zeros_like(row[0]) for row in rows])
+        return cls(torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]), ids)
+
+    def columns(self, chosen: slice) -> Rows:
+        """Some columns."""
+        return Rows(*(None if part is None else part[:, chosen] for part in self))  # type: ignore[arg-type]
+
+    def split(self, size: int) -> Iterator[Rows]:
+        """At most `size` rows at a time."""
+        for start in range(0, len(self.tokens), size):
+            yield Rows(*(None if part is None else part[start : start + size] for part in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model is told beside the tokens."""
+        mask = None if bool(self.real.all()) else self.real
+        return {"attention_mask": mask} | ({} if self.document_ids is None else {"document_ids": self.document_ids})
+
+    @property
+    def starts(self) -> Bool[Tensor, "b l"] | None:
+        """Where a document starts behind another; None where rows are read as one."""
+        if self.document_ids is None:
+            return None
+        starts = torch.zeros_like(self.real)
+        starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        return starts
 
 
 @runtime_checkable
@@ -35,7 +70,7 @@ class RowSource(Protocol):
 
     length: int
 
-    def next_row(self) -> tuple[Tensor, Tensor] | None:
+    def next_row(self) -> Row | None:
         """The next row of tokens and its mask, l each; None at the end."""
         ...
 
@@ -48,7 +83,7 @@ class RowSource(Protocol):
 
 def take(source: RowSource, n: int) -> Rows | None:
     """Up to n rows; None at the end of the source."""
-    rows: list[tuple[Tensor, Tensor]] = []
+    rows: list[Row] = []
     while len(rows) < n:
         row = source.next_row()
         if row is None:
@@ -78,6 +113,8 @@ class DocumentRows:
         Token id in front of every document, such as `<|endoftext|>`; None: nothing.
     epochs
         Passes over the documents; None: no end.
+    boundaries
+        Whether the rows say where a document starts, so that the model reads each from an empty memory.
     """
 
     def __init__(
@@ -88,19 +125,22 @@ class DocumentRows:
         pack: bool = True,
         separator: int | None = None,
         epochs: int | None = None,
+        boundaries: bool = False,
     ) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs must be at least 1, or None for no end; got {epochs}")
         self.documents, self.length, self.pack, self.separator, self.epochs = documents, length, pack, separator, epochs
+        self.boundaries = boundaries
         self.epoch, self.document, self.offset = 0, 0, 0
         """The cursor: the pass, the next document, and how much of it is read."""
         self._open: Iterator[Tensor] | None = None
         self._rest: Tensor | None = None
 
-    def next_row(self) -> tuple[Tensor, Tensor] | None:
+    def next_row(self) -> Row | None:
         tokens = torch.zeros(self.length, dtype=torch.long)
+        ids = torch.zeros(self.length, dtype=torch.long)
         real = torch.zeros(self.length, dtype=torch.bool)
         filled = 0
         while filled < self.length and (self.pack or not filled):
@@ -111,8 +151,11 @@ class DocumentRows:
             tokens[filled : filled + len(part)] = part
             real[filled : filled + len(part)] = True
             filled += len(part)
+            ids[filled:] += 1
             self._advance(len(rest) if not self.pack else len(part))
-        return (tokens, real) if filled else None
+        if not filled:
+            return None
+        return (tokens, real, ids) if self.boundaries else (tokens, real)
 
     def _unread(self) -> Tensor | None:
         """What is left of the present document; the next one where nothing is."""
@@ -156,7 +199,8 @@ class DocumentRows:
         self._open = self._rest = None
 
     def digest(self) -> str:
-        return f"{self.documents.digest()} {self.length} {self.pack} {self.separator} {self.epochs}"
+        apart = " apart" if self.boundaries else ""
+        return f"{self.documents.digest()} {self.length} {self.pack} {self.separator} {self.epochs}{apart}"
 
 
 class MixedRows:
@@ -182,7 +226,7 @@ class MixedRows:
         self.seed, self.row, self.length = seed, 0, lengths.pop()
         self.endless = all(endless(source) for source, weight in parts if weight > 0)
 
-    def next_row(self) -> tuple[Tensor, Tensor] | None:
+    def next_row(self) -> Row | None:
         place = np.random.default_rng([self.seed, self.row]).random()
         row = self.sources[int(np.searchsorted(self.bounds, place, side="right"))].next_row()
         if row is not None:
@@ -214,7 +258,7 @@ class EveryNth:
         self.source, self.rank, self.world, self.length = source, rank, world, source.length
         self.endless = endless(source)
 
-    def next_row(self) -> tuple[Tensor, Tensor] | None:
+    def next_row(self) -> Row | None:
         rows = [self.source.next_row() for _ in range(self.world)]
         return None if any(row is None for row in rows) else rows[self.rank]
 

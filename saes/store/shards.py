@@ -129,7 +129,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except ValueError as error:
-        raise StoreError(f"{path} is no JSON: {error}") from error
+        raise StoreError(f"{path} is no JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise StoreError(f"{path} has the format {got!r}, expected {FORMAT!r}")
@@ -145,7 +145,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             and manifest["tokens"] == sum(s["tokens"] for s in shards)
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} lacks {error} or has it in another form") from error
+        raise StoreError(f"{path} lacks {error} or has it in another form") from None
     if not whole:
         raise StoreError(f"{path} contradicts itself: its counts, names or dtype cannot be right")
     return manifest
@@ -199,7 +199,7 @@ class ShardReader:
         try:
             values = load(data)
         except SafetensorError as error:
-            raise StoreError(f"{path} is no safetensors file: {error}") from error
+            raise StoreError(f"{path} is no safetensors file: {error}") from None
         for name, width in self.widths.items():
             value = values.get(name)
             if value is None or value.shape != (shard["tokens"], width) or value.dtype != self.dtype:

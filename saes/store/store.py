@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes.model_hash import model_hash
 from saes.store.blocks import Block, BlockSource, ModelBlocks
 from saes.store.capture import Capture
@@ -177,7 +177,9 @@ def capture_to_memory(capture: Capture, rows: RowSource, n_tokens: int, *, rows_
     return {name: value[:n_tokens] for name, value in block.items()}
 
 
-def capture_to_disk(blocks: ModelBlocks, folder: str | Path, n_tokens: int, *, model: HookedSSM | None = None) -> Path:
+def capture_to_disk(
+    blocks: ModelBlocks, folder: str | Path, n_tokens: int, *, model: HookedModel | None = None
+) -> Path:
     """Capture at least `n_tokens` positions as shards, a block each; continues where an earlier call stopped.
 
     Parameters

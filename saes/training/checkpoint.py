@@ -141,7 +141,7 @@ def load_checkpoint(
         process = json.loads((path / f"process-{world.rank}.json").read_text())
         _set_random_state(process.pop("random"))
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResumeError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise ResumeError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return tensors, about, process
 
 

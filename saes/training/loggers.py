@@ -70,8 +70,8 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("logging to tensorboard needs the package: pip install tensorboard") from error
+        except ImportError:
+            raise ImportError("logging to tensorboard needs the package: pip install tensorboard") from None
         self._writer: Any = SummaryWriter(str(folder))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -94,8 +94,8 @@ class WandB:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
             import wandb
-        except ImportError as error:
-            raise ImportError("logging to wandb needs the package: pip install wandb") from error
+        except ImportError:
+            raise ImportError("logging to wandb needs the package: pip install wandb") from None
         self._run: Any = wandb.init(dir=str(folder), config=dict(config), resume="allow")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooked_mamba.models import HookedSSM, load_model
+from hooked_mamba.models import HookedModel, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
 from saes.durable import write_file
@@ -32,7 +32,7 @@ SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target"
 
 
 def coder_config(
-    model: HookedSSM, spec: Mapping[str, Any], channels: Mapping[str, Sequence[int]] | None = None
+    model: HookedModel, spec: Mapping[str, Any], channels: Mapping[str, Sequence[int]] | None = None
 ) -> CoderConfig:
     """A coder's config from a short form; widths, name and hash come from the model.
 
@@ -94,7 +94,7 @@ def coder_config(
 
 
 def train_coders(
-    model: HookedSSM,
+    model: HookedModel,
     coders: Mapping[str, CoderConfig] | Sequence[CoderConfig],
     text: Text,
     config: TrainConfig,
@@ -150,7 +150,7 @@ def _build(cfg: CoderConfig, seed: int) -> SparseCoder:
 
 
 def train_sae(
-    model: HookedSSM,
+    model: HookedModel,
     hook_site: str,
     layer: int | None = None,
     architecture: str | None = None,

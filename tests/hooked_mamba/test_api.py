@@ -384,7 +384,7 @@ def test_edits_in_place_reach_no_other_site(model, tokens):
         for other in list(plain)[: list(plain).index(name)]:
             assert torch.equal(cache[other], plain[other]), other
     _, cache = model.run_with_cache(tokens, fwd_hooks=[("blocks.0.mixer.hook_x_pre", overwrite)])
-    assert torch.equal(cache["z", 0], plain["z", 0])
+    assert torch.equal(cache["mixer.z", 0], plain["mixer.z", 0])
 
 
 def test_a_hook_on_many_sites(model, tokens):

@@ -48,7 +48,8 @@ def folder(tmp_path_factory) -> Path:
 def test_help_names_every_command():
     result = call("--help")
     assert result.exit_code == 0
-    for name in ("Look inside", "cache", "circuit", "explore", "models", "sae", "--version", "--install-completion"):
+    names = ("cache", "circuit", "explore", "models", "sae", "verify")
+    for name in ("Look inside", *names, "--version", "--install-completion"):
         assert name in result.output
     assert call().exit_code == 2  # no command: help, and not a success
     assert call("--version").output.strip() == hooked_mamba.__version__

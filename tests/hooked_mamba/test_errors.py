@@ -444,3 +444,25 @@ def test_what_a_newcomer_tries():
     story = HookedMamba.from_pretrained("tinystories-4l")
     with pytest.raises(ValueError, match="' hungry' is one"):
         story.to_single_token("hungry")
+
+
+def test_an_error_within_a_hook_says_where(unchecked):
+    model = build("mamba")
+    with pytest.raises(ZeroDivisionError) as caught:
+        model.run_with_hooks(tokens_for(model), fwd_hooks=[("blocks.1.mixer.hook_dt", lambda dt, hook: 1 // 0)])
+    assert caught.value.__notes__ == ["in a hook at blocks.1.mixer.hook_dt, whose value is float32 [2, 7, 20] on cpu"]
+
+
+def test_a_name_that_is_misspelled():
+    model = build("mamba")
+    for wrong, right in (("resid_pots", "blocks.1.hook_resid_post"), ("y_gatd", "blocks.1.mixer.hook_y_gated")):
+        with pytest.raises(HookNameError, match=rf"nearest: {re.escape(right)}"):
+            model.site(model.act_name(wrong, 1))
+
+
+def test_no_tokenizer_there(tmp_path):
+    model = build("mamba")
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere: there is no such file or folder"):
+        model.set_tokenizer(tmp_path / "nowhere")
+    with pytest.raises((CheckpointError, OSError), match=r"no tokenizer loads from .*Give a folder"):
+        model.set_tokenizer(tmp_path)

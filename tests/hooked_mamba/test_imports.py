@@ -19,11 +19,13 @@ MAY_IMPORT = {
 PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 
 STRATA = (
-    {"config", "ops", "display", "lazy", "renamed", "layers"},
+    {"transformerlens_names"},
+    {"names_elsewhere"},
+    {"config", "ops", "display", "lazy", "renamed", "layers", "factored_matrix"},
     {"recurrent_config"},
-    {"hybrid_config"},
+    {"hybrid_config", "documents"},
     {"hooks"},
-    {"state", "memory"},
+    {"state", "memory", "hook_points"},
     {"components"},
     {"frozen"},
     {"scan_view", "token_sources"},
@@ -35,7 +37,7 @@ STRATA = (
     {"models", "site_tables"},
     {"frozen.run"},
     {"analysis"},
-    {"patching", "utils"},
+    {"patching", "utils", "verification"},
 )
 """Each part of hooked_mamba in one, none of which imports a later one. frozen.run, a model's run of a prompt, stands
 above models; the pieces that it is made of stand below mixers, which say what they are made of."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hooked_mamba import patching, utils
 from hooked_mamba.hooks.elsewhere import MEANT
 from hooked_mamba.hooks.names import HookNameError
 from tests.hooked_mamba.tiny import build, tokens_for
@@ -13,7 +14,7 @@ def made():
     return model, model.run_with_cache(tokens_for(model))[1]
 
 
-@pytest.mark.parametrize("name", sorted(set(MEANT) - {"z"}))
+@pytest.mark.parametrize("name", sorted(MEANT))
 def test_every_meaning(made, name):
     _, cache = made
     with pytest.raises(HookNameError) as caught:
@@ -44,3 +45,36 @@ def test_arguments(made, unchecked):
             model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", fn)])
     for fn in (lambda x, hook: x, lambda x, h: x, lambda *a: None, lambda x, hook=None, k=3: x, lambda x, **kw: x):
         model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", fn)])
+
+
+def test_z_is_attentions():
+    """A mixer's gate, which has the same name, is found by its branch alone."""
+    assert utils.get_act_name("z", 3) == "blocks.3.attn.hook_z"
+    for kind in ("mamba", "mamba2", "mamba3"):  # no attention: refused, the mixer's own stays there
+        model = build(kind)
+        cache = model.run_with_cache(tokens_for(model))[1]
+        assert cache["mixer.z", 0] is cache["blocks.0.mixer.hook_z"]
+        for ask in (lambda: cache["z", 0], lambda: model.run_with_cache(tokens_for(model), names_filter="z0")):  # noqa: B023
+            with pytest.raises(HookNameError):
+                ask()
+        with pytest.raises(HookNameError, match=r"no attention; .* a mixer's gate is 'mixer.z'; nearest: .*hook_y"):
+            cache["z", 0]
+        with pytest.raises(HookNameError, match=r"a mixer's gate is 'mixer.z'"):
+            model.site(model.act_name("z", 0))
+    hybrid = build("gated_deltanet")  # attention and a mixer with a gate in block 1, no attention in block 0
+    cache = hybrid.run_with_cache(tokens_for(hybrid))[1]
+    assert cache["z", 1] is cache["blocks.1.attn.hook_z"]
+    assert cache["mixer.z", 1] is cache["blocks.1.mixer.hook_z"]
+    with pytest.raises(HookNameError, match="this block has no attention"):
+        cache["z", 0]
+
+
+def test_the_old_name_of_the_gates_sweep():
+    with pytest.warns(DeprecationWarning, match="get_act_patch_z is now .*get_act_patch_gate_pre"):
+        assert patching.get_act_patch_z is patching.get_act_patch_gate_pre
+
+
+def test_what_an_mlp_of_another_kind_adds():
+    model = build("rwkv7")
+    cache = model.run_with_cache(tokens_for(model))[1]
+    assert cache["mlp_out", 1] is cache["blocks.1.mlp.hook_out"]

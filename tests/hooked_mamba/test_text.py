@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -185,3 +186,18 @@ def test_padding_rows_without_a_tokenizer_are_never_drawn():
     with model.hooks([("hook_logits", lambda x, hook: x + 50 * (torch.arange(x.shape[-1]) >= 11))]):
         made = model.generate(torch.tensor([[1, 2]]), 6, verbose=False)
     assert int(made.max()) < 11
+
+
+def test_long_texts_come_without_a_warning(monkeypatch, caplog):
+    """transformers warns of texts longer than a tokenizer's model_max_length, no limit of these models."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = build("mamba")
+    model.tokenizer = word_tokenizer()
+    model.tokenizer.model_max_length = 2
+    model.tokenizer("the cat sat on")  # so it warns where it is asked directly
+    assert "longer than the specified maximum" in caplog.text
+    model.tokenizer.deprecation_warnings.clear()
+    caplog.clear()
+    for prepend_bos in (None, False):
+        assert model.to_tokens("the cat sat on", prepend_bos=prepend_bos).shape == (1, 4)
+    assert not caplog.records

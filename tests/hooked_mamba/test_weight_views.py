@@ -20,7 +20,7 @@ def test_weight_views_of_mamba_reproduce_its_forward(family):
         for i in range(cfg.n_layers):
             out = c["normalized", i] * model.w_norm[i]
             assert relative(c["x_pre", i], out @ model.W_in_x[i] + model.b_in[i, : cfg.E]) < 1e-12
-            assert relative(c["z", i], out @ model.W_in_z[i] + model.b_in[i, cfg.E :]) < 1e-12
+            assert relative(c["mixer.z", i], out @ model.W_in_z[i] + model.b_in[i, cfg.E :]) < 1e-12
             assert relative(c["in_proj", i], out @ model.W_in[i] + model.b_in[i]) < 1e-12
             conv = model.b_conv[i] + c["x_pre", i] * model.W_conv[i, :, -1]
             for k in range(1, cfg.d_conv):
@@ -51,7 +51,7 @@ def test_weight_views_of_mamba2_reproduce_its_forward(family):
     with torch.no_grad():
         for i in range(cfg.n_layers):
             out, b = c["out", i], model.b_in[i]
-            assert relative(c["z", i], out @ model.W_in_z[i] + b[: cfg.E]) < 1e-12
+            assert relative(c["mixer.z", i], out @ model.W_in_z[i] + b[: cfg.E]) < 1e-12
             W = torch.cat([model.W_in_x[i], model.W_B[i].flatten(1), model.W_C[i].flatten(1)], 1)
             assert relative(c["x_pre", i], out @ W + b[cfg.E : 2 * cfg.E + 2 * GN]) < 1e-12
             assert model.W_B.shape == model.W_C.shape == (cfg.n_layers, cfg.d_model, cfg.G, cfg.d_state)

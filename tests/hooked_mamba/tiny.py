@@ -13,7 +13,7 @@ from hooked_mamba import HookedModel, Mamba2Config, MambaConfig
 from hooked_mamba.config import HeadedMambaConfig, ModelConfig
 from hooked_mamba.hybrid_config import AttentionConfig, HybridConfig, MLPConfig, MoEConfig, ShortConvConfig
 from hooked_mamba.model.hooked_model import model_class
-from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config, RWKV7Config
+from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config, Mamba3MIMOConfig, RWKV7Config
 
 FAMILIES = ("mamba", "falcon", "mamba2", "mamba2-groups")
 """Kinds of tiny models; the two main ones are the first and third."""
@@ -90,6 +90,11 @@ def mamba3(**changes) -> HybridConfig:
     return hybrid(mixer, (("mixer",), ("mlp",)), (("mixer",), ("mlp",)), **changes)
 
 
+def mamba3_mimo(**changes) -> HybridConfig:
+    mixer = Mamba3MIMOConfig(**STACK, A_act="softplus", d_state=4, head_dim=3, n_groups=2, mimo_rank=2)
+    return hybrid(mixer, (("mixer",), ("mlp",)), (("mixer",), ("mlp",)), **changes)
+
+
 def mamba_heads(**changes) -> HybridConfig:
     sizes = {"d_vocab": 17, "d_state": 3, "d_inner": 8, "dt_rank": 2, "n_heads": 2}
     return hybrid(HeadedMambaConfig(**STACK, **sizes), (("mixer",),), (("attn",), ("mixer",)), **changes)
@@ -105,6 +110,7 @@ TINY: dict[str, Callable[..., ModelConfig]] = {
     "rwkv7": rwkv7,
     "gated_deltanet": gated_deltanet,
     "mamba3": mamba3,
+    "mamba3_mimo": mamba3_mimo,
     "mamba_heads": mamba_heads,
     "short_conv": short_conv,
     "falcon": lambda **changes: mamba(**({"mixer_norms": True, "use_bias": True} | changes)),

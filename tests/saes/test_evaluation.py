@@ -261,3 +261,15 @@ def test_texts_and_the_bundled_model():
         evaluate(model, coders, texts, attention_mask=torch.ones(3, 3))
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         evaluate(model, coders, [])
+
+
+def test_documents_kept_apart_are_evaluated_apart():
+    """One packed row gives what its documents give as rows of their own."""
+    model = tiny()
+    coders = [sae_on(model, OUT, architecture="jumprelu")]
+    tokens = torch.arange(9)[None] % model.cfg.d_vocab
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    packed = Rows(tokens, torch.ones_like(tokens).bool(), ids)
+    pieces = [tokens[:, a:b] for a, b in ((0, 4), (4, 7), (7, 9))]
+    apart = [Rows(piece, torch.ones_like(piece).bool()) for piece in pieces]
+    close(evaluate(model, coders, [packed], progress=False), evaluate(model, coders, apart, progress=False), 1e-9)

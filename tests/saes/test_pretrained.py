@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demos.tinystories.grammar import tell_stories
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes import SparseCoder
 from saes.find import PRETRAINED, bundled_names
 from saes.hub import list_coders
@@ -26,7 +26,7 @@ EXPECTED = {
 
 
 @cache
-def model(name: str) -> HookedSSM:
+def model(name: str) -> HookedModel:
     return load_model(name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.config import Mamba2Config
+from hooked_mamba.config import Mamba2Config, MambaConfig
 from hooked_mamba.hybrid_config import AttentionConfig, HybridConfig, MLPConfig, MoEConfig
 from hooked_mamba.loading.hf_fields import limit_of
 from hooked_mamba.loading.sources import Rows, Source, Stacked, Table, Whole, read_table
@@ -281,7 +281,7 @@ def mamba2_fields(cfg: Mamba2Config) -> dict[str, Any]:
     return fields | ({"time_step_limit": list(cfg.dt_limit)} if bounded else {})
 
 
-def whole_multiple(cfg: Mamba2Config) -> int:
+def whole_multiple(cfg: MambaConfig | Mamba2Config) -> int:
     """`expand` as transformers wants it."""
     if cfg.E % cfg.d_model:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Mamba-3 with single input and output as mamba_ssm (`ssm_cfg.layer = "Mamba3"`) and fla (`mamba3`) write it.
+"""Mamba-3 as mamba_ssm (`ssm_cfg.layer = "Mamba3"`, `is_mimo` or not) and fla (`mamba3`, single inputs) write it.
 
 The weights have the same names in both. What they do not say is how A' becomes a rate of decay: release 2.3.2 of
 mamba_ssm and fla 0.6 take softplus, mamba_ssm's main branch since June 2026 takes 1 + x above 0 and 1 / (1 - x) below.
@@ -16,7 +16,7 @@ from hooked_mamba.loading.hybrids import common
 from hooked_mamba.loading.raw_fields import NORM_EPS, read_ssm_cfg, read_top, write_top
 from hooked_mamba.loading.sources import Reshaped, Table, Whole, write_table
 from hooked_mamba.loading.tables import CheckpointError, Field, LazyState, reject
-from hooked_mamba.recurrent_config import Mamba3Config
+from hooked_mamba.recurrent_config import Mamba3Config, Mamba3MIMOConfig
 
 FIELDS = (
     Field("d_state", "d_state", 128),
@@ -41,7 +41,9 @@ FLA = {
 }
 """Ours -> fla's, and its default."""
 
-UNUSED = {"dt_min", "dt_max", "dt_init_floor", "chunk_size", "mimo_rank", "dropout"}
+UNUSED = {"dt_min", "dt_max", "dt_init_floor", "chunk_size", "dropout", "fuse_pregate_headwise_norm"}
+RANK = 4
+"""mimo_rank where mamba_ssm's config names none."""
 
 
 def raw_config_of(config: Mapping[str, Any]) -> HybridConfig:
@@ -50,7 +52,7 @@ def raw_config_of(config: Mapping[str, Any]) -> HybridConfig:
     Raises
     ------
     CheckpointError
-        A missing or unknown field, several inputs and outputs (MIMO), or no `A_act`.
+        A missing or unknown field, or no `A_act`.
     """
     what = "this raw Mamba-3 config"
     top = read_top(config, what)
@@ -61,16 +63,19 @@ def raw_config_of(config: Mapping[str, Any]) -> HybridConfig:
             ' and no file says which it was trained with. Write "A_act": "softplus" (mamba_ssm 2.3.2) or "heavy_tail"'
             " (its main branch since June 2026: 1 + x above 0, 1 / (1 - x) below) into ssm_cfg of config.json"
         )
-    allowed = {"is_mimo": (False,), "A_act": ("softplus", "heavy_tail")}
-    fields = read_ssm_cfg(config, FIELDS, allowed, UNUSED, what)
+    allowed = {"is_mimo": (False, True), "A_act": ("softplus", "heavy_tail")}
+    fields = read_ssm_cfg(config, FIELDS, allowed, UNUSED | {"mimo_rank"}, what)
+    if config["ssm_cfg"].get("is_mimo"):
+        fields["mimo_rank"] = config["ssm_cfg"].get("mimo_rank", RANK)
     return _config(top, {**fields, "A_act": act})
 
 
 def _config(stack: Mapping[str, Any], fields: Mapping[str, Any]) -> HybridConfig:
     d, n = stack["d_model"], stack["n_layers"]
+    kind = Mamba3MIMOConfig if "mimo_rank" in fields else Mamba3Config
     return HybridConfig(
         **stack,
-        branches={"mixer": Mamba3Config(d_model=d, n_layers=n, **fields)},
+        branches={"mixer": kind(d_model=d, n_layers=n, **fields)},
         layout=((("mixer",),),) * n,
         architecture="mamba3",
     )
@@ -105,14 +110,17 @@ def table(cfg: HybridConfig, embed: str) -> Table:
 
 
 def mixer_weights(theirs: str, cfg: Mamba3Config) -> common.Weights:
-    """A mixer; biases of B and C have an axis of rank 1."""
+    """A mixer; with a single input, biases of B and C have an axis of rank 1."""
+    several = isinstance(cfg, Mamba3MIMOConfig)
     names = ["in_proj.weight", "dt_bias", "D", "out_proj.weight"]
     names += ["in_proj.bias", "out_proj.bias"] * cfg.use_bias + ["norm.weight"] * cfg.norm_of_heads
+    names += [f"{part}_bias" for part in "BC"] * several + ["mimo_x", "mimo_z", "mimo_o"] * several
     weights: common.Weights = {f"mixer.{name}": Whole(f"{theirs}.{name}") for name in names}
     for part in "BC":
-        shapes = (cfg.H, 1, cfg.d_state), (cfg.H, cfg.d_state)
-        weights[f"mixer.{part}_bias"] = Reshaped(f"{theirs}.{part}_bias", *shapes)
         weights[f"mixer.{part}_norm_weight"] = Whole(f"{theirs}.{part}_norm.weight")
+        if not several:
+            shapes = (cfg.H, 1, cfg.d_state), (cfg.H, cfg.d_state)
+            weights[f"mixer.{part}_bias"] = Reshaped(f"{theirs}.{part}_bias", *shapes)
     return weights
 
 
@@ -137,6 +145,8 @@ def raw_from_ours(cfg: HybridConfig, state: Mapping[str, Tensor]) -> tuple[dict[
             f" use_bias={mixer.use_bias}"
         )
     ssm_cfg = {row.theirs: getattr(mixer, row.ours) for row in FIELDS}
+    if isinstance(mixer, Mamba3MIMOConfig):
+        ssm_cfg |= {"is_mimo": True, "mimo_rank": mixer.mimo_rank}
     config = write_top(cfg, {"layer": "Mamba3", "A_act": mixer.A_act, **ssm_cfg})  # type: ignore[arg-type]
     written = dict(write_table(state, table(cfg, "embedding")).items())
     if cfg.tie_embeddings:
@@ -161,6 +171,8 @@ def from_ours(
         What fla cannot express: the other rate of decay, an eps of its own for the mixer's norms.
     """
     mixer: Mamba3Config = cfg.branches["mixer"]
+    if isinstance(mixer, Mamba3MIMOConfig):
+        raise CheckpointError("fla's files hold single inputs and outputs; got MIMO: save with format='raw' instead")
     if mixer.A_act != "softplus" or mixer.norm_eps != cfg.eps:
         raise CheckpointError(
             f"fla takes softplus and one eps for all norms; got A_act={mixer.A_act!r}, norm_eps={mixer.norm_eps} and"

@@ -46,43 +46,80 @@ def forward(r, w, k, v, a, b, h, y, recall, starts, states, positions, lo, hi):
         i, column = head // H, 0
         for begin in range(0, l, TILE):
             stop = min(l, begin + TILE)
-            for block in range(first, last):
+            block = first
+            while block < last:
                 S, s = (head * blocks + block) * size, column
+                # Two blocks of rows at once share each number of the keys, and have twice the sums under way.
+                two = block + 1 < last
+                both = size if two else 0
                 if keep and begin % T == 0:
                     start = (((i * n_starts + begin // T) * H + head % H) * blocks + block) * size
-                    for n in range(0, size, LANES):
+                    for n in range(0, size + both, LANES):
                         store(starts, start + n, load(flat_h, S + n))
                 at = ((i * l + begin) * H + head % H) * K
-                held = zero
+                held, held_2 = zero, zero
                 for n in range(K):
-                    held = fma(broadcast(a, at + n), load(flat_h, S + n * LANES), held)
+                    a_n = broadcast(a, at + n)
+                    held = fma(a_n, load(flat_h, S + n * LANES), held)
+                    if two:
+                        held_2 = fma(a_n, load(flat_h, S + size + n * LANES), held_2)
                 for t in range(begin, stop):
                     row = (i * l + t) * H + head % H
                     at, onward, decay = row * K, (row + (H if t + 1 < l else 0)) * K, row * wide
-                    v_t, out, next_held = load(v, row * V + block * LANES), zero, zero
+                    at_v = row * V + block * LANES
+                    v_t, out, next_held = load(v, at_v), zero, zero
+                    v_2, out_2, next_2 = v_t, zero, zero
+                    if two:
+                        v_2 = load(v, at_v + LANES)
                     if multiple:
-                        v_t = fma(broadcast(b, row), held, v_t)
-                    for n in range(K if multiple else 0):
-                        S_n = mul(broadcast(w, decay), load(flat_h, S + n * LANES))
-                        S_n = fma(broadcast(k, at + n), v_t, S_n)
-                        store(flat_h, S + n * LANES, S_n)
-                        out = fma(broadcast(r, at + n), S_n, out)
-                        next_held = fma(broadcast(a, onward + n), S_n, next_held)
-                        decay += step
-                    for n in range(0 if multiple else K):
-                        S_n = mul(broadcast(w, decay), load(flat_h, S + n * LANES))
-                        S_n = fma(broadcast(k, at + n), v_t, fma(broadcast(b, at + n), held, S_n))
-                        store(flat_h, S + n * LANES, S_n)
-                        out = fma(broadcast(r, at + n), S_n, out)
-                        next_held = fma(broadcast(a, onward + n), S_n, next_held)
-                        decay += step
-                    store(y, row * V + block * LANES, out)
-                    store(recall, row * V + block * LANES, held)
-                    held = next_held
+                        v_t, v_2 = fma(broadcast(b, row), held, v_t), fma(broadcast(b, row), held_2, v_2)
+                    if two and multiple:
+                        for n in range(K):
+                            w_n, k_n = broadcast(w, decay), broadcast(k, at + n)
+                            r_n, a_n = broadcast(r, at + n), broadcast(a, onward + n)
+                            place = S + n * LANES
+                            S_n = fma(k_n, v_t, mul(w_n, load(flat_h, place)))
+                            S_2 = fma(k_n, v_2, mul(w_n, load(flat_h, place + size)))
+                            store(flat_h, place, S_n)
+                            store(flat_h, place + size, S_2)
+                            out, out_2 = fma(r_n, S_n, out), fma(r_n, S_2, out_2)
+                            next_held, next_2 = fma(a_n, S_n, next_held), fma(a_n, S_2, next_2)
+                            decay += step
+                    elif two:
+                        for n in range(K):
+                            w_n, k_n, b_n = broadcast(w, decay), broadcast(k, at + n), broadcast(b, at + n)
+                            r_n, a_n = broadcast(r, at + n), broadcast(a, onward + n)
+                            place = S + n * LANES
+                            S_n = fma(k_n, v_t, fma(b_n, held, mul(w_n, load(flat_h, place))))
+                            S_2 = fma(k_n, v_2, fma(b_n, held_2, mul(w_n, load(flat_h, place + size))))
+                            store(flat_h, place, S_n)
+                            store(flat_h, place + size, S_2)
+                            out, out_2 = fma(r_n, S_n, out), fma(r_n, S_2, out_2)
+                            next_held, next_2 = fma(a_n, S_n, next_held), fma(a_n, S_2, next_2)
+                            decay += step
+                    else:
+                        for n in range(K):
+                            S_n = mul(broadcast(w, decay), load(flat_h, S + n * LANES))
+                            if not multiple:
+                                S_n = fma(broadcast(b, at + n), held, S_n)
+                            S_n = fma(broadcast(k, at + n), v_t, S_n)
+                            store(flat_h, S + n * LANES, S_n)
+                            out = fma(broadcast(r, at + n), S_n, out)
+                            next_held = fma(broadcast(a, onward + n), S_n, next_held)
+                            decay += step
+                    store(y, at_v, out)
+                    store(recall, at_v, held)
+                    if two:
+                        store(y, at_v + LANES, out_2)
+                        store(recall, at_v + LANES, held_2)
+                    held, held_2 = next_held, next_2
                     if s < len(positions) and positions[s] == t:
-                        target = (((i * saved + s) * H + head % H) * width + block * LANES) * K
-                        unpack(flat_h, S, flat, target, K, min(LANES, width - block * LANES))
+                        for one in range(block, block + 1 + two):
+                            target = (((i * saved + s) * H + head % H) * width + one * LANES) * K
+                            from_h = (head * blocks + one) * size
+                            unpack(flat_h, from_h, flat, target, K, min(LANES, width - one * LANES))
                         s += 1
+                block += 1 + two
             while column < len(positions) and positions[column] < stop:
                 column += 1
 

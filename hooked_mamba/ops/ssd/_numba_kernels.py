@@ -91,6 +91,31 @@ def forward(u, d, B, C, h, y, starts, states, positions, lo, hi):
 
 @kernel
 @no_type_check
+def step(u, d, B, C, h0, h, y, from_zero, lo, hi):
+    """One position, states as they are kept between calls: h = d h0 + u B^T and y = h C for the heads lo..hi.
+
+    u and y are b 1 H P, d is b 1 H, B and C are b 1 G N, h0 and h are b H P N; `from_zero`: h0 counts as zeros.
+    """
+    H, P = u.shape[2:]
+    G, N = B.shape[2:]
+    per_group, zero = H // G, splat(np.float32(0))
+    u, d, B, C, y = u.reshape(-1), d.reshape(-1), B.reshape(-1), C.reshape(-1), y.reshape(-1)
+    h0, h = h0.reshape(-1), h.reshape(-1)
+    for head in range(lo, hi):
+        at, decay = (head // H * G + head % H // per_group) * N, broadcast(d, head)
+        for p in range(head * P, (head + 1) * P):
+            u_p, out = broadcast(u, p), zero
+            for n in range(0, N, LANES):
+                h_n = mul(u_p, load(B, at + n))
+                if not from_zero:
+                    h_n = fma(decay, load(h0, p * N + n), h_n)
+                store(h, p * N + n, h_n)
+                out = fma(load(C, at + n), h_n, out)
+            y[p] = total(out)
+
+
+@kernel
+@no_type_check
 def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, hi):
     """All gradients; dd starts at 0, dB and dC are this call's share. g is b H P N, in: to h_last, out: to h0."""
     _, l, H, P = u.shape

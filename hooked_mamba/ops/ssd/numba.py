@@ -44,7 +44,9 @@ def ssd(
 ) -> ScanOut:
     """The scan of Mamba-2; see `hooked_mamba.ops.ssd`."""
     if x.shape[1] == 1:
-        return ssd_step(x, dt, A, B, C, D, h0, positions is not None)
+        gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, h0))
+        step = ssd_step if gradient or B.shape[3] % LANES else _step
+        return step(x, dt, A, B, C, D, h0, positions is not None)
     dtype, P, N = x.dtype, x.shape[3], B.shape[3]
     x, dt, A, B, C, D, h0 = to_state_dtype(x, dt, A, B, C, D, h0)
     # In float64: torch rounds float32's last bit by where a number stands in memory.
@@ -62,6 +64,21 @@ def ssd(
     if D is not None:
         y = torch.addcmul(y, D.unsqueeze(-1), x)
     return ScanOut(y.to(dtype), h_last, states)
+
+
+def _step(x, dt, A, B, C, D, h0, want_states: bool) -> ScanOut:
+    """One position without gradients, one pass over the state; arguments as in `ssd_step`."""
+    dtype = x.dtype
+    x, dt, A, B, C, D, h0 = to_state_dtype(x, dt, A, B, C, D, h0)
+    batch, _, H, P = x.shape
+    u, d = dt.unsqueeze(-1) * x, (dt * A).exp_()
+    y, h = torch.empty_like(u), u.new_empty(batch, H, P, B.shape[3])
+    tensors = (u, d, B.contiguous(), C.contiguous(), h if h0 is None else h0.contiguous(), h, y)
+    arrays = (t.detach().numpy() for t in tensors)
+    share(kernels.step, batch * H, h.numel(), (*arrays, h0 is None), ())
+    if D is not None:
+        y = torch.addcmul(y, D.unsqueeze(-1), x)
+    return ScanOut(y.to(dtype), h, h.unsqueeze(1) if want_states else None)
 
 
 def _empty(*like: int) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hooked_mamba import utils
-from hooked_mamba.analysis.factored_matrix import FactoredMatrix
 from hooked_mamba.analysis.memory_probes import half_life, layer_half_lives, receptive_field, saliency, write_survival
 from hooked_mamba.analysis.weight_views import (
     channel_OV,
@@ -16,6 +15,7 @@ from hooked_mamba.analysis.weight_views import (
     mixer_composition_scores,
     mixer_OV,
 )
+from hooked_mamba.factored_matrix import FactoredMatrix
 from tests.hooked_mamba.analysis.models import every_family, model_for, run, two_families
 from tests.hooked_mamba.tiny import relative, tokens_for
 
@@ -168,7 +168,8 @@ class Letters:
 def test_test_prompt_says_rank_and_probability(capsys):
     model = model_for("mamba")
     model.tokenizer = Letters()
-    result = utils.test_prompt("abc", ["de", "f"], model, top_k=3)
+    assert utils.test_prompt("abc", ["de", "f"], model, top_k=3) is None  # a notebook would show it again
+    result = utils.answer_tokens("abc", ["de", "f"], model, top_k=3)
     assert [len(one) for one in result] == [3, 2]  # a space was put in front
     first = result[0][1]
     logits = model("abc ")[0, -1]
@@ -176,7 +177,9 @@ def test_test_prompt_says_rank_and_probability(capsys):
     assert first.prob == pytest.approx(logits.softmax(-1)[4].item())
     assert first.rank == int((logits > logits[4]).sum())
     assert first.top[0][0] == Letters().decode([int(logits.argmax())])
-    assert "Rank:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("Rank:") == 5
+    assert f"Rank: {first.rank:<8} Logit: {first.logit:5.2f} Prob: {first.prob:6.2%} Token: |d|" in out
 
 
 def test_models_are_compared():

@@ -228,7 +228,7 @@ def test_path_patching_in_small_batches_is_the_same(family, batch_size):
     ("family", "site", "axis", "has"),
     [
         ("mamba2", "y", "channel", "it has head"),
-        ("mamba2", "z", "head", "it has channel"),
+        ("mamba2", "mixer.z", "head", "it has channel"),
         ("mamba2", "x_pre", "channel", "it has no units"),
         ("mamba", "B", "channel", "it has state"),
         ("mamba", "resid_pre", "channel", "it has no units"),

@@ -121,7 +121,7 @@ def test_experts(case):
         assert (stack[mine].abs().sum(-1).permute(1, 2, 0)[~chosen] == 0).all()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "lfm2"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("by", ["layer", "channel"])
 def test_direct_logits_sum_to_the_logit(case, by):
     _, logits, cache = run(case)
@@ -132,7 +132,7 @@ def test_direct_logits_sum_to_the_logit(case, by):
 # Attention of both kinds ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "lfm2"])
+@pytest.mark.parametrize("case", CASES)
 def test_one_call_gives_hidden_attention_and_patterns(case):
     model, _, cache = run(case)
     for i in range(model.cfg.n_layers):
@@ -143,14 +143,11 @@ def test_one_call_gives_hidden_attention_and_patterns(case):
             assert relative(cache.pattern(i, heads=1, queries=-1), pattern[:, 1, -1]) == 0
             assert relative(attention_map(cache, i, branch="attn"), pattern.mean(1)) < FP64
         if "mixer" in names:
-            alpha, at = cache.hidden_attention(i), f"blocks.{i}.mixer"
-            u = (
-                cache[f"{at}.hook_x"].flatten(3)
-                if cache[f"{at}.hook_x"].ndim == 4
-                else cache[f"{at}.hook_x"][..., None]
-            )
-            y = torch.einsum("bhts,bshp->bthp", alpha, u)
-            assert relative(y.reshape(cache[f"{at}.hook_y"].shape), cache[f"{at}.hook_y"]) < FP64
+            alpha, mixer = cache.hidden_attention(i), model.mixer(i)
+            u, expected = (cache[f"blocks.{i}.mixer.{mixer.site_at(place)}"] for place in ("u", "y"))
+            y = torch.einsum("bhts,bshp->bthp", alpha, u if u.ndim == 4 else u.unsqueeze(-1)).reshape(expected.shape)
+            bias = mixer.scan_bias()
+            assert relative(y if bias is None else y + bias, expected) < FP64
         if not {"mixer", "attn"} & set(names):
             with pytest.raises(ValueError, match="moves values"):
                 cache.hidden_attention(i)
@@ -216,7 +213,7 @@ def test_further_sweeps_run(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [c for c in CASES if c != "lfm2"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_cut_source_is_not_noticed_through_values(case):
     """With the value path cut everywhere and the selection held, what the source's values are makes no difference."""
     model, logits, cache = run(case)
@@ -236,8 +233,28 @@ def test_a_cut_source_is_not_noticed_through_values(case):
 
 
 @torch.no_grad()
-def test_a_cut_stays_while_generating():
-    model = HookedHybrid.from_hf(tiny("nemotron").hf)
+@pytest.mark.parametrize("case", CASES)
+def test_nested_cuts_are_one(case):
+    """Cuts of every kind of branch, which overlap: what both take is taken once."""
+    model, behind = tiny(case).model, slice(4, None)
+    with knockout(model, sources=[1, 2, 3], targets=behind):
+        whole = model(TOKENS)
+    with knockout(model, sources=[1, 2], targets=behind), knockout(model, sources=[2, 3], targets=behind):
+        assert relative(model(TOKENS), whole) < FP64
+    with (
+        knockout(model, sources=[2, 3], targets=behind, source="scan"),
+        knockout(model, sources=[1, 2], targets=behind, source="scan"),
+        knockout(model, sources=2, targets=5, source="scan", layers=1),
+    ):
+        nested = model(TOKENS)
+    with knockout(model, sources=[1, 2, 3], targets=behind, source="scan"):
+        assert relative(model(TOKENS), nested) < FP64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["nemotron", "lfm2", "zamba"])
+def test_a_cut_stays_while_generating(case):
+    model = HookedHybrid.from_hf(tiny(case).hf)
     with knockout(model, sources=[1, 2], targets=slice(4, None)):
         whole = model.generate(TOKENS, 5, do_sample=False, stop_at_eos=False, verbose=False)
         again = TOKENS
@@ -245,7 +262,7 @@ def test_a_cut_stays_while_generating():
             again = torch.cat([again, model(again)[:, -1].argmax(-1)[:, None]], 1)
     assert torch.equal(whole, again)
     sweep = knockout_sweep(model, TOKENS, metric, progress=False)
-    assert sweep.shape == (5, 6)
+    assert sweep.shape == (model.cfg.n_layers, 6)
 
 
 @torch.no_grad()

@@ -46,18 +46,21 @@ def off(got: Tensor, expected: Tensor) -> float:
 )
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_and_steps_equal_one_pass_at_every_site(case, cuts):
-    model, tokens = tiny(case).model, tokens_for()
+    check_pieces(tiny(case).model, tokens_for(), cuts)
+
+
+def check_pieces(model, tokens: Tensor, cuts: tuple[int, ...]) -> None:
     logits, cache, end = everything(model, tokens)
-    state, found = None, []
+    length, state, found = tokens.shape[1], None, []
     for a, b in itertools.pairwise(cuts):
         out, piece, state = everything(model, tokens[:, a:b], initial_state=state)
         found.append((out, piece))
     assert relative(torch.cat([out for out, _ in found], 1), logits) < FP64
     for name in cache:
-        assert off(joined(model, name, [c[name] for _, c in found], 17), cache[name]) < FP64, name
+        assert off(joined(model, name, [c[name] for _, c in found], length), cache[name]) < FP64, name
     for mine, theirs in zip(state, end, strict=True):
         assert all(relative(a, b) < FP64 for (_, a), (_, b) in zip(mine.items(), theirs.items(), strict=True))
-    assert state.seen.tolist() == end.seen.tolist() == [17, 17]
+    assert state.seen.tolist() == end.seen.tolist() == [length] * len(tokens)
 
 
 def part(model, name: str, value: Tensor, row: int, columns: slice) -> Tensor:
@@ -73,10 +76,14 @@ def part(model, name: str, value: Tensor, row: int, columns: slice) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_padding_gives_each_row_what_it_gets_alone(case, side):
     """At every site, and in the call behind it; whatever stands in the padding."""
-    model, long = tiny(case).model, tokens_for(rows=3, length=11, seed=4)
-    lengths = (11, 7, 3)
-    tokens, mask = torch.full((3, 11), 60), torch.zeros(3, 11, dtype=torch.long)
-    spans = [slice(11 - n, 11) if side == "left" else slice(0, n) for n in lengths]
+    check_padding(tiny(case).model, side, (11, 7, 3))
+
+
+def check_padding(model, side: str, lengths: tuple[int, int, int]) -> None:
+    longest = max(lengths)
+    long = tokens_for(rows=3, length=longest, seed=4)
+    tokens, mask = torch.full((3, longest), 60), torch.zeros(3, longest, dtype=torch.long)
+    spans = [slice(longest - n, longest) if side == "left" else slice(0, n) for n in lengths]
     for i, (n, span) in enumerate(zip(lengths, spans, strict=True)):
         tokens[i, span], mask[i, span] = long[i, :n], 1
     logits, cache, state = everything(model, tokens, attention_mask=mask)

@@ -56,3 +56,22 @@ def test_only_where_it_fits(always):
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         assert not products._by_onednn(x, weight)
     assert torch.equal(products.linear(x.double(), weight.double()), torch.full((1, 2, 4), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [1, 15, 16, 63, 64, 65, 200])
+def test_a_single_row_by_numba(width, threads, monkeypatch):
+    from hooked_mamba.ops import numba_compile, numba_row
+
+    monkeypatch.setattr(numba_compile, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(width)
+    x, weight, bias = (torch.randn(*size, generator=generator) for size in ((1, 1, width), (37, width), (37,)))
+    weight.requires_grad_()
+    for b in (None, bias):
+        with torch.no_grad():
+            out = products.linear(x, weight, b)
+            assert torch.equal(out, numba_row.row_times(x, weight, b))
+        exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    assert products.linear(x, weight).requires_grad  # with a gradient in view, torch's own product

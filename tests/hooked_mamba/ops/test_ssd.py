@@ -42,6 +42,18 @@ def test_agrees_with_the_loop(shape, states, chunk, backend, dtype):
     assert_agrees(ssd, ssd_inputs(*shape), dtype, backend, chunk=chunk, states_at=states_at)
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("leave_out", [(), ("h0",), ("D",)])
+@pytest.mark.parametrize("shape", [(2, 1, 6, 5, 3, 32), (1, 1, 4, 1, 1, 16), (1, 1, 4, 3, 2, 7)])
+def test_a_step_without_gradients(shape, leave_out, backend):
+    inputs = {name: t for name, t in ssd_inputs(*shape).items() if name not in leave_out}
+    with torch.no_grad():
+        exact = ssd(**inputs, backend="naive", states_at="all")
+        found = ssd(**{name: t.float() for name, t in inputs.items()}, backend=backend, states_at="all")
+    for mine, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=4e-6, atol=4e-6)
+
+
 @each_backend
 @given(
     shape=st.tuples(sizes(3), lengths()),

@@ -11,12 +11,22 @@ from tests.hooked_mamba.reference import Edits
 
 RWKV7 = ("hook_r", "hook_w", "hook_k", "hook_kappa", "hook_a", "hook_nu", "hook_gate")
 DELTANET = ("hook_q", "hook_k", "hook_A_bar", "hook_beta", "hook_gate")
+MAMBA3 = ("hook_B", "hook_C", "hook_A_bar", "hook_beta", "hook_gamma", "hook_gate")
+VALUES = {"hook_v", "hook_x"}
+"""The site of what the held scan is linear in."""
+
+
+def value_site(model, layer: int) -> str:
+    """The full name of the site of the values."""
+    (name,) = VALUES & {point.rpartition(".")[2] for point in model.hook_dict if f"blocks.{layer}.mixer." in point}
+    return f"blocks.{layer}.mixer.{name}"
 
 
 def held_edits(model, tokens) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Edits that hold what selects, gates and divides; one factor of SiLU and of relu^2 is held too."""
     run = equations(model, tokens).sites
-    names = RWKV7 if model.family == "rwkv7" else DELTANET
+    mamba3 = "blocks.0.mixer.hook_x" in run
+    names = RWKV7 if model.family == "rwkv7" else MAMBA3 if mamba3 else DELTANET
     edits: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     now: dict[str, np.ndarray] = {}
 

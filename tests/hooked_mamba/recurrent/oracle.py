@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.hooked_mamba.recurrent import mamba3_oracle
 from tests.hooked_mamba.reference import Edits, Recorder, silu, softplus
 
 Array = np.ndarray
@@ -230,7 +231,7 @@ def deltanet(
     memory: Memory | None = None,
     wrong: str = "",
 ) -> Pass:
-    """A hybrid whose blocks are a gated DeltaNet and then a gated MLP."""
+    """A hybrid whose blocks are a mixer, gated DeltaNet or Mamba-3, and then a gated MLP, if anything."""
     rec, mix = Recorder(edits or {}), cfg.branches["mixer"]
     after: Memory = [{} for _ in range(cfg.n_layers)]
     x = rec("hook_embed", weights["embed.weight"][rec("hook_tokens", tokens)])
@@ -239,7 +240,7 @@ def deltanet(
         p = {name.removeprefix(at): value for name, value in weights.items() if name.startswith(at)}
         x = rec(f"{at}hook_resid_pre", x)
         n = rms_norm(rec, f"{at}norm", x, p["norm.weight"], cfg.eps)
-        x = x + rec(f"{at}hook_mixer_out", _deltanet(mix, rec, i, p, n, before, after[i], wrong))
+        x = x + rec(f"{at}hook_mixer_out", _mixer(mix, rec, i, p, n, before, after[i], wrong))
         if "norm2.weight" not in p:  # nothing but the mixer
             x = rec(f"{at}hook_resid_post", x)
             continue
@@ -255,6 +256,15 @@ def deltanet(
     unused = set(rec.edits) - rec.used
     assert not unused, f"no such site: {unused}"
     return Pass(logits, rec.sites, after)
+
+
+def _mixer(cfg, rec, layer, p, n, before, after, wrong):
+    if not hasattr(cfg, "A_act"):
+        return _deltanet(cfg, rec, layer, p, n, before, after, wrong)
+    p = {name.removeprefix("mixer."): value for name, value in p.items() if name.startswith("mixer.")}
+    out, memory = mamba3_oracle.equations(cfg, lambda name, x: rec(f"blocks.{layer}.mixer.{name}", x), p, n, before)
+    after |= memory
+    return out
 
 
 def _deltanet(cfg, rec, layer, p, n, before, after, wrong):

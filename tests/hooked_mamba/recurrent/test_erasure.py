@@ -8,7 +8,7 @@ import torch
 
 from hooked_mamba.analysis import erasure
 from hooked_mamba.frozen.run import Run
-from tests.hooked_mamba.recurrent.models import KINDS, bare, equations, tokens_for
+from tests.hooked_mamba.recurrent.models import KINDS, MAMBA3, bare, equations, tokens_for
 from tests.hooked_mamba.tiny import build, relative
 from tests.hooked_mamba.tiny import tokens_for as mamba_tokens
 
@@ -81,6 +81,57 @@ def test_each_is_what_doing_it_gives(kind, from_state):
             assert float(found.decay[:, 0].abs().max()) > 0
         for what in ("write", "removal", "decay"):
             assert float(getattr(found, what).abs().max()) > 1e-6
+
+
+def mamba3_added(model, sites: dict, memory: dict, head: int, off: tuple[str, int] | None) -> np.ndarray:
+    """What the mixer of layer 1 adds by way of one head's state, rank by rank."""
+    at, mix = "blocks.1.mixer.hook_", model.cfg.branches["mixer"]
+    p = {n.removeprefix("blocks.1.mixer."): w.numpy() for n, w in model.state_dict().items()}
+    get = {name.removeprefix(at): value for name, value in sites.items() if name.startswith(at)}
+    ranks, P = getattr(mix, "mimo_rank", 1), mix.head_dim
+    B, C, gate = (get[name].reshape(2, LENGTH, ranks, -1) for name in ("B", "C", "gate"))
+    B, C = (v.reshape(2, LENGTH, ranks, mix.H, -1)[:, :, :, head] for v in (B, C))
+    up, down = (p[name][head] if ranks > 1 else np.ones((1, P)) for name in ("mimo_x", "mimo_o"))
+    gain = gate[..., head * P : (head + 1) * P] * down
+    if mix.norm_of_heads:
+        scale = sites["blocks.1.mixer.norm.hook_scale"].reshape(2, LENGTH, ranks, mix.H, 1)[:, :, :, head]
+        gain = gain / scale * p["norm.weight"][head * P : (head + 1) * P]
+    h = memory["ssm"][:, head] if memory else np.zeros((2, P, mix.d_state))
+    past = np.zeros_like(h)
+    if memory:
+        B_last = memory["B"].reshape(2, ranks, mix.H, -1)[:, :, head]
+        past = np.einsum("brp,brn->bpn", memory["x"][:, head, None] * up, B_last)
+    out = np.zeros((2, LENGTH, P))
+    for t in range(LENGTH):
+        written = np.einsum("brp,brn->bpn", get["x"][:, t, head, None] * up, B[:, t]) * (off != ("write", t))
+        alpha, beta, gamma = (get[name][:, t, head, None, None] for name in ("A_bar", "beta", "gamma"))
+        h = (1 if off == ("decay", t) else alpha) * h + beta * past + gamma * written
+        past = written
+        out[:, t] = (np.einsum("bpn,brn->brp", h, C[:, t]) * gain[:, t]).sum(1)
+    return out @ p["out_proj.weight"][:, head * P : (head + 1) * P].T
+
+
+@pytest.mark.parametrize("from_state", [False, True])
+@pytest.mark.parametrize("kind", MAMBA3)
+def test_mamba3s_writes_and_decays(kind, from_state):
+    model, tokens = bare(kind), tokens_for(length=LENGTH)
+    state, memory = None, None
+    if from_state:
+        earlier = tokens_for(length=3, seed=9)
+        state, memory = model(earlier, return_state=True)[1], equations(model, earlier).memory
+    sites = equations(model, tokens, memory=memory).sites
+    run = Run(model, tokens, initial_state=state)
+    V = torch.randn(2, LENGTH, model.cfg.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for head in range(model.cfg.branches["mixer"].H):
+        found = erasure(run, 1, head, V)
+        usual = mamba3_added(model, sites, memory[1] if memory else {}, head, None)
+        for what in ("write", "decay"):
+            for s in range(LENGTH):
+                other = mamba3_added(model, sites, memory[1] if memory else {}, head, (what, s))
+                expected = (V.numpy() * (other - usual)).sum((1, 2))
+                assert np.abs(getattr(found, what)[:, s].numpy() - expected).max() < EXACT, (what, s)
+            assert float(getattr(found, what).abs().max()) > 1e-6
+        assert not found.removal.any()
 
 
 @pytest.mark.parametrize("kind", ["rwkv7", "deltanet"])

@@ -14,26 +14,33 @@ import torch
 from hooked_mamba import HookedHybrid, HookedMamba3, load_model
 from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading import CheckpointError
-from hooked_mamba.recurrent_config import Mamba3Config
+from hooked_mamba.recurrent_config import Mamba3Config, Mamba3MIMOConfig
 from tests.hooked_mamba import reference
 from tests.hooked_mamba.recurrent import mamba3_oracle
 from tests.hooked_mamba.recurrent.models import everything, tokens_for
 from tests.hooked_mamba.tiny import arrays, relative
 
 pytestmark = pytest.mark.usefixtures("fast")
-EXACT = 1e-11
+EXACT = 1e-12
 LENGTH = 6
 KINDS = {
     "plain": {"A_act": "softplus"},
     "all": {"A_act": "heavy_tail", "n_groups": 2, "norm_of_heads": True, "use_bias": True, "rope_fraction": 1.0},
+    "mimo": {"A_act": "softplus", "mimo_rank": 2, "d_state": 8},
+    "mimo-all": {"A_act": "heavy_tail", "mimo_rank": 3, "d_state": 4, "n_groups": 2, "norm_of_heads": True},
 }
+
+
+def mixer_config(kind: str, **changes) -> Mamba3Config:
+    fields = {"d_model": 6, "d_state": 5, "head_dim": 3} | KINDS[kind] | changes
+    return (Mamba3MIMOConfig if "mimo_rank" in fields else Mamba3Config)(**fields)
 
 
 @functools.lru_cache
 @torch.no_grad()
 def model_of(kind: str) -> HookedHybrid:
     """One block, so that its mixer's input is known."""
-    mixer = Mamba3Config(d_model=6, n_layers=1, d_state=5, head_dim=3, **KINDS[kind])
+    mixer = mixer_config(kind, n_layers=1)
     cfg = HybridConfig(
         d_model=6, n_layers=1, d_vocab=17, tie_embeddings=False, branches={"mixer": mixer}, layout=((("mixer",),),)
     )
@@ -175,14 +182,15 @@ def test_the_rate_has_no_default():
 
 def in_files(kind: str, **changes) -> HookedMamba3:
     """Two layers, of architecture "mamba3"."""
-    fields = {**KINDS[kind], "use_bias": False, **changes}
-    mixer = Mamba3Config(d_model=6, n_layers=2, d_state=5, head_dim=3, **fields)
+    mixer = mixer_config(kind, n_layers=2, **{"use_bias": False, **changes})
     layout = ((("mixer",),),) * 2
     stack = {"d_model": 6, "n_layers": 2, "d_vocab": 24, "tie_embeddings": kind == "plain", "architecture": "mamba3"}
     return HookedMamba3(HybridConfig(**stack, branches={"mixer": mixer}, layout=layout), seed=0).eval()
 
 
-@pytest.mark.parametrize(("kind", "format"), [("plain", "raw"), ("all", "raw"), ("plain", "hf")])
+@pytest.mark.parametrize(
+    ("kind", "format"), [("plain", "raw"), ("all", "raw"), ("plain", "hf"), ("mimo", "raw"), ("mimo-all", "raw")]
+)
 def test_files_both_ways(kind, format, tmp_path):
     model, tokens = in_files(kind), tokens_for()
     model.save_pretrained(tmp_path, format=format)
@@ -191,7 +199,8 @@ def test_files_both_ways(kind, format, tmp_path):
         assert torch.equal(loaded(tokens), model(tokens))
     if format == "raw":
         names = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-        assert names["backbone.layers.1.mixer.B_bias"].shape == (4, 1, 5)
+        rank, N = getattr(model.cfg.branches["mixer"], "mimo_rank", 1), model.cfg.branches["mixer"].d_state
+        assert names["backbone.layers.1.mixer.B_bias"].shape == (4, rank, N)
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["ssm_cfg"]["layer"] == "Mamba3"
 
@@ -204,16 +213,16 @@ def test_a_raw_file_must_say_which_rate(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"two variants.*softplus.*heavy_tail"):
         load_model(tmp_path)
-    config["ssm_cfg"] |= {"A_act": "softplus", "is_mimo": True}
+    config["ssm_cfg"] |= {"A_act": "softplus", "is_mimo": True, "mimo_rank": 2, "d_state": 6}
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is_mimo=True"):
+    with pytest.raises(CheckpointError, match="mimo_x"):
         load_model(tmp_path)
 
 
 def test_what_a_form_cannot_say(tmp_path):
     with pytest.raises(CheckpointError, match="format='raw'"):
         in_files("all").save_pretrained(tmp_path, format="hf")
+    with pytest.raises(CheckpointError, match="MIMO"):
+        in_files("mimo").save_pretrained(tmp_path, format="hf")
     with pytest.raises(CheckpointError, match="use_bias=True"):
         in_files("plain", use_bias=True).save_pretrained(tmp_path, format="raw")
-    with pytest.raises(ValueError, match="linear form is not computed"):
-        model_of("plain").run_with_cache(tokens_for())[1].hidden_attention(0)

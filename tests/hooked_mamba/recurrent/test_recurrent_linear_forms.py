@@ -1,4 +1,5 @@
-"""Linear forms of the delta rule: sums, places against a replay that knows nothing of them, hidden attention, parts."""
+"""Linear forms of the delta rule and of Mamba-3: sums, hidden attention, parts, places against a replay that knows
+nothing of them."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from hooked_mamba.analysis import direct_logit_attribution, knockout, source_log
 from hooked_mamba.analysis.memory_probes import receptive_field, write_survival
 from hooked_mamba.frozen.run import Run
 from tests.hooked_mamba import reference
-from tests.hooked_mamba.recurrent.held import held_edits, joined
-from tests.hooked_mamba.recurrent.models import KINDS, bare, equations, everything, tokens_for
+from tests.hooked_mamba.analysis.test_knockout import generated
+from tests.hooked_mamba.recurrent.held import held_edits, joined, value_site
+from tests.hooked_mamba.recurrent.models import KINDS, LINEAR, bare, equations, everything, tokens_for
 from tests.hooked_mamba.tiny import relative
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -30,7 +32,7 @@ def cases(model):
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "padded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_a_branch_is_its_chain(kind, case):
     """Every value of the run, from the stream that entered; and pull is the transpose of push, constants apart."""
     model, tokens = bare(kind), tokens_for(length=LENGTH)
@@ -55,7 +57,7 @@ def test_a_branch_is_its_chain(kind, case):
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "padded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_parts_sum_to_targets(kind, case):
     model, tokens = bare(kind), tokens_for(length=LENGTH)
     direction = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -69,7 +71,7 @@ def test_parts_sum_to_targets(kind, case):
     assert float(found.residual.abs().max()) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_places_are_those_of_a_held_replay(kind):
     """What each embedding and each channel adds, by the complex step through the equations with all else held."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
@@ -87,7 +89,7 @@ def test_places_are_those_of_a_held_replay(kind):
         only[:, s] = stream[:, s]
         assert abs(derivative("blocks.0.hook_resid_pre", only) - float(found.embeddings[0, s])) < EXACT
     for layer in range(2):
-        name = f"blocks.{layer}.mixer.hook_v"
+        name = value_site(model, layer)
         value = sites[name]
         for s in (0, 3, LENGTH - 1):
             for e in range(value[0, 0].size):
@@ -104,7 +106,7 @@ def test_places_are_those_of_a_held_replay(kind):
             assert abs(expected - float(found.carried["v_first"][0, s])) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_hidden_attention_is_what_the_state_hands_on(kind):
     """alpha[t, s], with its sign: by the complex step through the equations, values alone moving."""
     model, tokens = bare(kind), tokens_for(length=LENGTH)
@@ -112,14 +114,14 @@ def test_hidden_attention_is_what_the_state_hands_on(kind):
     held = held_edits(model, tokens)
     for layer in range(2):
         alpha = cache.hidden_attention(layer)
-        name, site = f"blocks.{layer}.mixer.hook_v", f"blocks.{layer}.mixer.hook_y_scan"
+        name, site = value_site(model, layer), f"blocks.{layer}.mixer.{model.mixer(layer).site_at('y')}"
         shape = equations(model, tokens).sites[name].shape
         for s in range(LENGTH):
             step = np.zeros(shape)
             step[:, s] = 1
             moved = equations(model, tokens, joined(held, {name: lambda v, d=step: v + 1j * reference.STEP * d}))
-            response = reference.derivative(moved.sites[site])
-            assert np.abs(response - response[..., :1]).max() < EXACT, "all values of a head move alike"
+            response = reference.derivative(moved.sites[site]).reshape(2, LENGTH, alpha.shape[1], -1)
+            assert np.abs(response - response[..., :1]).max() < EXACT, "all values of a lane move alike"
             assert relative(alpha[:, :, :, s], response[..., 0].transpose(0, 2, 1)) < EXACT
         assert bool((alpha < 0).any())
         assert bool((alpha > 0).any())
@@ -130,7 +132,7 @@ def test_hidden_attention_is_what_the_state_hands_on(kind):
 
 
 @pytest.mark.parametrize("source", ["scan", "token"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_sources_sum_to_the_mixers_output(kind, source):
     model, tokens = bare(kind), tokens_for(length=LENGTH)
     _, cache = model.run_with_cache(tokens)
@@ -142,14 +144,17 @@ def test_sources_sum_to_the_mixers_output(kind, source):
         assert torch.allclose(few, stack[:, :, [5, 1]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_each_source_is_what_a_held_replay_says(kind):
     """By source "scan": the mixer's output with one value alone; by "token", in layer 0, with one token's stream."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
     _, cache = model.run_with_cache(tokens)
     held = held_edits(model, tokens)
     sites = equations(model, tokens).sites
-    places = [("scan", f"blocks.{i}.mixer.hook_v", i) for i in range(2)] + [("token", "blocks.0.norm.hook_out", 0)]
+    places = [("scan", value_site(model, i), i) for i in range(2)] + [
+        # A bias of the projection is the token's own.
+        ("token", value_site(model, 0) if kind == "mamba3" else "blocks.0.norm.hook_out", 0)
+    ]
     for source, name, layer in places:
         stack = cache.stack_source_results(layer, source)
         value = sites[name]
@@ -161,7 +166,7 @@ def test_each_source_is_what_a_held_replay_says(kind):
             assert relative(stack[s], expected) < EXACT, (source, s)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_states_are_those_of_the_equations(kind):
     model, tokens = bare(kind), tokens_for(length=LENGTH)
     _, cache = model.run_with_cache(tokens)
@@ -172,7 +177,7 @@ def test_states_are_those_of_the_equations(kind):
         assert relative(cache.compute_ssm_state(layer, [4, 1]), expected[:, [4, 1]]) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_channels_heads_and_layers_sum(kind):
     model, tokens = bare(kind), tokens_for(length=LENGTH)
     logits, cache = model.run_with_cache(tokens)
@@ -181,7 +186,8 @@ def test_channels_heads_and_layers_sum(kind):
         units, labels = stack_units(return_labels=True)
         for layer in range(2):
             mine = [i for i, label in enumerate(labels) if label.startswith(f"L{layer}")]
-            assert relative(units[mine].sum(0), cache["out_proj", layer]) < EXACT
+            bias = model.mixer(layer).value_output().b
+            assert relative(units[mine].sum(0) + (0 if bias is None else bias), cache["out_proj", layer]) < EXACT
         assert relative(stack_units(incl_remainder=True).sum(0), final) < EXACT
     assert relative(cache.decompose_resid().sum(0), final) < EXACT
     found = direct_logit_attribution(cache, 3)
@@ -194,7 +200,7 @@ def test_channels_heads_and_layers_sum(kind):
     assert relative(rows.sum(1), by_layer.values[mixers]) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_the_local_part_is_what_the_own_input_gives(kind):
     """By the complex step through the equations, as long as nothing else of the position reads it."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
@@ -226,22 +232,48 @@ def test_a_source_knocked_out_is_a_value_that_was_never_there(kind, cut):
     assert relative(cache[f"{name}hook_y_scan"], sites[f"{name}hook_y_scan"] - later * lost) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_what_is_left_of_a_write(kind):
-    """The length of k_s M ... M, from states that differ by the write alone."""
+    """The length of k_s M ... M, from states that differ by the write alone; of Mamba-3's, as a part of both halves."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
     _, cache = model.run_with_cache(tokens)
     held, sites = held_edits(model, tokens), equations(model, tokens).sites
-    name, s = "blocks.1.mixer.", 2
+    name, at, s = value_site(model, 1), "blocks.1.mixer.", 2
     left = write_survival(cache, 1, s)
-    step = np.zeros_like(sites[f"{name}hook_v"])
+    step = np.zeros_like(sites[name])
     step[:, s] = 1
-    moved = equations(model, tokens, joined(held, {f"{name}hook_v": lambda v: v + 1j * reference.STEP * step}))
-    length = np.linalg.norm(reference.derivative(moved.sites[f"{name}hook_h"])[..., 0, :], axis=-1)
-    assert relative(left[:, s:], length[:, s:] / length[:, s : s + 1]) < EXACT
+    moved = equations(model, tokens, joined(held, {name: lambda v: v + 1j * reference.STEP * step}))
+    length = np.linalg.norm(reference.derivative(moved.sites[f"{at}hook_h"]), axis=(-2, -1))
+    whole = length[:, s]
+    if "mamba3" in kind:  # the second half comes at s + 1, decayed there
+        whole = length[:, s + 1] / sites[f"{at}hook_A_bar"][:, s + 1]
+    expected = length[:, s:] / whole[:, None]
+    lanes = left.shape[2] // expected.shape[2]
+    assert relative(left[:, s:], np.repeat(expected, lanes, 2)) < EXACT
     assert float(left[:, :s].abs().max()) == 0
     field = receptive_field(cache, 1)
     assert bool((field.mean_distance >= 0).all())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["mamba3", "mamba3-mimo"])
+def test_what_is_cut_stays_cut_while_generating(kind, side):
+    """The last token's write has its second half in the next call: padded rows generate as each does alone, in one
+    pass."""
+    model, tokens = bare(kind), tokens_for(length=6)
+    mask = torch.ones_like(tokens)
+    mask[1, slice(0, 2) if side == "left" else slice(4, 6)] = 0
+    ends = [5, int(mask[1].nonzero().max())]
+    sources = torch.zeros(2, 6, dtype=torch.bool)
+    sources[[0, 1], ends] = True
+    made, logits = generated(model, tokens, [{"sources": sources, "source": "scan"}], mask)
+    for row in range(2):
+        real = torch.cat([mask[row].bool(), torch.ones(4, dtype=torch.bool)])
+        last = int(mask[row].sum()) - 1
+        with knockout(model, last, source="scan"):
+            whole = model(made[row : row + 1, :-1][:, real])
+        assert relative(logits[row, real], whole[0]) < EXACT
+        assert relative(whole, model(made[row : row + 1, :-1][:, real])) > 1e-3
 
 
 def test_a_write_of_gated_deltanet_is_cut_at_its_value():
@@ -259,7 +291,7 @@ def test_tokens_cannot_be_knocked_out_of_two_taps():
 # Through whole models ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_pushed_forwards_is_pulled_back(kind):
     """Each embedding taken away from the frozen model changes a logit by minus what it is said to add."""
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
@@ -273,7 +305,7 @@ def test_pushed_forwards_is_pulled_back(kind):
     assert relative(pushed.read(target.covector(frozen, 0)), -found.embeddings[0]) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_selection_gradient_is_the_gradient(kind):
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
     found = attribute(FrozenModel(model, tokens, selection="gradient"), targets=Logit(3))
@@ -286,7 +318,7 @@ def test_selection_gradient_is_the_gradient(kind):
         assert abs(expected - float(found.embeddings[0, s])) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LINEAR)
 def test_value_selection_and_gate_sum_to_a_patch(kind):
     model, tokens = bare(kind), tokens_for(rows=1, length=LENGTH)
     found = patch_effects(FrozenModel(model, tokens), target=Logit(3), replace_by=5, positions=[1, 4])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mamba.models import HookedSSM
+from hooked_mamba.models import HookedModel
 from saes import SparseCoder, mambacoder_config, sae_config
 from tests.hooked_mamba.tiny import build
 
@@ -30,7 +30,7 @@ class Tokenizer:
         return {"input_ids": [ord(c) % 17 for c in text]}
 
 
-def model(family: str = "mamba") -> HookedSSM:
+def model(family: str = "mamba") -> HookedModel:
     made = build(family)
     made.tokenizer = Tokenizer()
     return made

@@ -50,7 +50,7 @@ def test_all_layers_run_where_the_final_norm_is_wanted() -> None:
 
 def test_padding_and_excluded_tokens_are_left_out() -> None:
     model = mamba()
-    tokens, real = rows()
+    tokens, real, _ = rows()
     real = real.clone()
     real[1, 4:] = False
     tokens = tokens.clone()

@@ -22,10 +22,13 @@ from saes.store import (
     ListedDocuments,
     MemoryBlocks,
     ModelBlocks,
+    Rows,
     ShardReader,
     StoreError,
     capture_to_disk,
     capture_to_memory,
+    read_text_file,
+    take,
 )
 
 STREAMS = ["blocks.0.norm.hook_out", "blocks.0.mixer.hook_out_proj"]
@@ -267,3 +270,31 @@ def test_processes_share_shards(folder: Path) -> None:
     sums = [[float(b[STREAMS[0]].sum()) for b in iter(part.next_block, None)] for part in parts]
     assert len(sums[0]) == len(sums[1]) == n // 2
     assert not set(sums[0]) & set(sums[1])
+
+
+def test_a_text_taken_for_a_path():
+    for text in ("Once upon a time", "Once upon a time. " * 500):
+        with pytest.raises(FileNotFoundError, match="a text itself is given in a list") as caught:
+            read_text_file(text)
+        assert len(str(caught.value)) < 300
+
+
+def test_documents_of_a_packed_row_are_kept_apart() -> None:
+    """What is captured of each document, cut where its row is, is what the model gives for that piece alone."""
+    made, documents = model().double(), [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16, 3, 2, 1]]
+    source = DocumentRows(ListedDocuments(documents, shuffle=False), 6, epochs=1, boundaries=True)
+    packed = take(source, 9)
+    assert packed is not None
+    assert packed.document_ids is not None
+    got = Capture(made, STREAMS, dtype=torch.float64)(packed)
+    pieces = []
+    for tokens, real, ids in zip(*packed, strict=True):
+        for i in ids[real].unique(sorted=True):
+            row = tokens[real & (ids == i)][None]
+            pieces.append(Capture(made, STREAMS, dtype=torch.float64)(Rows(row, torch.ones_like(row).bool())))
+    assert len(pieces) == 6  # two of them are cut by a row's end
+    for stream in STREAMS:
+        expected = torch.cat([piece[stream] for piece in pieces])
+        torch.testing.assert_close(got[stream], expected, rtol=1e-12, atol=1e-12)
+    as_one = Capture(made, STREAMS, dtype=torch.float64)(Rows(packed.tokens, packed.real))
+    assert not torch.allclose(as_one[STREAMS[1]], got[STREAMS[1]])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from hooked_mamba.names_elsewhere import advice
+from hooked_mamba.transformerlens_names import FACTORED
 
 
 class FactoredMatrix:
@@ -152,6 +155,12 @@ class FactoredMatrix:
     def unsqueeze(self, k: int) -> FactoredMatrix:
         """A new leading axis."""
         return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for names that do not exist; for TransformerLens' the error says what they are here."""
+        if name in FACTORED:
+            raise AttributeError(advice(name, FACTORED))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"FactoredMatrix({list(self.shape)}, inner width {self.mdim})"

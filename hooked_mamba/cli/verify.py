@@ -1,0 +1,56 @@
+"""The command `verify`: a checkpoint here and in transformers, side by side."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hooked_mamba.cli.base import console, reports_errors, table
+
+
+@reports_errors
+def verify(
+    name: Annotated[str, typer.Argument(help="Hub id, folder or bundled name of a checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="float32 or float64; repeatable. Default: both, where they fit.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file. Default: verify-NAME.json.")] = None,
+) -> None:
+    """Load a checkpoint here and with transformers, and compare logits and time on bundled prompts.
+
+    Prints one table and writes a JSON file, which docs/verified.md says where to send. Exit code 1: they differ.
+    """
+    from hooked_mamba import verification
+
+    found = verification.verify(name, revision=revision, device=device, dtypes=dtype or tuple(verification.BOUNDS))
+    columns = ("precision", "largest difference", "of logits to", "same top token", "same 20 tokens", "here", "there")
+    rows = [
+        (
+            one.dtype,
+            f"{one.max_difference:.2g}",
+            f"{one.max_logit:.3g}",
+            f"{one.same_top:.1%}",
+            "yes" if one.same_continuation else "no",
+            f"{one.seconds_here * 1e3:.1f} ms",
+            f"{one.seconds_transformers * 1e3:.1f} ms",
+        )
+        for one in found.comparisons
+    ]
+    screen = console()
+    what = f"{found.name}: {found.family}, {found.parameters:,} numbers, {found.format} format"
+    screen.print(table(what, columns, rows, right=columns[1:]), soft_wrap=True)
+    if found.reference == "converted":
+        screen.print("transformers does not read this format: its model was made of the weights loaded here")
+    for precision, why in found.left_out.items():
+        screen.print(f"{precision} was left out: {why}", soft_wrap=True, markup=False)
+    path = out or Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', found.name)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(found.to_json(), encoding="utf-8")
+    screen.print(f"{'They agree' if found.agrees else 'They DIFFER'}; written to {path}", soft_wrap=True, markup=False)
+    if not found.agrees:
+        raise typer.Exit(1)

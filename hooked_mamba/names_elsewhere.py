@@ -1,0 +1,83 @@
+"""Names of other libraries that users type from memory: an error of one line that says what to use here.
+
+A table maps a name to what to use; a text that starts with "none" says that there is no such thing, and why. Tables are
+in :mod:`hooked_mamba.transformerlens_names` and :mod:`saes.saelens_names`; docs/moving.md is made from them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TRANSFORMER_LENS = "TransformerLens"
+SAE_LENS = "SAELens"
+
+
+def advice(name: str, uses: Mapping[str, str], library: str = TRANSFORMER_LENS) -> str:
+    """One line: what another library's name is here."""
+    use = uses[name]
+    if use.startswith("none"):
+        why = use.removeprefix("none").removeprefix(": ").removeprefix("; ")
+        return f"{library}'s {name} has no counterpart here".replace("s's", "s'") + (f": {why}" if why else "")
+    return f"{library}'s {name} is here: {use}".replace("s's", "s'")
+
+
+def table(uses: Mapping[str, str]) -> str:
+    """The rows of a Markdown table; names with the same counterpart share a row."""
+    rows: dict[str, list[str]] = {}
+    for name, use in uses.items():
+        rows.setdefault(use, []).append(f"`{name}`")
+    return "\n".join(f"| {', '.join(names)} | {use} |" for use, names in rows.items())
+
+
+def import_advice(
+    module: str, uses: Mapping[str, str], other: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
+    """A module's `__getattr__`: an ImportError, whose text `from module import name` shows.
+
+    Parameters
+    ----------
+    other
+        Asked for names that are not in the table.
+    """
+
+    def find(name: str) -> Any:
+        if name in uses:
+            raise ImportError(advice(name, uses))
+        if other is not None:
+            return other(name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return find
+
+
+def knows_options(uses: Mapping[str, str], granted: Mapping[str, Any]) -> Callable[[F], F]:
+    """A function whose unknown keyword arguments are looked up in a table.
+
+    Parameters
+    ----------
+    uses
+        Name of an argument elsewhere -> what to use here.
+    granted
+        Name -> the value that asks for what is done here anyway; with that value the argument is dropped.
+    """
+
+    def wrap(function: F) -> F:
+        taken = frozenset(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in [name for name in kwargs if name not in taken]:
+                if name in granted and kwargs[name] is granted[name]:
+                    del kwargs[name]
+                elif name in uses:
+                    raise TypeError(f"{function.__name__} has no argument {name!r}: {advice(name, uses)}")
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return wrap
