@@ -174,6 +174,7 @@ def test_the_hybrid_needs_its_convolution_and_attention_and_the_others_their_sta
     assert wide["block 0: the state"] < 0.3
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_has_every_table(tmp_path, capsys):
     main(["--prompts", "32", "--stories", "0", "--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
