@@ -9,7 +9,7 @@ RANGES := $(addprefix tests/,hooked_mamba/loading hooked_mamba/test_text.py hook
 	hooked_mamba/analysis/test_plots.py hooked_mamba/test_cli.py saes/files saes/test_hub.py saes/explorer circuits/test_viewer.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studies case-study stranger docs test test-all test-oldest test-newest bench lint format
+.PHONY: help install demo studies case-study stranger hybrid docs test test-all test-oldest test-newest bench lint format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,6 +27,9 @@ case-study: .venv/.dev ## test the story of a hunger feature claim by claim; wri
 
 stranger: .venv/.stranger ## look inside a package's trained classifier; writes out/stranger/index.html
 	$(RUN) demos.stranger
+
+hybrid: .venv/.dev ## what attention adds to a state, in models trained here; writes out/hybrid/index.html (offline)
+	$(RUN) demos.hybrid
 
 docs: .venv/.dev ## build the documentation; open out/site/index.html (offline)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict -f docs/site/mkdocs.yml

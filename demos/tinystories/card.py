@@ -71,6 +71,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "dropped": "branch's" if options.family == "hybrid" else "mixer's",
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
         "command": options.command(),
+        "stopped": f"; the run was stopped at step {trainer.step}" if trainer.step < options.steps else "",
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
         "tokenizer_text": trainer.corpus.tokenizer.init_kwargs.get("trained_on", "text that its files do not name"),

@@ -47,10 +47,7 @@ def check_shapes(expected: Mapping[str, Shape], state_dict: Mapping[str, Tensor]
         elif got != expected[name]:
             faults.append(f"shape: {name} got {got}, expected {expected[name]}")
     if faults:
-        raise CheckpointError(
-            f"the weights do not fit the config, {len(faults)} fault{'s' * (len(faults) > 1)}:\n  "
-            + "\n  ".join(faults)
-        )
+        raise CheckpointError(f"the weights do not fit the config, {_counted(faults)}:\n  " + "\n  ".join(faults))
 
 
 def load_into(
@@ -138,8 +135,7 @@ def load_into(
         faults = list(dict.fromkeys(faults))
         of = f" (of {some(state.files)})" if state.files else ""
         raise CheckpointError(
-            f"the checkpoint{of} does not fit {type(module).__name__}, {len(faults)} fault{'s' * (len(faults) > 1)}:\n  "
-            + "\n  ".join(faults)
+            f"the checkpoint{of} does not fit {type(module).__name__}, {_counted(faults)}:\n  " + "\n  ".join(faults)
         )
     for name, slot in sources.items():
         slot.assign(copies.pop(name))

@@ -82,6 +82,7 @@ def _sites(found: dict[str, dict[str, Any]]) -> Table:
 def _tools(found: dict[str, dict[str, Any]]) -> Table:
     """What the tools on top of a cache give."""
     columns = ["decompose_resid", "effective attention", "states", "edit of a pattern", "edit of the routing"]
+    columns += ["logits with eager_scan", "effective attention then"]
     rows = [
         [family, *(row.get(name, NO_BRIDGE) for name in (*columns, "wrong tokens"))] for family, row in found.items()
     ]
@@ -156,8 +157,39 @@ def _tool_facts(
     chosen = [name for name in bridge.hook_dict if name.endswith("hook_expert_indices")]
     has_experts = any("moe" in names for names in kinds)
     facts["edit of the routing"] = _edit(bridge, chosen, logits, tokens, lambda x: x.flip(-1)) if has_experts else ""
+    facts |= _eager(bridge, model, tokens, scans)
     facts["wrong tokens"] = attempt(lambda: str(_wrong_tokens(bridge, model, tokens[:, :17])))
     return facts
+
+
+def _eager(bridge: Any, model: HookedHybrid, tokens: Tensor, scans: list[int]) -> dict[str, str]:
+    """With its own loop in place of transformers' scan: whether logits are right, and hidden attention."""
+    names = ("logits with eager_scan", "effective attention then")
+    if not scans:
+        return dict.fromkeys(names, "no scan")
+    blocks = [bridge.blocks[i] for i in scans]
+    mixers = [getattr(block, name) for block in blocks for name in ("mixer", "mamba") if hasattr(block, name)]
+    double = copy.deepcopy(model).double()
+    exact, ours = double.run_with_cache(tokens)
+    held: dict[str, Any] = {}
+
+    def logits() -> str:
+        found, held["cache"] = bridge.run_with_cache(tokens, use_cache=False)
+        return f"error {number(relative_error(found, exact))}"
+
+    def attention() -> str:
+        found = held["cache"].compute_ssm_effective_attention(scans[0], include_dt_scaling=True)
+        right = ours.hidden_attention(scans[0], include_skip=False)
+        return f"error {number(relative_error(found.reshape(right.shape), right))}"
+
+    for mixer in mixers:
+        mixer.eager_scan = True
+    try:
+        found = attempt(logits)
+        return dict(zip(names, (found, attempt(attention) if "cache" in held else ""), strict=True))
+    finally:
+        for mixer in mixers:
+            mixer.eager_scan = False
 
 
 def attempt(call: Callable[[], str]) -> str:

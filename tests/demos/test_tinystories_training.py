@@ -367,6 +367,7 @@ def test_the_card_states_what_was_measured(options):
     assert "50% of the training rows" in card
     assert "either order): 0, 0, 0, 0." in card
     assert "$" not in card
+    assert "; the run was stopped at step 4 |" in card
     assert stored.tokenizer.encode(" hungry") == corpus.tokenizer.encode(" hungry")
     assert len((folder / "training_log.jsonl").read_text().splitlines()) == 4
 
