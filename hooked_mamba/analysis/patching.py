@@ -27,6 +27,7 @@ from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
 from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.state import Padding
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
@@ -88,6 +89,9 @@ def generic_activation_patch(
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask
     indices, shape = index_list(model, tokens.shape[1], activation_name, index_axis_names, index_df)
+    indices = [
+        from_start(index, index_axis_names, model.cfg.n_layers, tokens.shape, attention_mask) for index in indices
+    ]
     clean = CleanValues(model, clean_cache, activation_name, tokens.shape, index_axis_names)
 
     def patch_at(index: tuple[int, ...]) -> Patch:
@@ -156,6 +160,44 @@ def index_list(
             )
     shape = tuple(sizes[axis] for axis in axes)
     return list(itertools.product(*map(range, shape))), shape
+
+
+def from_start(
+    index: tuple[int, ...],
+    axes: Sequence[str] | None,
+    n_layers: int,
+    shape: Sequence[int],
+    attention_mask: Any,
+) -> tuple[int, ...]:
+    """An index whose negative layer counts from the last, and whose negative position from the rows' last real tokens.
+
+    Raises
+    ------
+    IndexError
+        A layer that the model does not have.
+    ValueError
+        A negative position in rows that end at different columns, where one column cannot stand for it; or without
+        axis names, so that nobody knows which number is the position.
+    """
+    layer, *rest = index
+    if not -n_layers <= layer < n_layers:
+        raise IndexError(f"index {index}: layer {layer} is out of range for a model of {n_layers} layers")
+    places = [i for i, axis in enumerate(axes[1:]) if axis == "pos"] if axes else list(range(len(rest)))
+    ends = {shape[1]}
+    if attention_mask is not None:
+        padding = Padding.from_mask(attention_mask, shape)
+        ends = ends if padding is None else set(padding.ends.tolist())
+    for i in (i for i in places if rest[i] < 0):
+        if not axes and len(ends) > 1:
+            raise ValueError(f"index {index}: name the axes (index_axis_names) of negative indices in a padded batch")
+        if len(ends) > 1:
+            raise ValueError(
+                f"index {index}: the rows are padded on the right and end at different columns, so that no column is"
+                f" position {rest[i]} of all: pad on the left (padding_side='left'), or give columns from 0 up"
+            )
+        if axes:
+            rest[i] += ends.copy().pop()
+    return (layer % n_layers, *rest)
 
 
 UNITS = {"head_index": "head"}
