@@ -4,7 +4,7 @@
    the largest effects become nodes; all others stay part of the paths that pass them, so that sums are kept.
 2. The targets are traced again, paths now ending at these heads; so are the heads.
 3. Of the features that have been found, those with the largest influence are traced, a batch at a time, until the
-   budget is spent. What the others add stays in sight as each row's remainder.
+   budget is spent. What the others add is reported as each row's remainder.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _assemble(
     for place, row in all_rows:
         weights[place, len(first) :] = row[kept]
         remainder[place] = row[left_out].sum()
-        if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss stays in sight
+        if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss is reported
             remainder[place] = (*first, *inner)[place].value - weights[place].sum()
     importance = torch.cat([weight.to(effects.dtype), effects.new_zeros(len(inner))])
     tokens = tuple(frozen.words)

@@ -420,7 +420,7 @@ class SSMDecomposition(ResidualDecomposition):
     def _not_packed(self) -> None:
         if getattr(self, "packed", False):
             raise ValueError(
-                "documents are packed into the rows of this cache, and what is computed anew from it would mix them:"
+                "documents are packed into the rows of this cache, and what is recomputed from it would mix them:"
                 " run each document in a row of its own"
             )
 

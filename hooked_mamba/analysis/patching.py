@@ -6,8 +6,8 @@ TransformerLens' names and arguments; a sweep runs its patches side by side (see
     channel, head    the axis behind the positions: channels in Mamba-1 (and wherever a site is b l E), heads
     state            the N states (of sites that have them last)
 
-The site "h" with an index of positions means the state right after that position, which travels on (`hook_h.{t}`);
-its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
+The site "h" with an index of positions means the state right after that position, which is carried forward
+(`hook_h.{t}`); its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
 """
 
 from __future__ import annotations
@@ -388,7 +388,10 @@ get_act_patch_head_out_by_pos = _sweep(
     "y", ("layer", "pos", "head"), layer_pos_head_vector_patch_setter, "Each Mamba-2 head's output by position"
 )
 get_act_patch_state = _sweep(
-    STATE_SITE, ("layer", "pos"), layer_pos_state_patch_setter, "The state after each position, which travels on"
+    STATE_SITE,
+    ("layer", "pos"),
+    layer_pos_state_patch_setter,
+    "The state after each position, carried forward",
 )
 get_act_patch_state_dim = _sweep(
     STATE_SITE, ("layer", "pos", "state"), layer_pos_state_dim_patch_setter, "One of the N states after each position"
