@@ -400,10 +400,12 @@ get_act_patch_state_dim = _sweep(
 # Attention, MLPs and experts, over the blocks that have them; names as in TransformerLens where it has them
 
 
-def _of_heads(name: str, axis: str, text: str) -> tuple[partial, partial]:
-    """A sweep by position and one over all positions."""
-    by_pos = _sweep(name, ("layer", "pos", axis), layer_pos_head_vector_patch_setter, f"{text}, by position")
-    return by_pos, _sweep(name, ("layer", axis), layer_head_vector_patch_setter, f"{text}, at all positions")
+def _of_heads_by_pos(name: str, axis: str, text: str) -> partial:
+    return _sweep(name, ("layer", "pos", axis), layer_pos_head_vector_patch_setter, f"{text}, by position")
+
+
+def _of_heads(name: str, axis: str, text: str) -> partial:
+    return _sweep(name, ("layer", axis), layer_head_vector_patch_setter, f"{text}, at all positions")
 
 
 get_act_patch_attn_out = _by_pos("attn_out", "What attention adds to the stream")
@@ -411,29 +413,26 @@ get_act_patch_mlp_out = _by_pos("mlp_out", "What the MLP adds to the stream")
 get_act_patch_moe_out = _by_pos("moe_out", "What the experts add to the stream")
 get_act_patch_mixer_out = _by_pos("mixer_out", "What the mixer adds to the stream of a hybrid")
 get_act_patch_resid_mid = _by_pos("resid_mid", "The residual stream between two stages")
-get_act_patch_attn_head_out_by_pos, get_act_patch_attn_head_out_all_pos = _of_heads(
-    "attn.z", "head", "Each head's output"
-)
-get_act_patch_attn_head_z_by_pos, get_act_patch_attn_head_z_all_pos = _of_heads(
-    "attn.z", "head", "Each head's mixed values"
-)
-get_act_patch_attn_head_q_by_pos, get_act_patch_attn_head_q_all_pos = _of_heads("q", "head", "Each head's queries")
-get_act_patch_attn_head_k_by_pos, get_act_patch_attn_head_k_all_pos = _of_heads(
-    "k", "key_value_head", "Each key-value head's keys"
-)
-get_act_patch_attn_head_v_by_pos, get_act_patch_attn_head_v_all_pos = _of_heads(
-    "v", "key_value_head", "Each key-value head's values"
-)
+get_act_patch_attn_head_out_by_pos = _of_heads_by_pos("attn.z", "head", "Each head's output")
+get_act_patch_attn_head_out_all_pos = _of_heads("attn.z", "head", "Each head's output")
+get_act_patch_attn_head_z_by_pos = _of_heads_by_pos("attn.z", "head", "Each head's mixed values")
+get_act_patch_attn_head_z_all_pos = _of_heads("attn.z", "head", "Each head's mixed values")
+get_act_patch_attn_head_q_by_pos = _of_heads_by_pos("q", "head", "Each head's queries")
+get_act_patch_attn_head_q_all_pos = _of_heads("q", "head", "Each head's queries")
+get_act_patch_attn_head_k_by_pos = _of_heads_by_pos("k", "key_value_head", "Each key-value head's keys")
+get_act_patch_attn_head_k_all_pos = _of_heads("k", "key_value_head", "Each key-value head's keys")
+get_act_patch_attn_head_v_by_pos = _of_heads_by_pos("v", "key_value_head", "Each key-value head's values")
+get_act_patch_attn_head_v_all_pos = _of_heads("v", "key_value_head", "Each key-value head's values")
 get_act_patch_attn_head_pattern_all_pos = _sweep(
     "pattern", ("layer", "head"), layer_head_pattern_patch_setter, "Each head's pattern, for all positions"
 )
 get_act_patch_attn_head_pattern_by_pos = _sweep(
     "pattern", ("layer", "head", "pos"), layer_head_pos_pattern_patch_setter, "Each head's pattern, row by row"
 )
-get_act_patch_neuron_by_pos, get_act_patch_neuron_all_pos = _of_heads("post", "neuron", "Each neuron of the MLPs")
-get_act_patch_expert_score_by_pos, get_act_patch_expert_score_all_pos = _of_heads(
-    "router_scores", "expert", "Each expert's score in the choice"
-)
+get_act_patch_neuron_by_pos = _of_heads_by_pos("post", "neuron", "Each neuron of the MLPs")
+get_act_patch_neuron_all_pos = _of_heads("post", "neuron", "Each neuron of the MLPs")
+get_act_patch_expert_score_by_pos = _of_heads_by_pos("router_scores", "expert", "Each expert's score in the choice")
+get_act_patch_expert_score_all_pos = _of_heads("router_scores", "expert", "Each expert's score in the choice")
 
 SMALL_SITES = ("resid_pre", "x_pre", "mixer.z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")
 """The sites of :func:`get_act_patch_site_every`, which both families have."""
