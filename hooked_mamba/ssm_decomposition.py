@@ -17,6 +17,8 @@ from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.mixers.linear_form import Read
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 class SSMDecomposition(ResidualDecomposition):
@@ -81,6 +83,7 @@ class SSMDecomposition(ResidualDecomposition):
             P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
 
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def get_full_resid_decomposition(
         self,

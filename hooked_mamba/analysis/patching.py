@@ -27,7 +27,9 @@ from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
 from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
@@ -35,6 +37,7 @@ PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 STATE_SITE = "h"
 
 
+@knows_options(OPTIONS, GRANTED)
 def generic_activation_patch(
     model: Any,
     corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
@@ -141,12 +144,12 @@ def index_list(
         raise ValueError("give index_axis_names, such as ('layer', 'pos'), or the indices themselves as index_df")
     if axes[0] != "layer":
         raise ValueError(f"the first index axis must be 'layer', got {axes[0]!r}")
+    site = placed_site(model, "h.0" if name == STATE_SITE and "pos" in axes else name)  # says if there is none
     units = unit_axes(model)
     for axis in axes[1:]:
         if axis != "pos" and UNITS.get(axis, axis) not in units:
             known = ["layer", "pos", *units, *(name for name, same in UNITS.items() if same in units)]
             raise ValueError(f"no index axis is named {axis!r} in this model; there are {', '.join(known)}")
-    site = placed_site(model, "h.0" if name == STATE_SITE and "pos" in axes else name)
     sizes = {"layer": model.cfg.n_layers, "pos": length}
     for axis in axes:
         unit = UNITS.get(axis, axis)
