@@ -109,7 +109,7 @@ def build_graph(
     chosen = chosen_targets(targets)
     weight = _importance(frozen, chosen, importance)
     if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
-        raise ValueError("keep must say of each head and feature whether it is a node: masks of True and False")
+        raise ValueError("keep must be masks of True and False, one entry for each head and feature")
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
     else:

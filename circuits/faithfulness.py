@@ -154,7 +154,7 @@ def recovery(
 
     whole, none = float(metric(frozen.logits)[0]), measure(Keep.nothing(frozen))
     if whole == none:
-        raise ValueError("ablating everything leaves the metric as it is: nothing is there to be recovered")
+        raise ValueError("ablating everything leaves the metric unchanged, so there is nothing to recover")
 
     def share(keep: Keep) -> float:
         return (measure(keep) - none) / (whole - none)

@@ -110,7 +110,7 @@ class SSMDecomposition(ResidualDecomposition):
             components are "embed" and "bias".
         """
         if mlp_input:
-            raise ValueError("mlp_input: decompose_resid takes the stream between two stages apart")
+            raise ValueError("mlp_input: decompose_resid decomposes the stream between two stages")
         upto = self.layer_index(layer)
         mixers = self.mixer_layers(upto)
         if not mixers:

@@ -175,7 +175,7 @@ class HeldScan(ABC):
         ValueError
             This kind does not say.
         """
-        raise ValueError(f"{type(self).__name__} does not say what is left of a write")
+        raise ValueError(f"{type(self).__name__} does not define what is left of a write")
 
     def lane_numbers(self, lanes: Sequence[int] | slice) -> list[int]:
         """Lanes as non-negative numbers.

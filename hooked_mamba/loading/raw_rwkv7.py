@@ -116,7 +116,7 @@ def sizes_of(state: Mapping[str, Tensor], n_layers: int) -> dict[str, Any]:
         places["blocks.1.mixer.v1"] = (None, "value_rank")
     absent = [name for name in places if name not in state]
     if absent:
-        raise CheckpointError(f"this RWKV-7 lacks {', '.join(absent)}, from which its sizes are read")
+        raise CheckpointError(f"this RWKV-7 lacks {', '.join(absent)}, which determine its sizes")
     sizes: dict[str, Any] = {}
     for name, fields in places.items():
         shape = state[name].shape

@@ -263,7 +263,7 @@ class Stack(SitedModule):
                 if not branch.packs:
                     what = branch.title or type(branch).__name__
                     raise ValueError(
-                        f"document_ids: blocks.{i}.{name} ({what}) does not keep documents of one row apart; give each"
+                        f"document_ids: blocks.{i}.{name} ({what}) cannot keep the documents of a row apart; give each"
                         " document a row of its own"
                     )
 
