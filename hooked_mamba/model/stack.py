@@ -141,15 +141,21 @@ class Block(SitedModule):
             x = resid.to(self.norm.weight.dtype) if self.norm_after else getattr(self, norm)(resid)
             outs: list[Tensor] = []
             for name in stage:
-                before = None if state is None else state[name]
-                with rows_known(getattr(self, name), call):
-                    out, after[name] = getattr(self, name)(scaled(x, self.in_scales.get(name)), before, call)
+                out, after[name] = self.through(name, scaled(x, self.in_scales.get(name)), state, call)
                 out = getattr(self, norm)(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = getattr(self, f"hook_{name}_out")(out) if self.output_sites else out
                 outs.append(out)
             resid = resid + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
+
+    def through(
+        self, name: str, x: Float[Tensor, "b l i"], state: BlockState | None, call: Call | None
+    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+        """One branch's output and memory; its hook points on states know the call's padding and documents."""
+        branch = getattr(self, name)
+        with rows_known(branch, call):
+            return branch(x, None if state is None else state[name], call)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:
         """The empty memory of every branch."""
