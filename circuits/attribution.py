@@ -170,7 +170,7 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
         return
     i = wrong[0]
     where = ", ".join(frozen.edited[:5]) + (", ..." if len(frozen.edited) > 5 else "")
-    cause = f"functions sat on {where} during the run" if where else "the run is not what its cached sites make of it"
+    cause = f"functions sat on {where} during the run" if where else "the cached sites do not reproduce the run"
     raise ValueError(
         f"the parts of {found.labels[i]} sum to {float(found.total[i]):.4g} and the run had"
         f" {float(found.target[i]):.4g}: {cause}. An edit of a value on the way (a stream, a branch's output) is no"

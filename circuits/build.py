@@ -4,7 +4,7 @@
    the largest effects become nodes; all others stay part of the paths that pass them, so that sums are kept.
 2. The targets are traced again, paths now ending at these heads; so are the heads.
 3. Of the features that have been found, those with the largest influence are traced, a batch at a time, until the
-   budget is spent. What the others add stays in sight as each row's remainder.
+   budget is spent. What the others add is reported as each row's remainder.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def build_graph(
     chosen = chosen_targets(targets)
     weight = _importance(frozen, chosen, importance)
     if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
-        raise ValueError("keep must say of each head and feature whether it is a node: masks of True and False")
+        raise ValueError("keep must be masks of True and False, one entry for each head and feature")
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
     else:
@@ -187,7 +187,7 @@ def _assemble(
         at = torch.tensor(places, dtype=torch.long)
         weights[at, len(first) :] = block[:, kept]
         remainder[at] = (block * left_out).sum(1)
-        if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss stays in sight
+        if frozen.rule.name == "gradient":  # first-order effects do not sum: what they miss is reported
             whole = torch.tensor([(*first, *inner)[place].value for place in places], dtype=weights.dtype)
             remainder[at] = whole - weights[at].sum(1)
     importance = torch.cat([weight.to(effects.dtype), effects.new_zeros(len(inner))])

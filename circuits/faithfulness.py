@@ -26,6 +26,9 @@ from circuits.push import frozen_changes
 from circuits.targets import Metric, Target
 from hooked_mamba.frozen.run import out_site
 
+TIE = 0.01
+"""Shares nearer to each other than this count as equal."""
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -40,13 +43,23 @@ class Recovery:
     random: tuple[float, ...]
     """The same for nodes drawn at random among those that are active."""
 
+    @property
+    def verdict(self) -> str:
+        """In plain words, whether the circuit is nearer to all of the metric than as many nodes of the baselines."""
+        mine, theirs = abs(1 - self.circuit), abs(1 - self.gradient)
+        if self.random and mine >= min(abs(1 - share) for share in self.random):
+            return "no better than random nodes"
+        if abs(mine - theirs) < TIE:
+            return "as good as gradient x activation"
+        return "better than gradient x activation" if mine < theirs else "gradient x activation does better"
+
 
 @dataclass(frozen=True)
 class TurnedUp:
     """Check (c): each feature of the circuit that a path leads from to the target, at twice its activation."""
 
-    foretold: float
-    """Mean change of the metric, counted positive in the direction that the graph foretells."""
+    predicted: float
+    """Mean change of the metric, counted positive in the direction that the graph predicts."""
     right: float
     """Share of features that move the metric in this direction."""
     partners: float
@@ -58,7 +71,7 @@ class Faithfulness:
     """The report."""
 
     edges: float | None
-    """(a) The largest difference between an edge and the change that it foretells on the frozen model, over the edges
+    """(a) The largest difference between an edge and the change that it predicts on the frozen model, over the edges
     of a hundred nodes; None where edges follow selection too, which no frozen model holds."""
     recovery: Recovery
     features: TurnedUp | None
@@ -72,13 +85,13 @@ class Faithfulness:
         lines = [
             f"(a) edges against removal on the frozen model: {frozen}",
             f"(b) {self.recovery.nodes} nodes recover {self.recovery.circuit:.0%} of the metric"
-            f" (gradient x activation {self.recovery.gradient:.0%}, random {random:.0%})",
+            f" (gradient x activation {self.recovery.gradient:.0%}, random {random:.0%}): {self.recovery.verdict}",
         ]
         if self.features is not None:
             up = self.features
             lines.append(
-                f"(c) features at twice their activation move it by {up.foretold:+.3g} in the direction foretold,"
-                f" {up.right:.0%} of them in it (random partners by {up.partners:.3g} in either)"
+                f"(c) doubling a feature changes it by {up.predicted:+.3g} in the predicted direction on average, and"
+                f" {up.right:.0%} of the features move it that way (random ones: {up.partners:.3g} either way)"
             )
         lines.append(f"(d) rank correlation with patching tokens: {self.patching:+.2f}")
         return "\n".join(lines)
@@ -141,7 +154,7 @@ def recovery(
 
     whole, none = float(metric(frozen.logits)[0]), measure(Keep.nothing(frozen))
     if whole == none:
-        raise ValueError("ablating everything leaves the metric as it is: nothing is there to be recovered")
+        raise ValueError("ablating everything leaves the metric unchanged, so there is nothing to recover")
 
     def share(keep: Keep) -> float:
         return (measure(keep) - none) / (whole - none)
@@ -220,14 +233,14 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
 def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> TurnedUp | None:
     """Each feature of the circuit doubled where it is active, and a partner of like decoder norm and size instead."""
     signs = total_effects(graph).sign().tolist()
-    foretold = [(node, sign) for node, sign in zip(graph.nodes, signs, strict=True) if node.kind == "feature" and sign]
-    if not foretold:
+    predicted = [(node, sign) for node, sign in zip(graph.nodes, signs, strict=True) if node.kind == "feature" and sign]
+    if not predicted:
         return None
     generator = torch.Generator().manual_seed(seed)
     base = float(metric(frozen.logits)[0])
     own: list[float] = []
     partners: list[float] = []
-    for node, _ in foretold:
+    for node, _ in predicted:
         coded = frozen.coded[node.layer]
         norms = coded.W_dec.norm(dim=1)
         used = (frozen.latents(node.layer)[0] != 0).sum(0)
@@ -238,7 +251,7 @@ def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> 
         for index, effects in ((node.index, own), (partner, partners)):
             change = node.activation * coded.W_dec[index]
             effects.append(_with_change(frozen, node.layer, node.position, change, metric) - base)
-    along = [effect * sign for effect, (_, sign) in zip(own, foretold, strict=True)]
+    along = [effect * sign for effect, (_, sign) in zip(own, predicted, strict=True)]
     n = len(along)
     return TurnedUp(sum(along) / n, sum(x > 0 for x in along) / n, sum(map(abs, partners)) / n)
 

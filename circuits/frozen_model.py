@@ -41,7 +41,7 @@ class FrozenModel(Run):
     attention_mask
         b l, for padded token ids.
     initial_state
-        Memory to go on from; not together with padding.
+        Memory to continue from; not together with padding.
     selection
         What paths follow beside the value path: "none", "half", "shares" (or three shares of C, B and u), "gradient";
         see `circuits.rules`. All but "none" run blocks anew, and need layers in mode "mixer" or "block".

@@ -95,14 +95,14 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     Raises
     ------
     ValueError
-        The reference has another length or lacks a coder, or the run is padded or goes on from a memory, which these
+        The reference has another length or lacks a coder, or the run is padded or continues from a memory, which these
         passes do not.
     """
     model = frozen.model
     if frozen.mask is not None:
         raise ValueError("this run is padded, and nodes are ablated in whole prompts: give the prompt alone")
     if any(bool(part.any()) for state in frozen.before for part in state):
-        raise ValueError("this run goes on from an initial state, and nodes are ablated in whole prompts: give one")
+        raise ValueError("this run continues from an initial state, and nodes are ablated in whole prompts: give one")
     if reference is not None and reference.length != frozen.length:
         raise ValueError(f"the reference has {reference.length} positions, this run {frozen.length}")
     if reference is not None and (lacking := sorted(frozen.coded.keys() - reference.coded.keys())):

@@ -37,7 +37,7 @@ class Trace:
     """Layer -> what the head (source, channel) adds directly, by the residual stream and by no other head. In split
     layers the source is the token."""
     paths: tuple[Paths, ...]
-    """The k largest paths of one edge, of two, ...; a node's value is what the target gets by way of it."""
+    """The k largest paths of one edge, of two, ...; a node's value is what reaches the target through it."""
 
     def __str__(self) -> str:
         return "\n".join(f"edges: {i}\n{found}" for i, found in enumerate(self.paths, 1))

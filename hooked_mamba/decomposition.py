@@ -155,6 +155,11 @@ class ResidualDecomposition:
             scale = self.at(self[f"{name}.hook_scale"], pos_slice)
             if batch_slice is not None and has_batch:
                 scale = scale[batch_slice]
+            if residual_stack.shape[1:-1] != scale.shape[:-1]:  # they would broadcast, to wrong numbers
+                raise ValueError(
+                    f"the stack is {list(residual_stack.shape)} and the scale of the norm that reads it"
+                    f" {list(scale.shape)}: give the pos_slice and batch_slice that the stack was made with"
+                )
         return residual_stack / scale * norm.weight
 
     @torch.no_grad()

@@ -210,7 +210,9 @@ class HybridConfig(ModelConfig):
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "norm_after", tuple(self.norm_after))
         if wrong := [i for i in self.norm_after if not 0 <= i < len(layout) or any(len(s) > 1 for s in layout[i])]:
-            raise ValueError(f"norm_after={self.norm_after}: block {wrong[0]} has not one branch in each stage")
+            raise ValueError(
+                f"norm_after={self.norm_after}: block {wrong[0]} does not have exactly one branch in each stage"
+            )
         if len(layout) != self.n_layers:
             raise ValueError(f"layout has {len(layout)} blocks, expected n_layers={self.n_layers}")
         if self.shared is not None:

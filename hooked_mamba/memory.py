@@ -40,7 +40,7 @@ def keep_freed_memory(nbytes: int = KEEP_BYTES) -> bool:
     settings = {
         trim_threshold: min(nbytes, 2**31 - 1),
         top_pad: 2**28,  # grow by so much at once, which costs nothing until it is touched: room for large logits
-        mmap_threshold: 2**25,  # the most that glibc takes; what is larger is mapped anew where the heap has no room
+        mmap_threshold: 2**25,  # the most that glibc takes; what is larger is mapped again where the heap has no room
     }
     return all(mallopt(name, value) for name, value in settings.items())
 

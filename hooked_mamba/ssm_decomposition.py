@@ -17,6 +17,8 @@ from hooked_mamba.frozen.tokens import TokenPath
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.mixers.linear_form import Read
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 class SSMDecomposition(ResidualDecomposition):
@@ -81,6 +83,7 @@ class SSMDecomposition(ResidualDecomposition):
             P, labels, upto, incl_remainder, pos_slice, apply_ln, project_output_onto, return_labels
         )
 
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def get_full_resid_decomposition(
         self,
@@ -107,7 +110,7 @@ class SSMDecomposition(ResidualDecomposition):
             components are "embed" and "bias".
         """
         if mlp_input:
-            raise ValueError("mlp_input: decompose_resid takes the stream between two stages apart")
+            raise ValueError("mlp_input: decompose_resid decomposes the stream between two stages")
         upto = self.layer_index(layer)
         mixers = self.mixer_layers(upto)
         if not mixers:
@@ -420,7 +423,7 @@ class SSMDecomposition(ResidualDecomposition):
     def _not_packed(self) -> None:
         if getattr(self, "packed", False):
             raise ValueError(
-                "documents are packed into the rows of this cache, and what is computed anew from it would mix them:"
+                "documents are packed into the rows of this cache, and what is recomputed from it would mix them:"
                 " run each document in a row of its own"
             )
 

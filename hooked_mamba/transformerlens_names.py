@@ -267,6 +267,14 @@ OPTIONS: dict[str, str] = {
     "torch_dtype": "dtype=",
     "trust_remote_code": "none: code of a repository is never run",
     "model_name": "name_or_path, the first argument",
+    "expand_neurons": "expand_channels=; neurons of MLPs are cache.stack_neuron_results()'s",
+    "neuron_slice": "project_output_onto=, or an index of the stack",
+    "mlp_input": "layer=; cache.decompose_resid has mlp_input=",
+    "move_model": "model.to(device)",
+    "batch_size": "none: the cache knows its batch axis",
+    "reduce": "the mean of the result, of a metric of one number a row",
+    "baseline": "the result minus metric(model(corrupted))",
+    "alias_names": "none: a hook is called with the site's own name",
     "shortformer_pos_embed": _NO_POSITIONS,
     "past_kv_cache": _STATE,
     "use_past_kv_cache": "none: generate always keeps the state",
@@ -287,7 +295,7 @@ OPTIONS: dict[str, str] = {
     "forced_bos_token_id": "none: models here have no decoder of their own",
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
-"""Arguments of from_pretrained, forward, generate and the methods of text -> what to use here."""
+"""Arguments of from_pretrained, forward, generate, text, caches and patching -> what to use here."""
 
 GRANTED: dict[str, object] = {
     **dict.fromkeys(
@@ -299,6 +307,8 @@ GRANTED: dict[str, object] = {
             "refactor_factored_attn_matrices",
             "trust_remote_code",
             "default_prepend_bos",
+            "expand_neurons",
+            "move_model",
         ),
         False,
     ),

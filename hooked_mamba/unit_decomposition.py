@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hooked_mamba.decomposition import Labelled
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
+from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.ssm_decomposition import SSMDecomposition
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 Units = tuple[Float[Tensor, "*batch_and_pos unit w"], Float[Tensor, "unit w d"]]
 """Of one branch: what each unit holds, and the weights by which it writes into the stream."""
@@ -69,6 +71,7 @@ class UnitDecomposition(SSMDecomposition):
             "attn", "H", heads, upto, return_labels, incl_remainder, pos_slice, apply_ln, project_output_onto
         )
 
+    @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
     def stack_neuron_results(
         self,
@@ -159,7 +162,10 @@ class UnitDecomposition(SSMDecomposition):
         """Every unit's value times the weights that write it, branch by branch into one stack."""
         layers = [i for i, name in self.writers(upto) if name == branch]
         if not layers:
-            raise ValueError(f"no block before {upto} has a branch {branch!r} that writes into the stream")
+            raise ValueError(
+                f"no block before {upto} has a branch {branch!r} that writes into the stream; units of mixers: use"
+                " stack_channel_results, or stack_head_results where they have heads"
+            )
         final = self.resid_entering(upto, pos_slice)
         shown, scale = self._reading(upto, apply_ln, pos_slice, onto)
         parts, labels = [], []

@@ -85,7 +85,7 @@ def evaluate(
     together = _together(named) if together is None else together
     batches = list(_batches(model, data, attention_mask, batch_size, n_tokens))
     if not batches:
-        raise ValueError("there is nothing to evaluate on: the data are empty")
+        raise ValueError("there is nothing to evaluate: the data are empty")
     first = bool(set(wanted) & {*RECONSTRUCTION, *SPARSITY}) or bool(set(wanted) & set(ABLATION))
     second = bool(set(wanted) & {*LOSS, *ABLATION})
     run = _Run(model, named, tuple(exclude_tokens), wanted)
@@ -129,7 +129,7 @@ def evaluate_activations(
     if need_model:
         raise ValueError(f"{', '.join(need_model)} need the model: use evaluate(model, coders, tokens)")
     if n_tokens is None and endless(batches):
-        raise ValueError("this source of activations has no end: say how many positions to evaluate on, n_tokens=")
+        raise ValueError("this source of activations never ends: give the number of positions to evaluate, n_tokens=")
     named = named_coders(coders)
     sums = {name: _Sums(coder) for name, coder in named.items()}
     n = 0
@@ -141,7 +141,7 @@ def evaluate_activations(
         if n_tokens is not None and n >= n_tokens:
             break
     if n == 0:
-        raise ValueError("there is nothing to evaluate on: the data are empty")
+        raise ValueError("there is nothing to evaluate: the data are empty")
     models = {str(coder.cfg.model_name) for coder in named.values() if coder.cfg.model_name}
     scores = tuple(s.scores(name, wanted, {}) for name, s in sums.items())
     return Report(", ".join(sorted(models)) or "activations", n, 0, scores)
@@ -281,7 +281,7 @@ def _rows(model: HookedModel, data: Any, mask: Tensor | None, batch_size: int, u
         yield _as_rows(model, data, mask)
     elif hasattr(data, "next_row"):
         if unlimited and endless(data):
-            raise ValueError("this source of rows has no end: say how many tokens to evaluate on, n_tokens=")
+            raise ValueError("this source of rows never ends: give the number of tokens to evaluate on, n_tokens=")
         while (rows := take(data, batch_size)) is not None:
             yield rows
     elif isinstance(data, Sequence) and all(isinstance(text, str) for text in data):

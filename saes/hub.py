@@ -63,7 +63,7 @@ def list_coders(source: str | Path | None = None, revision: str | None = None, t
     if source is None or is_local(source):
         folder = PRETRAINED if source is None else Path(source).expanduser()
         if source is not None and not folder.is_dir():
-            raise CoderFileError(f"{str(source)!r} is no folder that is there, nor a hub id (owner/name)")
+            raise CoderFileError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name)")
         if revision is not None:
             raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; leave revision= out")
         entries = None if source is None else read_index(folder)

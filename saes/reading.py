@@ -30,7 +30,7 @@ class Strongest(NamedTuple):
     """Its text, or its id where the model has no tokenizer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activations:
     """Latents of some coders at every token. Padding has none."""
 
@@ -43,6 +43,11 @@ class Activations:
     """Coder -> its active latents, b l k."""
     widths: dict[str, int]
     """Coder -> its number of latents F."""
+
+    def __repr__(self) -> str:
+        counts = (f"{name} {int((codes.values != 0).sum()):,} active" for name, codes in self.codes.items())
+        rows, real = len(self.tokens), int(self.real.sum())
+        return f"Activations({rows} row{'s' * (rows != 1)}, {real} tokens; {', '.join(counts)})"
 
     def __getitem__(self, name: str) -> Float[Tensor, "b l F"]:
         return self.dense(name)
@@ -62,8 +67,9 @@ class Activations:
         return torch.where(indices == feature, values, 0.0).sum(-1)
 
     def active(self, row: int, position: int, name: str | None = None) -> list[tuple[int, float]]:
-        """The active latents of one token, the largest first."""
-        values, indices = (part[row, position] for part in self.codes[pick(self.codes, name)])
+        """The active latents of one token, the largest first; `position` as in :meth:`token`."""
+        column = self.column(row, position)
+        values, indices = (part[row, column] for part in self.codes[pick(self.codes, name)])
         pairs = [(i, v) for i, v in zip(indices.tolist(), values.tolist(), strict=True) if v != 0]
         return sorted(pairs, key=lambda pair: -pair[1])
 
@@ -82,8 +88,28 @@ class Activations:
         return found
 
     def token(self, row: int, position: int) -> str | int:
-        """A token's text, or its id where there is no tokenizer."""
-        return self.strings[row][position] if self.strings is not None else int(self.tokens[row, position])
+        """A token's text, or its id where there is no tokenizer. Positions are columns; negative ones count from the
+        row's last real token."""
+        column = self.column(row, position)
+        return self.strings[row][column] if self.strings is not None else int(self.tokens[row, column])
+
+    def column(self, row: int, position: int) -> int:
+        """The column of a position, negative ones from the row's last real token.
+
+        Raises
+        ------
+        IndexError
+            The row has no such position.
+        """
+        real = self.real[row].nonzero().flatten()
+        length = self.real.shape[1]
+        if position < 0:
+            if -position > len(real):
+                raise IndexError(f"position {position} is out of range: row {row} has {len(real)} tokens")
+            return int(real[position])
+        if position >= length:
+            raise IndexError(f"position {position} is out of range: row {row} has {length} columns")
+        return position
 
     def _repr_html_(self) -> str:
         shown = []

@@ -82,7 +82,7 @@ def sites_of(stream: str, model: HookedModel) -> list[str]:
     if not stream.endswith(LOCAL):
         model.hook_point(stream)
         if split_state_point(stream) or stream == "hook_tokens":
-            raise ValueError(f"{stream} holds no number for every position, so that no coder can read it")
+            raise ValueError(f"{stream} does not have a value at every position, so no coder can read it")
         return [stream]
     site = stream.removesuffix(LOCAL)
     model.hook_point(site)

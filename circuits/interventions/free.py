@@ -1,4 +1,4 @@
-"""Edits of the real model: everything behind them is computed anew, selection, gates and norms included."""
+"""Edits of the real model: everything behind them is recomputed, selection, gates and norms included."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def intervened(model: HookedModel, edits: Intervention | Iterable[Intervention])
     a coder's latents in the order of the list, all from what it encodes in this pass, then its error; coders in the
     order of their first mention, each reading what those before it have left. Padding stays as it is.
 
-    In `generate`, positions count from the prompt's first column and go on into the new text; what is not there yet is
-    edited when it comes, or never, and -1 is the newest column of every call. What targets do not see they never see:
+    In `generate`, positions count from the prompt's first column and continue into the new text; what does not exist
+    yet is edited once it is generated, and -1 is the newest column of every call. What is cut from a target stays cut:
     logits are those of a pass over the whole text with the same edits (but for negative positions).
 
     Parameters

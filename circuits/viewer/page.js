@@ -128,8 +128,8 @@ function listed(panel, title, list, rest = 0) {
   panel.append(make("h2", {}, `${title} (${list.length})`));
   for (const [i, weight] of list.slice(0, 14)) panel.append(pair(i, weight));
   const other = list.slice(14).reduce((sum, [, weight]) => sum + weight, 0);
-  if (list.length > 14) panel.append(make("p", { class: "soft" }, `${list.length - 14} more: ${number(other)} in all`));
-  if (rest) panel.append(make("p", { class: "soft" }, `left out of this graph: ${number(rest)}`));
+  if (list.length > 14) panel.append(make("p", { class: "soft" }, `${list.length - 14} more, ${number(other)} in total`));
+  if (rest) panel.append(make("p", { class: "soft" }, `from nodes outside this graph: ${number(rest)}`));
   if (!list.length) panel.append(make("p", { class: "soft" }, "none here"));
 }
 
@@ -153,13 +153,13 @@ function drawPanel(i) {
   panel.append(facts);
   if (node.kind !== "target") {
     const label = make("label");
-    const name = make("input", { id: "name", value: node.name, placeholder: "call it something", autocomplete: "off" });
+    const name = make("input", { id: "name", value: node.name, placeholder: "your name for it", autocomplete: "off" });
     name.addEventListener("input", () => { node.name = name.value; drawPaths(); marks[i].querySelector("title").textContent = said(i); });
     label.append(make("span", {}, "name"), name);
     panel.append(label, make("p"));
   }
-  if (["target", "feature", "head"].includes(node.kind)) listed(panel, "gets from", inputs[i], node.rest);
-  if (node.kind !== "target") listed(panel, "gives to", outputs[i]);
+  if (["target", "feature", "head"].includes(node.kind)) listed(panel, "receives from", inputs[i], node.rest);
+  if (node.kind !== "target") listed(panel, "contributes to", outputs[i]);
   const about = data.features[String(i)];
   for (const which of ["promoted", "suppressed"]) {
     if (!about || !about[which]) continue;

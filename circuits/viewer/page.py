@@ -24,10 +24,10 @@ from saes.explorer.page import Page, as_json
 HERE = Path(__file__).parent
 
 HELD = {
-    "none": "with norms, gates and selection held at this prompt",
-    "half": "a gate's product shared evenly by its factors, norms and selection held at this prompt",
-    "shares": "the scan's product shared by C, B and u, norms, gates and step sizes held at this prompt",
-    "gradient": "to first order: nothing is held, and what a straight line misses is left out",
+    "none": "with norms, gates and selection frozen at this prompt",
+    "half": "with a gate's product divided evenly between its factors, and norms and selection frozen at this prompt",
+    "shares": "with the scan's product divided between C, B and u; norms, gates and step sizes frozen at this prompt",
+    "gradient": "to first order: nothing is frozen, and what a linearisation misses is left out",
 }
 """What a graph's rule holds, in words."""
 

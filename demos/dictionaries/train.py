@@ -5,7 +5,7 @@
         --layers 2 6 10 --site out_proj --d-sae 16384 --architecture topk --n-tokens 100_000_000 --out runs/130m
 
 A bundled model without --layers gets the dictionaries that come with the package. All are trained on the same forward
-passes. Ctrl-C leaves a checkpoint, and the same command with --resume goes on from it, as it does after a kill. Under
+passes. Ctrl-C leaves a checkpoint, and the same command with --resume continues from it, as it does after a kill. Under
 torchrun every process reads rows of its own.
 """
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights and orders (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out, bit for bit")
     return parser
 
 

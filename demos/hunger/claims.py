@@ -116,7 +116,7 @@ def judge(results: Found) -> list[Claim]:
         ),
         Claim(
             "steers",
-            f"Stories told at {JUDGED} times speak of the feeling more often",
+            f"Stories told at {JUDGED} times mention the feeling more often",
             outside,
             against(steering["beside"], "{:+.0%}"),
             steering["beside"]["value"] > steering["beside"]["high"],

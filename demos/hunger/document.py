@@ -21,9 +21,9 @@ those of SAEs, the cue's real effect and the published method's paths were added
 not shown that no other sentences would do better: these are the ones that were written down.
 
 Numbers here were written by the command, which also writes `out/hunger/results.json`, `graph.json`, figures and
-`report.html`, a page that needs no network. A run that was stopped goes on where it was. Its picture of the embeddings
-is UMAP's with the extra `.[umap]`, and PCA's without. This page is written by `python -m demos.hunger --document
-docs/case-study.md`, its picture by `docs/images/case-study.sh`.
+`report.html`, a page that needs no network. A run that was stopped continues where it was. Its picture of the
+embeddings is UMAP's with the extra `.[umap]`, and PCA's without. This page is written by `python -m demos.hunger
+--document docs/case-study.md`, its picture by `docs/images/case-study.sh`.
 
 ![The report's first page](images/case-study.png)
 """

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: `options`, `models` and `out`. Unknown arguments are errors."""
     parser = argparse.ArgumentParser(
         prog="python -m demos.hunger",
-        description="Test the story of a hunger feature claim by claim; a run that was stopped goes on where it was.",
+        description="Test the story of a hunger feature claim by claim; a run that was stopped continues where it was.",
         allow_abbrev=False,
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="bundled names (default: %(default)s)")

@@ -154,14 +154,14 @@ def steering(found: Found) -> Section:
     for row in found["rows"]:
         low, high = row["beside"]["low"], row["beside"]["high"]
         rows.append(arm(f"× {row['times']}", row, f"{low:+.0%} to {high:+.0%}", f"{row['random_perplexity']:.1f}"))
-    columns = ["arm", "speaks of it (95%)", "random gain, 95%", "says the word (95%)", "perplexity (95%)", "of random"]
+    columns = ["arm", "mentions it (95%)", "random gain, 95%", "says the word (95%)", "perplexity (95%)", "of random"]
     text = (
-        f"{found['generations']} continuations an arm of {len(STARTS)} beginnings that speak of no feeling, the latent"
-        " turned up at every token. A story speaks of the feeling if it holds a word of a list that was fixed"
+        f"{found['generations']} continuations an arm of {len(STARTS)} beginnings that mention no feeling, the latent"
+        " turned up at every token. A story mentions the feeling if it holds a word of a list that was fixed"
         f" beforehand. Perplexity is that of the new tokens to the model without steering. {len(found['controls'])}"
         " random latents have arms of their own."
     )
-    plot = figures.beside_controls(found["rows"], "gain", "stories that speak of it, gain", percent=True)
+    plot = figures.beside_controls(found["rows"], "gain", "stories that mention it, gain", percent=True)
     return Section("Steering", text, Table(columns, rows), [plot])
 
 

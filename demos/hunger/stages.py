@@ -31,7 +31,7 @@ class Stages:
     folder
         One JSON file a stage.
     key
-        What all results depend on, such as options and hashes of weights. Results with another key are measured anew.
+        What all results depend on, such as options and hashes of weights. Results with another key are measured again.
     bar
         Moves on by one with every stage.
     """

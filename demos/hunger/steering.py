@@ -1,4 +1,4 @@
-"""Stories told with the latent turned up at every token: do they speak of the feeling, and are they still stories?"""
+"""Stories told with the latent turned up at every token: do they mention the feeling, and are they still stories?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STARTS = (
     "The cat sat on the mat.",
     "It was a nice day.",
 )
-"""How the stories begin, in turn; they speak of none of the feelings."""
+"""How the stories begin, in turn; they mention none of the feelings."""
 ARMS_OF_CONTROLS = 20
 """Random latents that have an arm of their own, at most."""
 

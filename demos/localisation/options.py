@@ -107,7 +107,7 @@ def parse_args(
             choices={"task": NAMES, "family": tuple(TITLES)}.get(entry.name),
             help=text,
         )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, bit for bit")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, bit for bit")
     values = vars(parser.parse_args(argv))
     resume = values.pop("resume")
     try:

@@ -3,7 +3,7 @@
     python -m demos.localisation.train --task recall --family rwkv7 --out runs/recall-rwkv7
 
 Progress is shown, accuracy on held-out prompts logged, a checkpoint written every --checkpoint-every steps and on
-Ctrl-C; the same command with --resume goes on from there. At the end the model is saved in `OUT/model`, with a card.
+Ctrl-C; the same command with --resume continues from there. At the end the model is saved in `OUT/model`, with a card.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train(
         trainer.resume()
         console.print(f"Resumed at step {trainer.step}.")
     elif trainer.checkpoint_path.exists():
-        raise FileExistsError(f"{options.out} holds a checkpoint: pass --resume to go on, or choose another --out")
+        raise FileExistsError(f"{options.out} holds a checkpoint: pass --resume to continue, or choose another --out")
     with stop_on_signal() as stop:
         complete = run_steps(trainer, console, stop)
     if not complete:

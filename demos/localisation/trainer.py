@@ -5,7 +5,7 @@ learns to bind one thing to another where that is easy. (From the full size alon
 prompt" for a long time.) Every sequence holds several questions, all of which count in the loss.
 
 A step's sequences are decided by the run's seed and the step's number, so that a resumed run needs no random state
-and goes on bit for bit. Their seeds are above 2**32, those of held-out prompts below: no prompt is drawn twice from
+and continues bit for bit. Their seeds are above 2**32, those of held-out prompts below: no prompt is drawn twice from
 one seed.
 """
 

@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, bool]:
             choices=FAMILIES if entry.name == "family" else None,
             help=text,
         )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, bit for bit")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, bit for bit")
     values = vars(parser.parse_args(argv))
     resume = values.pop("resume")
     try:

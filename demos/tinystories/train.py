@@ -3,7 +3,7 @@
     python -m demos.tinystories.train --text train.txt --valid valid.txt --family mamba --out runs/mamba
 
 Progress is shown, held-out loss logged, a checkpoint written every --checkpoint-every steps and on Ctrl-C; the same
-command with --resume goes on from there. At the end the best weights are saved, in bfloat16, in `OUT/model`, with a
+command with --resume continues from there. At the end the best weights are saved, in bfloat16, in `OUT/model`, with a
 model card.
 """
 
@@ -40,7 +40,7 @@ def train(options: Options, resume: bool = False, console: Console | None = None
         trainer.resume()
         console.print(f"Resumed at step {trainer.step}.")
     elif trainer.checkpoint_path.exists():
-        raise FileExistsError(f"{options.out} holds a checkpoint: pass --resume to go on, or choose another --out")
+        raise FileExistsError(f"{options.out} holds a checkpoint: pass --resume to continue, or choose another --out")
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     told = 0 if corpus.generated is None else len(corpus.generated)
     console.print(

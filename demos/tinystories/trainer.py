@@ -3,7 +3,7 @@
 A step: crops -> loss with dropout hooks, plus the balance of experts -> gradients, clipped -> AdamW at the learning
 rate of this step.
 Everything a step reads (weights, moments, two random states, the step's number) is in the checkpoint, so a resumed
-run goes on bit for bit.
+run continues bit for bit.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def take_tour(model: Model, prompt: str, channels: int = CHANNELS) -> Tour:
 
     1. Read the default sites, the states of all layers, and the other large sites of the first layer.
     2. The last position's likeliest token is the answer whose log-probability every edit is judged by.
-    3. Wipe the state of one layer after one position, for each of both (`hook_h.{t}`, so the loss travels on).
+    3. Wipe the state of one layer after one position, for each of both (`hook_h.{t}`, so the loss is carried forward).
     4. Rank each layer's channels by direct effect on the answer and silence the strongest, one by one and together.
     5. Continue the prompt, also with the state wiped that mattered most.
     """

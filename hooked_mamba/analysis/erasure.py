@@ -51,7 +51,7 @@ def erasure(run: Run, layer: int, head: int, target: str | int | Float[Tensor, "
     layer, head
         Which mixer, and which of its heads.
     target
-        A token (text or id), for its logit at the last position by way of the final norm; or a covector on what the
+        A token (text or id), for its logit at the last position through the final norm; or a covector on what the
         mixer adds to the stream: d (at the last position), or batch position d.
 
     Returns

@@ -89,7 +89,7 @@ def knockout(
     moving = {name: [i for i in chosen if name in model.block(i).branches] for name in ("mixer", "attn")}
     for i in moving["mixer"]:
         if not model.mixer(i).moves_values:
-            raise ValueError(f"the {model.mixer(i).title} of layer {i} says no linear form: leave it out of layers")
+            raise ValueError(f"the {model.mixer(i).title} of layer {i} has no linear form: leave it out of layers")
     sources, targets = kept(sources), kept(targets)
     with ExitStack() as stack:
         if moving["mixer"]:

@@ -6,8 +6,8 @@ TransformerLens' names and arguments; a sweep runs its patches side by side (see
     channel, head    the axis behind the positions: channels in Mamba-1 (and wherever a site is b l E), heads
     state            the N states (of sites that have them last)
 
-The site "h" with an index of positions means the state right after that position, which travels on (`hook_h.{t}`);
-its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
+The site "h" with an index of positions means the state right after that position, which is carried forward
+(`hook_h.{t}`); its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
 from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
+from hooked_mamba.names_elsewhere import knows_options
+from hooked_mamba.state import Padding
+from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
@@ -34,6 +37,7 @@ PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 STATE_SITE = "h"
 
 
+@knows_options(OPTIONS, GRANTED)
 def generic_activation_patch(
     model: Any,
     corrupted_tokens: Int[Tensor, "b l"] | str | Sequence[str],
@@ -91,6 +95,9 @@ def generic_activation_patch(
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask
     indices, shape = index_list(model, tokens.shape[1], activation_name, index_axis_names, index_df)
+    indices = [
+        from_start(index, index_axis_names, model.cfg.n_layers, tokens.shape, attention_mask) for index in indices
+    ]
     clean = CleanValues(model, clean_cache, activation_name, tokens.shape, index_axis_names)
 
     def patch_at(index: tuple[int, ...]) -> Patch:
@@ -142,12 +149,12 @@ def index_list(
         raise ValueError("give index_axis_names, such as ('layer', 'pos'), or the indices themselves as index_df")
     if axes[0] != "layer":
         raise ValueError(f"the first index axis must be 'layer', got {axes[0]!r}")
+    site = placed_site(model, "h.0" if name == STATE_SITE and "pos" in axes else name)  # says if there is none
     units = unit_axes(model)
     for axis in axes[1:]:
         if axis != "pos" and UNITS.get(axis, axis) not in units:
             known = ["layer", "pos", *units, *(name for name, same in UNITS.items() if same in units)]
             raise ValueError(f"no index axis is named {axis!r} in this model; there are {', '.join(known)}")
-    site = placed_site(model, "h.0" if name == STATE_SITE and "pos" in axes else name)
     sizes = {"layer": model.cfg.n_layers, "pos": length}
     for axis in axes:
         unit = UNITS.get(axis, axis)
@@ -161,6 +168,44 @@ def index_list(
             )
     shape = tuple(sizes[axis] for axis in axes)
     return list(itertools.product(*map(range, shape))), shape
+
+
+def from_start(
+    index: tuple[int, ...],
+    axes: Sequence[str] | None,
+    n_layers: int,
+    shape: Sequence[int],
+    attention_mask: Any,
+) -> tuple[int, ...]:
+    """An index whose negative layer counts from the last, and whose negative position from the rows' last real tokens.
+
+    Raises
+    ------
+    IndexError
+        A layer that the model does not have.
+    ValueError
+        A negative position in rows that end at different columns, where one column cannot stand for it; or without
+        axis names, so that nobody knows which number is the position.
+    """
+    layer, *rest = index
+    if not -n_layers <= layer < n_layers:
+        raise IndexError(f"index {index}: layer {layer} is out of range for a model of {n_layers} layers")
+    places = [i for i, axis in enumerate(axes[1:]) if axis == "pos"] if axes else list(range(len(rest)))
+    ends = {shape[1]}
+    if attention_mask is not None:
+        padding = Padding.from_mask(attention_mask, shape)
+        ends = ends if padding is None else set(padding.ends.tolist())
+    for i in (i for i in places if rest[i] < 0):
+        if not axes and len(ends) > 1:
+            raise ValueError(f"index {index}: name the axes (index_axis_names) of negative indices in a padded batch")
+        if len(ends) > 1:
+            raise ValueError(
+                f"index {index}: the rows are padded on the right and end at different columns, so that no column is"
+                f" position {rest[i]} of all: pad on the left (padding_side='left'), or give columns from 0 up"
+            )
+        if axes:
+            rest[i] += ends.copy().pop()
+    return (layer % n_layers, *rest)
 
 
 UNITS = {"head_index": "head"}
@@ -369,7 +414,10 @@ get_act_patch_head_out_by_pos = _sweep(
     "y", ("layer", "pos", "head"), layer_pos_head_vector_patch_setter, "Each Mamba-2 head's output by position"
 )
 get_act_patch_state = _sweep(
-    STATE_SITE, ("layer", "pos"), layer_pos_state_patch_setter, "The state after each position, which travels on"
+    STATE_SITE,
+    ("layer", "pos"),
+    layer_pos_state_patch_setter,
+    "The state after each position, carried forward",
 )
 get_act_patch_state_dim = _sweep(
     STATE_SITE, ("layer", "pos", "state"), layer_pos_state_dim_patch_setter, "One of the N states after each position"
@@ -378,10 +426,12 @@ get_act_patch_state_dim = _sweep(
 # Attention, MLPs and experts, over the blocks that have them; names as in TransformerLens where it has them
 
 
-def _of_heads(name: str, axis: str, text: str) -> tuple[partial, partial]:
-    """A sweep by position and one over all positions."""
-    by_pos = _sweep(name, ("layer", "pos", axis), layer_pos_head_vector_patch_setter, f"{text}, by position")
-    return by_pos, _sweep(name, ("layer", axis), layer_head_vector_patch_setter, f"{text}, at all positions")
+def _of_heads_by_pos(name: str, axis: str, text: str) -> partial:
+    return _sweep(name, ("layer", "pos", axis), layer_pos_head_vector_patch_setter, f"{text}, by position")
+
+
+def _of_heads(name: str, axis: str, text: str) -> partial:
+    return _sweep(name, ("layer", axis), layer_head_vector_patch_setter, f"{text}, at all positions")
 
 
 get_act_patch_attn_out = _by_pos("attn_out", "What attention adds to the stream")
@@ -389,29 +439,26 @@ get_act_patch_mlp_out = _by_pos("mlp_out", "What the MLP adds to the stream")
 get_act_patch_moe_out = _by_pos("moe_out", "What the experts add to the stream")
 get_act_patch_mixer_out = _by_pos("mixer_out", "What the mixer adds to the stream of a hybrid")
 get_act_patch_resid_mid = _by_pos("resid_mid", "The residual stream between two stages")
-get_act_patch_attn_head_out_by_pos, get_act_patch_attn_head_out_all_pos = _of_heads(
-    "attn.z", "head", "Each head's output"
-)
-get_act_patch_attn_head_z_by_pos, get_act_patch_attn_head_z_all_pos = _of_heads(
-    "attn.z", "head", "Each head's mixed values"
-)
-get_act_patch_attn_head_q_by_pos, get_act_patch_attn_head_q_all_pos = _of_heads("q", "head", "Each head's queries")
-get_act_patch_attn_head_k_by_pos, get_act_patch_attn_head_k_all_pos = _of_heads(
-    "k", "key_value_head", "Each key-value head's keys"
-)
-get_act_patch_attn_head_v_by_pos, get_act_patch_attn_head_v_all_pos = _of_heads(
-    "v", "key_value_head", "Each key-value head's values"
-)
+get_act_patch_attn_head_out_by_pos = _of_heads_by_pos("attn.z", "head", "Each head's output")
+get_act_patch_attn_head_out_all_pos = _of_heads("attn.z", "head", "Each head's output")
+get_act_patch_attn_head_z_by_pos = _of_heads_by_pos("attn.z", "head", "Each head's mixed values")
+get_act_patch_attn_head_z_all_pos = _of_heads("attn.z", "head", "Each head's mixed values")
+get_act_patch_attn_head_q_by_pos = _of_heads_by_pos("q", "head", "Each head's queries")
+get_act_patch_attn_head_q_all_pos = _of_heads("q", "head", "Each head's queries")
+get_act_patch_attn_head_k_by_pos = _of_heads_by_pos("k", "key_value_head", "Each key-value head's keys")
+get_act_patch_attn_head_k_all_pos = _of_heads("k", "key_value_head", "Each key-value head's keys")
+get_act_patch_attn_head_v_by_pos = _of_heads_by_pos("v", "key_value_head", "Each key-value head's values")
+get_act_patch_attn_head_v_all_pos = _of_heads("v", "key_value_head", "Each key-value head's values")
 get_act_patch_attn_head_pattern_all_pos = _sweep(
     "pattern", ("layer", "head"), layer_head_pattern_patch_setter, "Each head's pattern, for all positions"
 )
 get_act_patch_attn_head_pattern_by_pos = _sweep(
     "pattern", ("layer", "head", "pos"), layer_head_pos_pattern_patch_setter, "Each head's pattern, row by row"
 )
-get_act_patch_neuron_by_pos, get_act_patch_neuron_all_pos = _of_heads("post", "neuron", "Each neuron of the MLPs")
-get_act_patch_expert_score_by_pos, get_act_patch_expert_score_all_pos = _of_heads(
-    "router_scores", "expert", "Each expert's score in the choice"
-)
+get_act_patch_neuron_by_pos = _of_heads_by_pos("post", "neuron", "Each neuron of the MLPs")
+get_act_patch_neuron_all_pos = _of_heads("post", "neuron", "Each neuron of the MLPs")
+get_act_patch_expert_score_by_pos = _of_heads_by_pos("router_scores", "expert", "Each expert's score in the choice")
+get_act_patch_expert_score_all_pos = _of_heads("router_scores", "expert", "Each expert's score in the choice")
 
 SMALL_SITES = ("resid_pre", "x_pre", "mixer.z", "conv", "x", "dt", "B", "C", "y_scan", "skip", "gate", "out_proj")
 """The sites of :func:`get_act_patch_site_every`, which both families have."""

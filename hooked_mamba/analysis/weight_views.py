@@ -62,7 +62,7 @@ def input_matrix(model: Any, input: Input) -> FactoredMatrix:
         W = norm * (model.W_in_x if input == "x" else model.W_in_z)
     else:
         W = getattr(model, f"W_{input}").flatten(2)
-        if model.mixer(0).selection_reads == "u":  # by way of x
+        if model.mixer(0).selection_reads == "u":  # through x
             return FactoredMatrix(read_weights(model), W)
         W = norm * W
     return FactoredMatrix(W, torch.eye(W.shape[-1], dtype=W.dtype, device=W.device))
@@ -80,7 +80,7 @@ def mixer_composition_scores(
     Parameters
     ----------
     input
-        What mixer j reads through R_j: "x", "z", "B", "C" or "dt" (in Mamba-1 the last three by way of x).
+        What mixer j reads through R_j: "x", "z", "B", "C" or "dt" (in Mamba-1 the last three through x).
     by
         "mixer", or "head" for senders that have heads, as in Mamba-2.
 

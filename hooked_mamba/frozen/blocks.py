@@ -28,7 +28,7 @@ class PairBlock:
 
 
 def blocks_of(ascending: Sequence[int], length: int) -> Iterator[PairBlock]:
-    """Blocks that cover every pair (target, earlier source) once: halve, take the off-diagonal half, go on."""
+    """Blocks that cover every pair (target, earlier source) once: halve, take the off-diagonal half, continue."""
     todo = [(0, length, 0, len(ascending))]
     while todo:
         start, stop, first, last = todo.pop()

@@ -59,7 +59,7 @@ class Run:
     attention_mask
         b l, for padded token ids.
     initial_state
-        Memory to go on from; not together with padding.
+        Memory to continue from; not together with padding.
 
     Raises
     ------

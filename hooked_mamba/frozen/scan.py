@@ -179,7 +179,7 @@ class HeldScan(ABC):
         ValueError
             This kind does not say.
         """
-        raise ValueError(f"{type(self).__name__} does not say what is left of a write")
+        raise ValueError(f"{type(self).__name__} does not define what is left of a write")
 
     def switched_off(
         self, head: int, vy: Float[Tensor, "b l E"], h0: Tensor | None

@@ -108,7 +108,7 @@ class ShiftedPath(TokenPath):
             A channel's input is already made of two tokens.
         """
         raise ValueError(
-            "here a value's input is made of two tokens before any channel is: use source='scan', whose sources are"
+            "here a value's input mixes two tokens before any channel does: use source='scan', whose sources are"
             " the positions at which values enter the state"
         )
 

@@ -12,8 +12,8 @@ from hooked_mamba.display import cache_html
 from hooked_mamba.hooks.names import unknown_name
 from hooked_mamba.hooks.positions import PositionSelect, PosSlice
 from hooked_mamba.hooks.site_name import SiteName
-from hooked_mamba.names_elsewhere import advice
-from hooked_mamba.transformerlens_names import CACHE
+from hooked_mamba.names_elsewhere import advice, knows_options
+from hooked_mamba.transformerlens_names import CACHE, GRANTED, OPTIONS
 
 Key = str | tuple[str, int] | tuple[str, int, str | None]
 """A full name, or (short name, layer) or (short name, layer, layer_type) as `get_act_name` takes them."""
@@ -114,6 +114,7 @@ class HookCache:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.values()}
         return sum(storages.values())
 
+    @knows_options(OPTIONS, GRANTED)
     def remove_batch_dim(self: Cache) -> Cache:
         """Drop the batch axis of every tensor, in place.
 
@@ -169,6 +170,7 @@ class HookCache:
         """
         torch.set_grad_enabled(mode)
 
+    @knows_options(OPTIONS, GRANTED)
     def to(self: Cache, device: str | torch.device) -> Cache:
         """Move every tensor, in place."""
         self.cache_dict = {name: value.to(device) for name, value in self.cache_dict.items()}

@@ -248,7 +248,7 @@ class LazyHookPoint(HookPoint):
 
 
 class StateHookPoint(LazyHookPoint):
-    """`hook_h`: the stacked states as read, and `hook_h.{t}`: the state right after position t, which travels on."""
+    """`hook_h`: the stacked states as read, and `hook_h.{t}`: the state right after position t, carried forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         what = (
             "is a file; expected its folder, or a .pth file"
             if folder.is_file()
-            else "is no folder that is there, nor a hub id"
+            else "is neither an existing folder nor a hub id"
         )
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
     return _download(name, revision, bundled)

@@ -119,8 +119,8 @@ def to_hf_model(cfg: ModelConfig, state_dict: Mapping[str, Tensor], shapes: Mapp
     hf_model.tie_weights()
     for module in hf_model.modules():  # frequencies, multipliers and the like, which no file has
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in weights:
-                setattr(module, name, buffer.to(embeddings.device))
+            if name not in weights:  # detached: some releases register parameters as buffers, and it must stay one
+                setattr(module, name, buffer.detach().to(embeddings.device))
     if isinstance(cfg, HybridConfig) and isinstance(mixer := cfg.branches.get("mixer"), Mamba2Config):
         for module in hf_model.modules():
             if hasattr(module, "time_step_limit"):

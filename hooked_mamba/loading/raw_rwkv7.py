@@ -118,7 +118,7 @@ def sizes_of(state: LazyState, n_layers: int) -> dict[str, Any]:
     if absent:
         names = ", ".join(str(state.place(name)) for name in absent)
         of = f" of {', '.join(state.files)}" if state.files else ""
-        raise CheckpointError(f"this RWKV-7{of} lacks {names}, from which its sizes are read")
+        raise CheckpointError(f"this RWKV-7{of} lacks {names}, which determine its sizes")
     sizes: dict[str, Any] = {}
     for name, fields in places.items():
         shape = state[name].shape

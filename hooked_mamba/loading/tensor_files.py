@@ -1,7 +1,7 @@
 """Reading weight files without trusting them: safetensors, or PyTorch archives with no code in them.
 
 Tensors are views of the memory-mapped file. A mapping stays in memory as far as it was read, so the file is
-mapped anew after every `REMAP_BYTES`: whoever copies tensor by tensor holds one copy and little more.
+mapped again after every `REMAP_BYTES`: whoever copies tensor by tensor holds one copy and little more.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _check_safetensors(path: Path) -> None:
 
 
 class _Remapping:
-    """Tensors of one file by name; maps it anew after `REMAP_BYTES` so that pages already read are let go."""
+    """Tensors of one file by name; maps it again after `REMAP_BYTES` so that pages already read are let go."""
 
     def __init__(self, file: str, open_file: Callable[[], tuple[Callable[[str], Tensor], list[str]]]) -> None:
         self._file, self._open = file, open_file

@@ -2,7 +2,7 @@
 
 Its vocabulary is a text file of lines `id repr length`, in which repr is a Python literal of a str or of bytes; ids
 begin at 1, and 0 ends a text. A text is cut from left to right: each token is the longest of the vocabulary that the
-bytes go on with.
+bytes continue with.
 """
 
 from __future__ import annotations

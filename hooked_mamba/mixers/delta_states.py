@@ -2,7 +2,7 @@
 
     S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T        recall_t = S_{t-1} a_t        y_t = S_t r_t
 
-- `hook_h.{t}`, closed loop: the edit travels on, and later removals read the edited state.
+- `hook_h.{t}`, closed loop: the edit is carried forward, and later removals read the edited state.
 - `hook_h`: an edit changes what is read out, not later states.
 - writes edited: S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + the returned write.
 - recall edited, open loop: S_t = S_{t-1} diag(w_t) + recall'_t b_t^T + the write, with the returned values as given.

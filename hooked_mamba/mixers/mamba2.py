@@ -66,7 +66,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
             "states as read: an edit changes what position t reads out, not later states",
             kind="state",
             wide=True,
-            single="the state right after position t: an edit travels on to all later positions",
+            single="the state right after position t: an edit affects all later positions",
             also=("hook_h",),
         ),
         Site("hook_y_scan", "b l H P", "C h, before the D skip"),

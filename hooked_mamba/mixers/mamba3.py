@@ -81,7 +81,7 @@ class Mamba3Mixer(Branch):
             "states as read: an edit changes what position t reads out, not later states",
             kind="state",
             wide=True,
-            single="the state right after position t: an edit travels on to all later positions",
+            single="the state right after position t: an edit affects all later positions",
         ),
         Site("hook_y_scan", "b l H P", "C h, before the D skip"),
         Site("hook_skip", "b l H P", "D x"),

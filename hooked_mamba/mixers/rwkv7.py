@@ -91,7 +91,7 @@ class RWKV7Mixer(Branch):
             "states as read: an edit changes what position t reads out, not later states",
             kind="state",
             wide=True,
-            single="the state right after position t: an edit travels on, and later removals read it",
+            single="the state right after position t: an edit is carried forward, and later removals read it",
         ),
         Site("hook_y_scan", "b l H V", "S r"),
         Child("norm", HeadNorm),

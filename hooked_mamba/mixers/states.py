@@ -26,10 +26,10 @@ def scan_through_hooks(
     """The fused scan with states read and edited on the way; returns C h and the last state.
 
     1. Cut the columns behind every position whose state a hook edits.
-    2. Scan a segment; its last state passes through the hooks, its last read-out is made anew from what they return.
+    2. Scan a segment; its last state passes through the hooks, its last read-out is recomputed from what they return.
     3. Go on from there. States that are only read come out of the same scans, at just their positions.
     4. In a batch padded on the right `hook_h.-1` is edited behind the padding, which leaves a state as it is; what each
-       row reads at its own last token is made anew from the edited state.
+       row reads at its own last token is recomputed from the edited state.
     5. Where documents are packed into rows, cut behind each as well; the next one starts from an empty state.
     """
     points = hook_h.points_at(length)

@@ -2,7 +2,7 @@
 
 1. Every beam's next tokens are ranked together, by the log-probability of the whole continuation.
 2. Of the best, those that end are kept apart with log-probability / length^length_penalty as their score; the best
-   others go on, each from the memory of the beam that it continues (`ModelState.rows`).
+   others continue, each from the memory of the beam that it continues (`ModelState.rows`).
 3. A row is done when its best running beam would score less than the worst of `num_beams` ended ones.
 
 The rules are transformers' with `early_stopping=False`.
@@ -36,7 +36,7 @@ class Rules:
 
     @property
     def ranked(self) -> int:
-        """Candidates that are looked at: enough for `num_beams` to go on however many end."""
+        """Candidates that are looked at: enough for `num_beams` to continue however many end."""
         return max(2, 1 + len(self.stops)) * self.num_beams
 
     def score(self, log_prob: float, length: int) -> float:

@@ -160,7 +160,7 @@ def _named(sizes: Mapping[str, int], device_map: Mapping[str, Any]) -> dict[str,
     for part in sizes:
         found = [device_map[key] for key in (part, part.partition(".")[0], "") if key in device_map]
         if not found:
-            raise ValueError(f"device_map says nothing of {part}; name it, or '' for everything else")
+            raise ValueError(f"device_map has no entry for {part}; name it, or '' for everything else")
         places[part] = str(torch.device(found[0]))
     return places
 

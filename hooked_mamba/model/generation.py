@@ -119,7 +119,7 @@ class Generation:
         verbose
             Show a progress bar.
         initial_state
-            Memory to go on from.
+            Memory to continue from.
         generator
             Source of randomness; default: torch's global one.
         num_beams, length_penalty
@@ -165,7 +165,7 @@ class Generation:
                 row = row.to(tokens.device, copy=True)
                 row[:, self.d_vocab_real :] = -torch.inf  # type: ignore[attr-defined]
                 seen = seen_mask = None
-                if freq_penalty:  # the whole text so far, made anew at every step: only where somebody counts it
+                if freq_penalty:  # the whole text so far, rebuilt at every step: only where somebody counts it
                     seen = torch.cat([tokens, *(t[:, None] for t in made)], 1)
                     seen_mask = torch.nn.functional.pad(real, (0, len(made)), value=1)
                 heat = temperature if do_sample else 0.0

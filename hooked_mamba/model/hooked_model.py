@@ -357,7 +357,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         if tokens is None:
             raise ValueError("the loss of a residual input needs its tokens: pass tokens=")
         if tokens.shape[1] < 2:
-            raise ValueError("the loss needs two tokens or more: there is nothing to predict from one")
+            raise ValueError("the loss needs two tokens or more: with one there is nothing to predict")
         mask = None if padding is None else padding.mask.to(logits.device)
         starts = None if documents is None else documents.starts.to(logits.device)
         loss = self.loss_fn(logits, tokens, mask, loss_per_token, starts)

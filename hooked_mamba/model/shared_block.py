@@ -82,7 +82,7 @@ class SharedBlock(Block):
         after: dict[str, BranchState] = {}
 
         def through(name: str, x: Tensor) -> Tensor:
-            out, after[name] = getattr(self, name)(x, None if state is None else state[name], call)
+            out, after[name] = self.through(name, x, state, call)
             return out
 
         resid = self.hook_resid_pre(resid)

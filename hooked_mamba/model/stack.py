@@ -149,16 +149,21 @@ class Block(SitedModule):
             x = resid.to(self.norm.weight.dtype) if self.norm_after else norm(resid)
             outs: list[Tensor] = []
             for name in stage:
-                branch = cast(Branch, modules[name])
-                before = None if state is None else state[name]
-                with rows_known(branch, call):
-                    out, after[name] = branch(scaled(x, self.in_scales.get(name)), before, call)
+                out, after[name] = self.through(name, scaled(x, self.in_scales.get(name)), state, call)
                 out = norm(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = self.__dict__[self.output_names[name]](out) if self.output_sites else out
                 outs.append(out)
             resid = resid + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
+
+    def through(
+        self, name: str, x: Float[Tensor, "b l i"], state: BlockState | None, call: Call | None
+    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+        """One branch's output and memory; its hook points on states know the call's padding and documents."""
+        branch = cast(Branch, self._modules[name])
+        with rows_known(branch, call):
+            return branch(x, None if state is None else state[name], call)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BlockState:
         """The empty memory of every branch."""
@@ -272,7 +277,7 @@ class Stack(SitedModule):
                 if not branch.packs:
                     what = branch.title or type(branch).__name__
                     raise ValueError(
-                        f"document_ids: blocks.{i}.{name} ({what}) does not keep documents of one row apart; give each"
+                        f"document_ids: blocks.{i}.{name} ({what}) cannot keep the documents of a row apart; give each"
                         " document a row of its own"
                     )
 

@@ -2,7 +2,7 @@
 
     1. run up to and including the edited position,
     2. edit the state that comes out, and read that position out again from it,
-    3. go on from the edited state.
+    3. continue from the edited state.
 
 Only the positions from the first edit on can change: what stands before is computed exactly as without edits.
 """

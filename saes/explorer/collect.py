@@ -85,7 +85,7 @@ def collect(
     )
     rows = rows_of(tokens, model, data)
     if n_tokens is None and endless(rows):
-        raise OptionError("this source of rows has no end: say how many positions to read, n_tokens=")
+        raise OptionError("this source of rows never ends: give the number of positions to read, n_tokens=")
     reader = Reader(model, named, reads)
     asked = features if isinstance(features, Mapping) else dict.fromkeys(named, features)
     if set(asked) != set(named):
@@ -112,7 +112,7 @@ def collect(
             n += found
             bar.update(found)
     if any(tally.n_tokens == 0 for tally in tallies.values()):
-        raise OptionError("there is nothing to show: the text has no position that counts")
+        raise OptionError("there is nothing to show: every position of the text is excluded")
     given = _labels_by_name(labels, named)
     return {
         name: summary(name, coder, chosen[name], tallies[name], model, n_words, n_neighbours, given[name])

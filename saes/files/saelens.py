@@ -166,7 +166,7 @@ def read_foreign(
         dtype_name(field(config, "dtype", str, where), f"dtype in {where}")
     transcoder, about = "transcoder" in name, config["metadata"]
     if transcoder and hints.norm_factor is not None:
-        raise CoderFileError(f"norm_factor= is for SAEs; {where} is a transcoder, whose output has a scale of its own")
+        raise CoderFileError(f"norm_factor= is for SAEs; {where} is a transcoder, whose output has its own scale")
     d_in, d_sae = field(config, "d_in", int, where), field(config, "d_sae", int, where)
     apply = config.get("apply_b_dec_to_input", not transcoder)
     if not isinstance(apply, bool):

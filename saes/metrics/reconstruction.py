@@ -65,7 +65,7 @@ class ReconstructionSums:
         spread = float((y - mean).square().sum())
         error = float((y - y_hat).square().sum())
         if not (math.isfinite(error) and math.isfinite(spread)):
-            raise FloatingPointError("the activations, or what the coder makes of them, hold NaN or infinity")
+            raise FloatingPointError("the activations, or the reconstruction, hold NaN or infinity")
         mean = mean.cpu()
         shift = mean - self.mean
         both = self.n + n

@@ -115,7 +115,7 @@ def as_ids(item: Any, encode: Callable[[str], list[int]] | None) -> Tensor:
     """One document as token ids."""
     if isinstance(item, str):
         if encode is None:
-            raise TypeError("the documents are texts, and there is no tokenizer to make token ids of them")
+            raise TypeError("the documents are texts and the model has no tokenizer")
         return torch.tensor(encode(item), dtype=torch.long)
     ids = torch.as_tensor(item)
     if ids.shape == (0,):
@@ -142,7 +142,7 @@ def read_text_file(path: str | Path, separator: str = END) -> list[str]:
             raise
         shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:60]}... ({len(str(path)):,} characters)"
         raise FileNotFoundError(
-            errno.ENOENT, f"there is no text file {shown!r}; a text itself is given in a list, text=[...]"
+            errno.ENOENT, f"there is no text file {shown!r}; pass the text itself in a list, text=[...]"
         ) from None
     documents = [text.strip() for text in read.split(separator)]
     documents = [text for text in documents if text]

@@ -102,7 +102,7 @@ class ActivationStore:
             try:
                 self._take_block()
             except StopIteration:
-                raise ValueError("the store is at its end: there is nothing to sample") from None
+                raise ValueError("the store is exhausted: there is nothing to sample") from None
         assert self._block is not None
         index = self._rows()[self.place : self.place + n]
         return {name: self._out(value, index) for name, value in self._block.items()}

@@ -271,7 +271,7 @@ class Trainer:
             If it was made with other options, coders or data.
         """
         if self.checkpoints is None:
-            raise FileNotFoundError("this training has no folder, and so no checkpoints: out=...")
+            raise FileNotFoundError("this training has no folder and so no checkpoints: give out=...")
         tensors, about, process = load_checkpoint(self.checkpoints, self.world, step)
         mine = self._about()
         # An option younger than the checkpoint had its default there, which is the way it was before.

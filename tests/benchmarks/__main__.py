@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "coder": coder_step.run,
 }
 
-PAGE = Path("docs/benchmarks.md")
+PAGE = Path("docs/benchmark-tables.md")
 PAGES = {"coder": Path("docs/coders.md")}
 """Where results stand that are not in PAGE."""
 

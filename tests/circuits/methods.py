@@ -178,13 +178,13 @@ def title(name: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the tables, and with --write put them into the document."""
     parser = argparse.ArgumentParser(prog="python -m tests.circuits.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/circuits.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/circuit-methods.md")
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     text = "\n".join(tables())
     print(text)
     if asked.write:
-        page = Path("docs/circuits.md")
+        page = Path("docs/circuit-methods.md")
         before, _, behind = page.read_text(encoding="utf-8").split(MARK)
         page.write_text(f"{before}{MARK}\n{text}\n{MARK}{behind}", encoding="utf-8")
 

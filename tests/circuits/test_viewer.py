@@ -35,7 +35,7 @@ def test_the_page_holds_the_graph():
 
 
 def test_the_page_says_what_its_edges_hold():
-    for selection, words in (("none", "selection held at this prompt"), ("gradient", "nothing is held")):
+    for selection, words in (("none", "selection frozen at this prompt"), ("gradient", "nothing is frozen")):
         _, graph = graph_of(5, None)
         page = circuit_page(replace(graph, about={**graph.about, "selection": selection}))
         assert words in page.html

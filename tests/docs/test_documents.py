@@ -88,3 +88,23 @@ def test_links_to_files_lead_somewhere(path: Path):
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     for target in targets:
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_figures_of_the_benchmarks_guide_are_those_of_the_tables():
+    """Every number of a row's result stands in the section that the row links to."""
+    tables = (ROOT / "docs" / "benchmark-tables.md").read_text(encoding="utf-8")
+    sections = {
+        re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-"): body
+        for head, body in re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", tables, re.M)
+    }
+    rows = re.findall(
+        r"^\| \[.*?\]\(benchmark-tables\.md#([\w-]+)\)[^|]*\| ([^|]+) \|$",
+        (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    assert len(rows) >= 6
+    for anchor, result in rows:
+        for figure in re.findall(r"\d+(?:\.\d+)?", result):
+            shown = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", sections[anchor].replace(",", ""))}
+            digits = len(figure.partition(".")[2])
+            assert any(round(number, digits) == float(figure) for number in shown), f"{anchor}: {figure}"

@@ -151,6 +151,6 @@ def test_what_is_refused(unchecked):
         cache.apply_slice_to_batch_dim(0).compute_ssm_state(0)
 
     model.blocks[1].mixer.__class__ = type("Leaky", (type(model.blocks[1].mixer),), {"packs": False, "title": "Leaky"})
-    with pytest.raises(ValueError, match=r"document_ids: blocks\.1\.mixer \(Leaky\) does not keep documents"):
+    with pytest.raises(ValueError, match=r"document_ids: blocks\.1\.mixer \(Leaky\) cannot keep the documents"):
         model(tokens, document_ids=ids)
     model(tokens, document_ids=torch.zeros_like(ids))  # one document a row: nothing to keep apart

@@ -158,3 +158,21 @@ def test_small_tools():
 @pytest.mark.parametrize("what", [*MAPPED, "OPTIONS"])
 def test_the_documents_tables_are_these(what):
     assert f"|---|---|\n{table(getattr(transformerlens_names, what))}\n" in DOCS.read_text(encoding="utf-8")
+
+
+def test_arguments_of_caches(owners, unchecked):
+    cache = owners["CACHE"]
+    cache.get_full_resid_decomposition(expand_neurons=False)
+    cache.to("cpu", move_model=False)
+    for call in (
+        lambda: cache.get_full_resid_decomposition(expand_neurons=True),
+        lambda: cache.stack_neuron_results(neuron_slice=3),
+        lambda: cache.to("cpu", move_model=True),
+        lambda: patching.generic_activation_patch(baseline=3),
+    ):
+        with pytest.raises(TypeError, match=r"has no argument .*: TransformerLens' \w+ is here: "):
+            call()
+    with pytest.raises(KeyError, match="this block has no attention; C reads the state as a query does"):
+        patching.get_act_patch_attn_head_q_all_pos(
+            owners["MODEL"], tokens_for(owners["MODEL"]), cache, lambda logits: logits[0, -1, 0]
+        )

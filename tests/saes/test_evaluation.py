@@ -259,7 +259,7 @@ def test_texts_and_the_bundled_model():
     assert report.model == model.cfg.model_name
     with pytest.raises(ValueError, match="masked by themselves"):
         evaluate(model, coders, texts, attention_mask=torch.ones(3, 3))
-    with pytest.raises(ValueError, match="nothing to evaluate on"):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(model, coders, [])
 
 

@@ -198,3 +198,19 @@ def test_what_cannot_be_compared():
         compare(sae, sae, tokens=tokens_for(model))
     with pytest.raises(ValueError, match="no tokens to compare"):
         compare_models(model, model, sae, [])
+
+
+def test_positions_count_from_the_last_real_token():
+    model = tiny()
+    coder = sae_on(model, OUT)
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    for mask in (torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])):
+        read = encode_on(model, coder, tokens, attention_mask=mask)
+        last = int(mask[1].nonzero().max())
+        assert read.active(1, -1) == read.active(1, last) != []
+        assert read.token(1, -1) == int(tokens[1, last])
+        with pytest.raises(IndexError, match="row 1 has 2 tokens"):
+            read.active(1, -3)
+        with pytest.raises(IndexError, match="row 0 has 4 columns"):
+            read.token(0, 4)
+        assert repr(read).startswith("Activations(2 rows, 6 tokens; ")

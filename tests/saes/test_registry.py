@@ -139,5 +139,5 @@ def test_in_a_local_folder(tmp_path):
         SparseCoder.from_pretrained(tmp_path, "won")
     with pytest.raises(CoderFileError, match="is not a valid coder name"):
         SparseCoder.from_pretrained(tmp_path / "one", "../one")
-    with pytest.raises(CoderFileError, match="is no folder that is there, nor a hub id"):
+    with pytest.raises(CoderFileError, match="is neither an existing folder nor a hub id"):
         hub.list_coders("./nowhere/at/all")

@@ -193,3 +193,14 @@ def test_wrong_arguments_name_what_is_right():
         cache.decompose_resid(3)
     with pytest.raises(ValueError, match="differ in shape"):
         cache.logit_attrs(cache.decompose_resid(), torch.tensor([1, 2, 3]), 4)
+
+
+def test_a_stack_of_other_positions_than_the_scale_is_refused():
+    """Both would broadcast: the attributions of the last position by the scale of the first, silently."""
+    _, _, logits, cache = run("mamba")
+    parts = cache.decompose_resid(pos_slice=-1)
+    with pytest.raises(ValueError, match=r"give the pos_slice and batch_slice that the stack was made with"):
+        cache.logit_attrs(parts, 3)
+    with pytest.raises(ValueError, match="pos_slice"):
+        cache.apply_ln_to_stack(cache.decompose_resid(pos_slice=[0, 1]))
+    assert relative(cache.logit_attrs(parts, 3, pos_slice=-1).sum(0), logits[:, -1, 3]) < 1e-10

@@ -257,3 +257,29 @@ def test_ready_made_sweeps_are_documented():
     sweeps = [getattr(patching, name) for name in dir(patching) if name.startswith("get_act_patch_")]
     assert all("Called as sweep" in s.__doc__ for s in sweeps if isinstance(s, partial))
     assert len(sweeps) > 20
+
+
+def test_negative_indices_are_the_last_real_ones():
+    model, _, corrupted, cache = pair("mamba", n_layers=3)
+    options = {"index_axis_names": ("layer", "pos"), "progress": False}
+    whole = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, progress=False)
+    length = corrupted.shape[1]
+
+    def some(indices, tokens=corrupted, mask=None, **more):
+        return patching.generic_activation_patch(
+            model, tokens, cache, metric, patching.layer_pos_patch_setter, "resid_pre", index_df=indices,
+            attention_mask=mask, **(options | more),
+        )  # fmt: skip
+
+    assert relative(some([(-1, -2)]), whole[2:3, length - 2]) < 1e-12
+    right = torch.ones_like(corrupted)
+    right[0, -2:] = 0
+    with pytest.raises(ValueError, match=r"rows are padded on the right.*position -1 of all"):
+        some([(0, -1)], mask=right)
+    with pytest.raises(ValueError, match="name the axes"):
+        some([(0, -1)], mask=right, index_axis_names=None)
+    both = right.clone()
+    both[:, -2:] = 0  # all rows end at the same column: that is their last one
+    assert torch.equal(some([(0, -1)], mask=both), some([(0, length - 3)], mask=both))
+    with pytest.raises(IndexError, match="layer 3 is out of range for a model of 3 layers"):
+        some([(3, 0)])

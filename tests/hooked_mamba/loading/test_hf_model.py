@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import hooked_mamba.models  # noqa: F401  # defines the models that configs shape
 from hooked_mamba.loading import CheckpointError, from_hf_model, save_checkpoint, to_hf_model
 from hooked_mamba.model.shapes import weight_shapes
 from tests.hooked_mamba.loading.builders import HF_KINDS, PER_GROUP, assert_same, random_hf_model, stored_dtype

@@ -222,5 +222,5 @@ def test_errors(unchecked):
         collect(model, {"a": coder}, explored.text(), labels={"b": {1: "x"}}, **OPTIONS)
     with pytest.raises(ValueError, match="holds 11 numbers"):
         collect(model, explored.sae(d=11), explored.text(), **OPTIONS)
-    with pytest.raises(OptionError, match="no position that counts"):
+    with pytest.raises(OptionError, match="every position of the text is excluded"):
         collect(model, coder, [[5, 5]], exclude_tokens=[5], **OPTIONS)

@@ -124,7 +124,7 @@ def test_stores_end_and_say_when_they_are_too_small() -> None:
         next(ActivationStore(MemoryBlocks(numbers(), epochs=1), 51))
     store = ActivationStore(MemoryBlocks(numbers(), epochs=1), 50)
     next(store)
-    with pytest.raises(ValueError, match="at its end"):
+    with pytest.raises(ValueError, match="is exhausted"):
         store.sample(1)
     with pytest.raises(ValueError, match="batch_size"):
         ActivationStore(MemoryBlocks(numbers()), 0)
@@ -274,7 +274,7 @@ def test_processes_share_shards(folder: Path) -> None:
 
 def test_a_text_taken_for_a_path():
     for text in ("Once upon a time", "Once upon a time. " * 500):
-        with pytest.raises(FileNotFoundError, match="a text itself is given in a list") as caught:
+        with pytest.raises(FileNotFoundError, match="pass the text itself in a list") as caught:
             read_text_file(text)
         assert len(str(caught.value)) < 300
 

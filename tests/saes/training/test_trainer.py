@@ -1,4 +1,4 @@
-"""The trainer: it learns, trains many coders as it would each alone, and goes on bit for bit."""
+"""The trainer: it learns, trains many coders as it would each alone, and continues bit for bit."""
 
 from __future__ import annotations
 
