@@ -34,7 +34,7 @@ from hooked_mamba.mixers.delta_states import DeltaInputs, delta_scan_through_hoo
 from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
-from hooked_mamba.ops.products import linear
+from hooked_mamba.ops import products
 from hooked_mamba.recurrent_config import RWKV7Config
 from hooked_mamba.state import BranchState, Call, loadable, zero_padding
 
@@ -321,4 +321,4 @@ def unhooked_recall(x: DeltaInputs, S: Tensor | None) -> Float[Tensor, "b l H V"
 
 def product(x: Float[Tensor, "b l i"], W: Float[Tensor, "i o"]) -> Float[Tensor, "b l o"]:
     """x W, of a factor of a low-rank map."""
-    return linear(x, W.t())
+    return products.linear(x, W.t())
