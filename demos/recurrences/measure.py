@@ -23,6 +23,7 @@ from demos.recurrences.subjects import KEYS, PAIRS, VALUES, Rewritten, Subject, 
 from hooked_mamba import HookedModel
 from hooked_mamba.analysis import write_survival
 from hooked_mamba.analysis.erasure import Erasure, erasure
+from hooked_mamba.analysis.tasks import Prompts
 from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.run import Run
 
@@ -71,15 +72,40 @@ def which_value(subject: Subject, n: int, seed: int) -> dict[str, Rate]:
     return {"new": Rate(new, n), "old": Rate(old, n), "other": Rate(n - new - old, n)}
 
 
-def traced(subject: Subject, model: HookedModel, n: int, seed: int) -> Rate:
-    """How often the position with the largest part of the answer's lead over all values is the answer's, of the
-    prompts that the trained model answers right."""
-    prompts = recall(2 * n, PAIRS, seed)
-    right = subject.model(prompts.tokens)[:, -1].argmax(-1) == prompts.answers
+@dataclass(frozen=True)
+class Traced:
+    """How often the position with the largest part of the answer's lead is a certain one."""
+
+    answer: Rate
+    """The answer's own."""
+    before: Rate
+    """The one before it, which holds the key, or the token that was asked for."""
+
+
+def traced(
+    model: HookedModel, prompts: Prompts, values: list[int], n: int, answered_by: HookedModel | None = None
+) -> Traced:
+    """Attribution to tokens of the answer's lead over the mean of all that could be answers, selection, gates and norms
+    held, in the first n prompts that are answered right (by the model itself unless another is given)."""
+    right = (answered_by or model)(prompts.tokens)[:, -1].argmax(-1) == prompts.answers
     prompts = prompts.rows(right.nonzero()[:n, 0])
-    target = Logit(tuple(prompts.answers.tolist()), minus=VALUE_TOKENS)
-    parts = attribute(FrozenModel(model, prompts.tokens), targets=target).embeddings
-    return Rate(int((parts.argmax(-1) == prompts.where).sum()), len(prompts))
+    target = Logit(tuple(prompts.answers.tolist()), minus=values)
+    named = attribute(FrozenModel(model, prompts.tokens), targets=target).embeddings.argmax(-1)
+    hits = (int((named == prompts.where - by).sum()) for by in (0, 1))
+    return Traced(*(Rate(count, len(prompts)) for count in hits))
+
+
+def traced_recall(subject: Subject, n: int, seed: int) -> tuple[Traced, Traced]:
+    """By the trained model, and by the same before training on the same prompts."""
+    prompts = recall(2 * n, PAIRS, seed)
+    trained = traced(subject.model, prompts, VALUE_TOKENS, n)
+    return trained, traced(subject.untrained, prompts, VALUE_TOKENS, n, subject.model)
+
+
+def traced_induction(subject: Subject, n: int, seed: int) -> Traced:
+    """By the model of induction."""
+    task = subject.induction_task
+    return traced(subject.induction, task.prompts(2 * n, seed), list(range(task.vocab)), n)
 
 
 # Removals --------------------------------------------------------------------------------------------------------

@@ -140,14 +140,21 @@ def tracing_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
     """Attribution's source."""
     rows = []
     for one in compared:
-        trained, control = (measure.traced(one, model, n, seed) for model in (one.model, one.untrained))
-        rows.append([one.title, str(trained), str(control)])
+        trained, control = measure.traced_recall(one, n, seed)
+        induction = measure.traced_induction(one, n, seed)
+        rates = (trained.answer, trained.before, control.answer, induction.answer)
+        rows.append([one.title, *map(str, rates)])
+    columns = ["recall: the answer's position", "the one before it, its key's", "control", "induction: the answer's"]
     return Section(
         "Where the answer comes from",
         "The lead of the answer's logit over the mean of all values, as a sum over the tokens' embeddings with"
         " selection, gates and norms held: how often the largest part is that of the answer's own position, in prompts"
-        f" that the trained model answers right. Drawn at random, a position would be it in {1 / (2 * PAIRS + 1):.1%}.",
-        Table(["recurrence", "trained", "before training, the same prompts"], rows),
+        " that are answered right. The control is the model before training, on the same prompts; drawn at random, a"
+        f" position would be it in {1 / (2 * PAIRS + 1):.1%}. The last column is of models trained on induction: what"
+        " followed this token the last time?",
+        Table(["recurrence", *columns], rows),
+        after="Where a convolution has put a key and its value into one number, the sum shares that number out between"
+        " the two by its taps, with SiLU's factor held.",
     )
 
 

@@ -26,12 +26,13 @@ PAIRS = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """One recurrence: its trained model, and the same before training."""
+    """One recurrence: its model of recall, the same before training, and its model of induction."""
 
     title: str
     model: HookedModel
     untrained: HookedModel
-    task: Task
+    induction: HookedModel
+    induction_task: Task
 
     @property
     def state_numbers(self) -> int:
@@ -44,13 +45,15 @@ class Subject:
 
 
 def subjects(folder: Path = MODELS) -> list[Subject]:
-    """The recall model of each recurrence, in the order of their publication."""
+    """The models of each recurrence, in the order of their publication."""
     found = []
     for family, title in TITLES.items():
-        name = Options(task="recall", family=family, out=folder).name
-        model, task = load(folder / name)
+        (model, task), (induction, other) = (
+            load(folder / Options(task=name, family=family, out=folder).name) for name in ("recall", "induction")
+        )
         untrained = build_model(family, model.cfg.d_model, model.cfg.n_layers, 16, task.vocab, f"untrained {title}", 0)
-        found.append(Subject(title, *(m.eval().requires_grad_(False) for m in (model, untrained)), task))
+        models = (m.eval().requires_grad_(False) for m in (model, untrained, induction))
+        found.append(Subject(title, *models, other))
     return found
 
 

@@ -65,9 +65,12 @@ def test_models_that_come_along_do_their_task(family):
 @torch.no_grad()
 def test_the_traced_source_is_the_answers_and_erasure_is_doing_it():
     for subject in subjects():
-        assert measure.traced(subject, subject.model, 128, 7).value >= 0.95
-        assert measure.traced(subject, subject.untrained, 128, 7).value < 0.3
+        recalled, control = measure.traced_recall(subject, 128, 7)
+        assert measure.traced_induction(subject, 128, 7).answer.value >= 0.95
+        assert control.answer.value < 0.3 < recalled.answer.value
+        assert recalled.answer.value + recalled.before.value > 0.9  # the key's, where a convolution binds the two
         if subject.title in ("RWKV-7", "gated DeltaNet"):
+            assert recalled.answer.value >= 0.95
             assert max(measure.erasure_error(subject, layer, 1) for layer in range(2)) < 1e-10
 
 
