@@ -108,7 +108,9 @@ def survival_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
     ]
     text = [[f"{100 * value:.0f}" for value in row] for row in values.tolist()]
     columns = [str(by) for by in DISTANCES]
-    figure = heat_map(values, columns, hover, "percent of a write that is left, by positions after", names, text=text)
+    figure = heat_map(
+        values, columns, hover, "share of a write that is left, by positions after (cells: percent)", names, text=text
+    )
     return Section(
         "What is left of a write",
         "The share of a value's write that is still in the state after so many positions, whatever reads it: the"
@@ -190,7 +192,7 @@ def _rates(compared: Sequence[Subject], rates: list[list[Rate]], columns: list[s
     ]
     text = [[f"{100 * rate.value:.0f}" for rate in row] for row in rates]
     names = [one.title for one in compared]
-    figure = heat_map(values, columns, hover, f"percent right, by {unit}", names, text=text)
+    figure = heat_map(values, columns, hover, f"share right, by {unit} (cells: percent)", names, text=text)
     return _shares(figure)
 
 
