@@ -33,8 +33,8 @@ def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
         "recurrences",
         "Which recurrence keeps what, and how long?",
         "Five recurrences, each trained on associative recall until it did it (600 to 2,000 steps, see their cards):"
-        " pairs of a key and a value, then a key; which value stood behind it? Equal width, two layers, states of equal size: they differ in what a state forgets, and how"
-        " it makes room.",
+        " pairs of a key and a value, then a key; which value stood behind it? Equal width, two layers,"
+        " states of equal size: they differ in what a state forgets, and how it makes room.",
         "Tools: what is left of a write, attribution to tokens, exact erasure. Trained by demos.localisation.train.",
         f"Models in demos/localisation/models; {first.state_numbers:,} numbers in each layer's state.",
         [
