@@ -19,8 +19,9 @@ install: .venv/.dev ## make .venv with everything the other targets need
 demo: .venv/.installed ## look inside the bundled model; writes out/tour.html (offline)
 	$(RUN) demos.tour
 
-studies: .venv/.dev ## repeat six published experiments; writes out/studies/*.html (offline)
+studies: .venv/.dev ## repeat six published experiments, compare five recurrences; writes out/studies/*.html (offline)
 	$(RUN) demos.studies
+	$(RUN) demos.recurrences
 
 case-study: .venv/.dev ## test the story of a hunger feature claim by claim; writes out/hunger/report.html (offline)
 	$(RUN) demos.hunger

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demos.localisation.stats import Rate
-from hooked_mamba import HookedMamba
+from hooked_mamba import HookedModel
 from hooked_mamba.analysis.tasks import Prompts
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -34,7 +34,7 @@ class Choice:
 
 
 @torch.no_grad()
-def rows_of_question(model: HookedMamba, prompts: Prompts, by_token: bool) -> Float[Tensor, "layer e b s"]:
+def rows_of_question(model: HookedModel, prompts: Prompts, by_token: bool) -> Float[Tensor, "layer e b s"]:
     """Each channel's row of the last position, absolute values that sum to 1."""
     _, cache = model.run_with_cache(prompts.tokens)
     layers = []

@@ -23,7 +23,7 @@ from circuits.faithfulness import recovery
 from demos.localisation.study import correct_prompts, load
 from demos.localisation.task import Task
 from demos.tour.terminal import make_console
-from hooked_mamba import HookedMamba
+from hooked_mamba import HookedModel
 from hooked_mamba.analysis.tasks import Prompts
 
 WAYS = {
@@ -64,7 +64,7 @@ def target_of(task: Task, prompts: Prompts, row: int) -> Logit:
 
 
 def recovered(
-    model: HookedMamba, task: Task, n: int = 50, nodes: int = 200, seed: int = 0, progress: bool = False
+    model: HookedModel, task: Task, n: int = 50, nodes: int = 200, seed: int = 0, progress: bool = False
 ) -> Recovered:
     """Circuits of n prompts.
 

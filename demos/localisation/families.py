@@ -26,6 +26,8 @@ TITLES = {
 }
 HEADS = 4
 """Heads of a mixer with heads. RWKV-7, whose keys are as many as its values, has half as many, for as large a state."""
+WIDE = {"expand": 1}
+"""Mamba-2 and Mamba-3, whose heads share B and C, have half as many channels and twice as many states in each."""
 
 
 def build_model(
@@ -47,7 +49,7 @@ def build_model(
     if family == "mamba":
         return HookedMamba(MambaConfig(**stack, **top, d_state=d_state), seed=seed)
     if family == "mamba2":
-        return HookedMamba2(Mamba2Config(**stack, **top, d_state=d_state, head_dim=2 * d // HEADS), seed=seed)
+        return HookedMamba2(Mamba2Config(**stack, **top, **WIDE, d_state=2 * d_state, head_dim=d // HEADS), seed=seed)
     if family == "rwkv7":
         ranks = dict.fromkeys(("decay_rank", "rate_rank", "value_rank", "gate_rank"), d // 4)
         cfg = RWKV7Config(**stack, **top, **ranks, head_dim=2 * d_state, d_mlp=d, tie_embeddings=True)
@@ -62,7 +64,7 @@ def build_model(
             HybridConfig(**stack, **top, branches=branches, layout=layout, architecture="gated_deltanet"), seed=seed
         )
     if family == "mamba3":
-        mixer3 = Mamba3Config(**stack, A_act="softplus", d_state=d_state, head_dim=2 * d // HEADS)
+        mixer3 = Mamba3Config(**stack, **WIDE, A_act="softplus", d_state=2 * d_state, head_dim=d // HEADS)
         return HookedMamba3(
             HybridConfig(
                 **stack, **top, branches={"mixer": mixer3}, layout=((("mixer",),),) * n_layers, architecture="mamba3"

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from demos.localisation.stats import Rate
-from hooked_mamba import HookedMamba, patching
+from hooked_mamba import HookedModel, patching
 from hooked_mamba.analysis import knockout_sweep
 from hooked_mamba.analysis.tasks import Prompts
 from hooked_mamba.frozen.tokens import Source
@@ -40,7 +40,7 @@ def lead(clean: Prompts, corrupted: Prompts) -> Callable[[Tensor], Tensor]:
 
 
 def patching_scores(
-    model: HookedMamba, clean: Prompts, corrupted: Prompts, metric: Callable[[Tensor], Tensor], progress: bool = True
+    model: HookedModel, clean: Prompts, corrupted: Prompts, metric: Callable[[Tensor], Tensor], progress: bool = True
 ) -> Float[Tensor, "layer pos b"]:
     """Exhaustive activation patching of the residual stream: each layer's each position, from clean into corrupted.
 
@@ -53,7 +53,7 @@ def patching_scores(
 
 
 def knockout_scores(
-    model: HookedMamba,
+    model: HookedModel,
     prompts: Prompts,
     source: Source,
     window: int = 1,
@@ -78,7 +78,7 @@ def knockout_scores(
 
 
 def knockout_options(
-    model: HookedMamba, prompts: Prompts, source: Source = "token", progress: bool = True
+    model: HookedModel, prompts: Prompts, source: Source = "token", progress: bool = True
 ) -> dict[tuple[int, ...], Float[Tensor, "pos b"]]:
     """Knockout to the question in all layers at once, and in each alone; keys are the layers."""
     n_layers = model.cfg.n_layers

@@ -29,7 +29,7 @@ from demos.localisation.interventions import (
 )
 from demos.localisation.stats import Rate
 from demos.localisation.task import Task
-from hooked_mamba import HookedMamba
+from hooked_mamba import HookedModel, load_model
 from hooked_mamba.analysis.tasks import Prompts
 
 MODELS = Path(__file__).with_name("models")
@@ -97,16 +97,16 @@ class Study:
         return all(finding.rate.value >= REQUIRED for finding in self.findings if finding.required)
 
 
-def load(folder: str | Path) -> tuple[HookedMamba, Task]:
+def load(folder: str | Path) -> tuple[HookedModel, Task]:
     """A model that `demos.localisation.train` made, by folder or as "recall" or "induction", and its task."""
     known = MODELS / str(folder)
     folder = known if known.is_dir() else Path(folder)
     task = Task.load(folder)
-    return HookedMamba.from_pretrained(folder), task
+    return load_model(folder), task
 
 
 @torch.no_grad()
-def correct_prompts(model: HookedMamba, task: Task, n: int, seed: int) -> tuple[Prompts, Rate]:
+def correct_prompts(model: HookedModel, task: Task, n: int, seed: int) -> tuple[Prompts, Rate]:
     """The first n prompts that the model answers right, and the share of right ones among all drawn.
 
     Raises
@@ -122,7 +122,7 @@ def correct_prompts(model: HookedMamba, task: Task, n: int, seed: int) -> tuple[
 
 
 @torch.no_grad()
-def study(model: HookedMamba, task: Task, n: int = 256, seed: int = 0, progress: bool = True) -> Study:
+def study(model: HookedModel, task: Task, n: int = 256, seed: int = 0, progress: bool = True) -> Study:
     """Judge all tools on n prompts that the model answers right.
 
     Parameters
@@ -221,7 +221,7 @@ def study(model: HookedMamba, task: Task, n: int = 256, seed: int = 0, progress:
     return Study(task, model.cfg.model_name, judged, right, findings, sweeps, cuts)
 
 
-def attention_findings(model: HookedMamba, judged: Prompts, others: Prompts) -> list[Finding]:
+def attention_findings(model: HookedModel, judged: Prompts, others: Prompts) -> list[Finding]:
     """Hidden attention's own rates: at the answer, at the position whose u holds it, and carried back to tokens."""
     found = []
     rows = {by: (rows_of_question(model, others, by), rows_of_question(model, judged, by)) for by in (False, True)}

@@ -25,7 +25,8 @@ def write_survival(cache: ActivationCache, layer: int, source: int, per_state: b
     -------
     Tensor
         batch, position, channel (Mamba-2: head); with `per_state` also the N states (one number a head in Mamba-2);
-        without, their mean. 1 at the source, 0 before it.
+        without, their mean. 1 at the source, 0 before it. In Mamba-3, whose writes enter in two halves, a part of
+        both: at the source the first half's share. In a delta rule, the length that is left of the key.
     """
     view = cache.scan_view(layer)
     cache.selected(source, "source")

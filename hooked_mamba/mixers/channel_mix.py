@@ -68,7 +68,7 @@ class ChannelMix(Branch):
     ) -> tuple[Float[Tensor, "b l d"], ShiftState]:
         call = Call() if call is None else call
         before, last = shifted(resid, None if state is None else state[0], call.padding, call.documents)
-        x = self.hook_x_k(resid + self.x_k * (self.hook_shift(before) - resid))
+        x = self.hook_x_k(torch.addcmul(resid, self.x_k, self.hook_shift(before) - resid))
         post = self.hook_post(F.relu(self.hook_pre(self.key(x))).square())
         return self.hook_out(self.value(post)), ShiftState(last)
 

@@ -38,6 +38,7 @@ from hooked_mamba.mixers.delta_states import (
 from hooked_mamba.mixers.linear_form import Read, ReadOut, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
+from hooked_mamba.ops import products
 from hooked_mamba.recurrent_config import RWKV7Config
 from hooked_mamba.state import BranchState, Call, loadable, zero_padding
 
@@ -154,16 +155,17 @@ class RWKV7Mixer(Branch):
 
         before, last = shifted(resid, last, call.padding, call.documents)
         step = self.hook_shift(before) - resid
-        x = {j: getattr(self, f"hook_x_{j}")(resid + getattr(self, f"x_{j}") * step) for j in MIXES}
+        x = {j: getattr(self, f"hook_x_{j}")(torch.addcmul(resid, getattr(self, f"x_{j}"), step)) for j in MIXES}
 
         r = self.hook_r(self.heads(self.receptance(x["r"])))
         k_pre = self.hook_k_pre(self.heads(self.key(x["k"])))
         v = self.mixed_value(self.hook_v_pre(self.heads(self.value(x["v"]))), x["v"], call)
 
-        w_low = self.hook_w_low(torch.tanh(x["w"] @ self.w1))
-        w_pre = self.hook_w_pre(self.heads(at_least_fp32(w_low @ self.w2) + self.w0))
+        w_low = self.hook_w_low(torch.tanh(product(x["w"], self.w1)))
+        w_pre = self.hook_w_pre(self.heads(at_least_fp32(product(w_low, self.w2)) + self.w0))
         w = self.hook_w(torch.exp(real(-DECAY * torch.sigmoid(w_pre))))
-        a = self.hook_a(torch.sigmoid(self.heads(at_least_fp32(self.hook_a_low(x["a"] @ self.a1) @ self.a2 + self.a0))))
+        a_pre = product(self.hook_a_low(product(x["a"], self.a1)), self.a2) + self.a0
+        a = self.hook_a(torch.sigmoid(self.heads(at_least_fp32(a_pre))))
 
         kappa = self.hook_kappa(real(F.normalize(k_pre * self.heads(self.k_k), dim=-1, eps=1e-12)))
         k = self.hook_k(real(k_pre * (1 + (a.to(k_pre.dtype) - 1) * self.heads(self.k_a))))
@@ -173,7 +175,7 @@ class RWKV7Mixer(Branch):
         bonus = self.hook_bonus((r * k * self.r_k).sum(-1, keepdim=True) * v)
         y = self.hook_y(y_scan + bonus)
 
-        gate = self.hook_gate(self.hook_g_low(torch.sigmoid(x["g"] @ self.g1)) @ self.g2)
+        gate = self.hook_gate(product(self.hook_g_low(torch.sigmoid(product(x["g"], self.g1))), self.g2))
         y_gated = self.hook_y_gated(rearrange(y, "b l h v -> b l (h v)") * gate)
         return self.hook_out_proj(self.output(y_gated)), RWKVState(last, S)
 
@@ -199,7 +201,7 @@ class RWKV7Mixer(Branch):
                 f"layer {self.layer} mixes in the value of layer 0, which did not run: pass"
                 " carry={'v_first': cache['v_first', 0]} of the same tokens"
             )
-        nu = self.hook_nu(torch.sigmoid(self.heads(x_v @ self.v1 @ self.v2 + self.v0)))
+        nu = self.hook_nu(torch.sigmoid(self.heads(product(product(x_v, self.v1), self.v2) + self.v0)))
         return self.hook_v(v + nu * (call.carry["v_first"] - v))
 
     def delta_rule(
@@ -317,3 +319,8 @@ class RWKV7Mixer(Branch):
         self.r_k.zero_()
         self.norm.weight.fill_(1)
         self.norm.bias.zero_()
+
+
+def product(x: Float[Tensor, "b l i"], W: Float[Tensor, "i o"]) -> Float[Tensor, "b l o"]:
+    """x W, of a factor of a low-rank map."""
+    return products.linear(x, W.t())

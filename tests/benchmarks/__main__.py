@@ -12,7 +12,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.benchmarks import analysis, attribution, cache, coder_step, delta, hybrid_peers, hybrids, model, scan, states
+from tests.benchmarks import (
+    analysis,
+    attribution,
+    cache,
+    coder_step,
+    delta,
+    hybrid_peers,
+    hybrids,
+    model,
+    rwkv,
+    scan,
+    states,
+)
 from tests.benchmarks.machine import described
 from tests.benchmarks.report import Section, show, write_section
 from tests.benchmarks.sizes import FULL, QUICK, Sizes
@@ -23,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "states": states.run,
     "ssd": scan.run_ssd,
     "delta": delta.run,
+    "rwkv": rwkv.run,
     "model": model.run,
     "cache": cache.run,
     "hooks": cache.run_hooks,

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("hooked-mamba", "torch", "numba", "transformers", "mambapy", "mamba-lens", "transformer-lens", "sae-lens")
+PACKAGES = (
+    "hooked-mamba",
+    "torch",
+    "numba",
+    "transformers",
+    "rwkv",
+    "mambapy",
+    "mamba-lens",
+    "transformer-lens",
+    "sae-lens",
+)
 
 
 def cpu_model() -> str:

@@ -20,16 +20,19 @@ from circuits.interventions import CutHead, frozen_effects, intervened
 from circuits.push import frozen_changes
 from saes import SparseCoder, mambacoder_config
 from saes.targets import local_part
-from tests.hooked_mamba.recurrent.models import LINEAR, bare, tokens_for
+from tests.hooked_mamba.recurrent.models import KINDS, MAMBA3, bare, tokens_for
 
 EXACT = 1e-10
+FEW = ("rwkv7", "mamba3-mimo")
+EACH = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in FEW)) for kind in (*KINDS, *MAMBA3)]
+each_kind = pytest.mark.parametrize("kind", EACH)
 
 
 def prompt(kind):
     return bare(kind), tokens_for(1, 4)
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@each_kind
 def test_graphs_and_paths_sum(kind):
     """Rows of a graph are the nodes' own values; taking a node away changes the target by its edge; all paths sum."""
     model, tokens = prompt(kind)
@@ -43,7 +46,7 @@ def test_graphs_and_paths_sum(kind):
     assert abs(sum(path.weight for path in ended) - float(attribute(frozen, targets=Logit(3)).target)) < EXACT
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@each_kind
 def test_patches_nodes_and_circuits(kind):
     model, tokens = prompt(kind)
     frozen = FrozenModel(model, tokens)
@@ -58,7 +61,7 @@ def test_patches_nodes_and_circuits(kind):
     assert circuit.report.edges < EXACT
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@each_kind
 def test_sums_with_coders(kind):
     """A coder of what the mixer adds, or of the part that a position's own input gives."""
     model, tokens = prompt(kind)

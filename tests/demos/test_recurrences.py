@@ -1,0 +1,87 @@
+"""The study of recurrences: its prompts, its numbers on the models that come with it, and its page."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from demos.localisation.families import TITLES, build_model
+from demos.localisation.options import Options
+from demos.localisation.study import MODELS, load
+from demos.localisation.trainer import accuracy
+from demos.recurrences import measure
+from demos.recurrences.__main__ import main
+from demos.recurrences.subjects import KEYS, asked_late, rewritten, subjects
+from tests.demos.test_tour import Tags
+
+
+def pairs_of(tokens: list[int]) -> list[tuple[int, int]]:
+    return list(zip(tokens[:-1:2], tokens[1::2], strict=True))
+
+
+@pytest.mark.parametrize("questions", [0, 5])
+def test_what_is_asked_late_was_never_asked_before(questions):
+    prompts = asked_late(20, questions, seed=3)
+    for tokens, answer, where in zip(prompts.tokens.tolist(), prompts.answers.tolist(), prompts.where, strict=True):
+        said = pairs_of(tokens)
+        assert len(said) == 8 + questions
+        first = dict(said[:8])
+        assert len(first) == 8
+        assert first[tokens[-1]] == answer == tokens[where]
+        for key, value in said[8:]:
+            assert key != tokens[-1]
+            assert first[key] == value
+
+
+def test_a_key_comes_twice_with_two_values():
+    prompts = rewritten(20, seed=3)
+    for row, tokens in enumerate(prompts.tokens.tolist()):
+        values = [value for key, value in pairs_of(tokens) if key == tokens[-1]]
+        assert values == [int(prompts.old[row]), int(prompts.new[row])]
+        assert values[0] != values[1]
+        assert tokens[prompts.second[row]] == values[1]
+        assert min(values) >= KEYS
+
+
+def test_states_are_of_one_size():
+    for family in TITLES:
+        model = build_model(family, 64, 2, 16, 32, "x", 0)
+        mixer = model.mixer(1)
+        state = mixer.memory(mixer.initial_state(1, "meta"))
+        assert state is not None
+        assert state.numel() == 2048
+    with pytest.raises(ValueError, match="one of mamba"):
+        build_model("lstm", 64, 2, 16, 32, "x", 0)
+
+
+@pytest.mark.parametrize("family", TITLES)
+def test_models_that_come_along_do_their_task(family):
+    for name in ("recall", "induction"):
+        model, task = load(MODELS / Options(task=name, family=family, out=MODELS).name)
+        assert accuracy(model, task, 100, 5) > 0.9
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_traced_source_is_the_answers_and_erasure_is_doing_it():
+    for subject in subjects():
+        recalled, control = measure.traced_recall(subject, 128, 7)
+        assert measure.traced_induction(subject, 128, 7).answer.value >= 0.95
+        assert control.answer.value < 0.3 < recalled.answer.value
+        assert recalled.answer.value + recalled.before.value > 0.9  # the key's, where a convolution binds the two
+        if subject.title in ("RWKV-7", "gated DeltaNet"):
+            assert recalled.answer.value >= 0.95
+            assert max(measure.erasure_error(subject, layer, 1) for layer in range(2)) < 1e-10
+
+
+@pytest.mark.slow
+def test_the_page(tmp_path, capsys):
+    assert main(["--prompts", "16", "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "RWKV-7" in capsys.readouterr().out
+    found = Tags()
+    found.feed(page)
+    assert found.addresses == ["data:,"]  # nothing is loaded
+    assert found.tags.count("section") == 7
+    assert page.count('class="plot"') == 3
+    assert main(["--models", str(tmp_path)]) == 2
