@@ -18,6 +18,7 @@ from tests.benchmarks import (
     cache,
     coder_step,
     delta,
+    graphs,
     hybrid_peers,
     hybrids,
     model,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "analysis": analysis.run,
     "attention": analysis.run_long,
     "attribution": attribution.run,
+    "graphs": graphs.run,
     "coder": coder_step.run,
 }
 

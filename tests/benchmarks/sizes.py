@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Shape = tuple[int, int]
 """Batch and positions."""
+
+
+class GraphSizes(NamedTuple):
+    """Positions, latents of a coder and how many are active, features and heads of a graph; positions of a sweep."""
+
+    length: int
+    d_sae: int
+    k: int
+    features: int
+    heads: int
+    sweep_length: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class Sizes:
     """Of mean hidden attention in a model of full size."""
     attribution_length: int
     """Positions of the prompt that is attributed in a model of full size."""
+    graphs: GraphSizes
+    """Of graphs and of a sweep in a model of full size."""
     seconds: float
     """Patience for one comparison, beyond the least number of rounds."""
     rounds: tuple[int, int]
@@ -66,6 +80,7 @@ FULL = Sizes(
     sweep=(128, 4, 32),
     attention_shape=(1, 2048),
     attribution_length=512,
+    graphs=GraphSizes(64, 16384, 32, 512, 128, 32),
     seconds=20,
     rounds=(5, 15),
     claims=True,
@@ -88,6 +103,7 @@ QUICK = Sizes(
     sweep=(64, 2, 16),
     attention_shape=(1, 512),
     attribution_length=128,
+    graphs=GraphSizes(32, 2048, 32, 128, 64, 16),
     seconds=1,
     rounds=(3, 5),
 )
@@ -109,6 +125,7 @@ SMOKE = Sizes(
     sweep=(16, 2, 5),
     attention_shape=(2, 17),
     attribution_length=8,
+    graphs=GraphSizes(5, 24, 3, 6, 4, 4),
     seconds=0,
     rounds=(1, 1),
     fresh_process=False,
