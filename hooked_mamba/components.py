@@ -16,6 +16,7 @@ from hooked_mamba.ops import causal_conv1d as causal_conv1d
 from hooked_mamba.ops import silu as silu
 from hooked_mamba.ops import softplus as softplus
 from hooked_mamba.ops.products import linear as linear
+from hooked_mamba.ops.products import root_mean_square
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class RMSNorm(SitedModule):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
-        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(root_mean_square(x, self.eps))
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 

@@ -49,12 +49,36 @@ def _times(W, x, bias, y, lo, hi):
         y[r] = out + bias[r] if bias.size else out
 
 
+@kernel
+@no_type_check
+def _squares(x):
+    """The sum of x^2."""
+    zero = splat(np.float32(0))
+    a, b, ones = zero, zero, x.size // LANES * LANES
+    for i in range(0, x.size // (2 * LANES) * (2 * LANES), 2 * LANES):
+        a = fma(load(x, i), load(x, i), a)
+        b = fma(load(x, i + LANES), load(x, i + LANES), b)
+    for i in range(x.size // (2 * LANES) * (2 * LANES), ones, LANES):
+        a = fma(load(x, i), load(x, i), a)
+    out = total(add(a, b))
+    for i in range(ones, x.size):
+        out += x[i] * x[i]
+    return out
+
+
+def row_scale(x: Tensor, eps: float) -> Tensor:
+    """sqrt(mean x^2 + eps) of one contiguous row, with an axis of size 1 for the one summed over."""
+    mean = _squares(x.numpy().reshape(-1)) / x.shape[-1]
+    return x.new_full((*x.shape[:-1], 1), (mean + eps) ** 0.5)
+
+
 _NO_BIAS = np.empty(0, np.float32)
 
 
 def _probe() -> None:
     x = torch.zeros(LANES, dtype=torch.float32, device="cpu")
     row_times(x, x[None], None)
+    row_scale(x, 1.0)
 
 
 def works() -> bool:

@@ -7,8 +7,8 @@ A single row, as in a step of generation, goes through :mod:`hooked_mamba.ops.nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ def linear(
     if bias is not None and bias.dtype != weight.dtype:
         return linear(x, weight).to(bias.dtype) + bias
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.numel() == x.shape[-1] and not gradient and (row_times := _by_numba(x, weight)):
-        return row_times(x, weight, bias)
+    if x.numel() == x.shape[-1] and not gradient and _by_numba(x, weight) and (rows := _rows()):
+        return rows.row_times(x, weight, bias)
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     if gradient:
@@ -40,18 +40,26 @@ def linear(
     return _product(x, weight, bias)
 
 
+def root_mean_square(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... 1"]:
+    """sqrt(mean x^2 + eps) over the last axis."""
+    one_row = x.numel() == x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
+    if one_row and _by_numba(x, x) and (rows := _rows()):
+        return rows.row_scale(x, eps)
+    return ((x * x).mean(-1, keepdim=True) + eps).sqrt()
+
+
 @cache
-def _row_times() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """The product of one row; None where numba is missing or cannot compile it."""
+def _rows() -> Any:
+    """What is done to one row by numba; None where it is missing or cannot compile it."""
     try:
         from hooked_mamba.ops import numba_row
     except ImportError:
         return None
-    return numba_row.row_times if numba_row.works() else None
+    return numba_row if numba_row.works() else None
 
 
-def _by_numba(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    fits = (
+def _by_numba(x: Tensor, weight: Tensor) -> bool:
+    return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
@@ -59,7 +67,6 @@ def _by_numba(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | N
         and x.is_contiguous()
         and weight.is_contiguous()
     )
-    return _row_times() if fits else None
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

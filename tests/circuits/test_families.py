@@ -11,11 +11,11 @@ from torch import Tensor
 
 from circuits import Direction, FrozenModel, Logit, attribute, build_graph, patch_effects
 from hooked_mamba import HookedHybrid
-from tests.hooked_mamba.hybrids.tiny import CASES, tiny, tokens_for
+from tests.hooked_mamba.hybrids.tiny import SOME, tiny, tokens_for
 
 
-@pytest.mark.parametrize("start", ["empty", "padded", "going on"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("start", [pytest.param("empty", marks=pytest.mark.slow), "padded", "going on"])
+@pytest.mark.parametrize("case", SOME)
 def test_parts_sum_to_targets(case, start):
     model, tokens, run = tiny(case).model, tokens_for(length=6), {}
     if start == "padded":
@@ -67,7 +67,7 @@ def held_hooks(model: HookedHybrid, cache: Any) -> list[tuple[str, Callable]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_embeddings_are_what_a_held_model_loses(case):
     """Differences of the real model, which is affine once its selections, gates and norms are held, are exact."""
     model, tokens = tiny(case).model, tokens_for(1, 5)

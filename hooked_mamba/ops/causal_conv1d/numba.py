@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,6 +54,30 @@ def _convolve(x, row, history, weight, bias, y, rows, silu, lo, hi):
             store(y, unit * width + at, silu16(value) if silu else value)
 
 
+@kernel
+@no_type_check
+def _one_position(x, weight, bias, y):
+    """y_c = sum_k weight_ck x_kc + bias_c, the step of generation; bias may be empty, x is b k c and weight c k."""
+    taps, width = x.shape[1:]
+    for b in range(x.shape[0]):
+        for c in range(width):
+            value = bias[c] if bias.size else np.float32(0)
+            for k in range(taps):
+                value += x[b, k, c] * weight[c, k]
+            y[b, c] = value
+
+
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The one output of as many inputs as there are taps, without gradients."""
+    y = x.new_empty(x.shape[0], 1, x.shape[2])
+    constants = (weight[:, 0].detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy())
+    _one_position(x.detach().numpy(), *constants, y.numpy()[:, 0])
+    return F.silu(y) if silu else y
+
+
+_NO_BIAS = np.empty(0, np.float32)
+
+
 class _CausalConv1d(torch.autograd.Function):
     """weight is k c, bias c, history b h c."""
 
@@ -82,6 +108,14 @@ class _CausalConv1d(torch.autograd.Function):
         return *(next(gradients) if leaf.requires_grad else None for leaf in leaves), None
 
 
+def _fits_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are contiguous float32 of which no gradient is wanted."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    plain_numbers = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return plain_numbers and not gradient and not torch.compiler.is_compiling()
+
+
 def _probe() -> None:
     x, row = (
         torch.zeros(1, 4, LANES, dtype=torch.float32, device="cpu"),
@@ -99,6 +133,8 @@ def causal_conv1d(
     silu: bool = False,
 ) -> Float[Tensor, "b m c"]:
     """Convolve; see `hooked_mamba.ops.causal_conv1d`."""
+    if x.shape[1] == weight.shape[2] and history is None and _fits_step(x, weight, bias):
+        return _step(x, weight, bias, silu)
     if not worth_it(x):
         return plain.causal_conv1d(x, weight, bias, history, silu)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -16,7 +16,7 @@ from hooked_mamba.analysis.knockout import knockout, knockout_sweep
 from hooked_mamba.analysis.lens import lens_labels
 from hooked_mamba.analysis.path_patching import path_patch, path_places
 from hooked_mamba.analysis.rank_one_edit import key_moment, rank_one_edit
-from tests.hooked_mamba.hybrids.tiny import CASES, tiny, tokens_for
+from tests.hooked_mamba.hybrids.tiny import CASES, SOME, tiny, tokens_for
 from tests.hooked_mamba.tiny import relative
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -233,7 +233,7 @@ def test_a_cut_source_is_not_noticed_through_values(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_nested_cuts_are_one(case):
     """Cuts of every kind of branch, which overlap: what both take is taken once."""
     model, behind = tiny(case).model, slice(4, None)

@@ -12,17 +12,12 @@ from torch import Tensor
 
 from tests.hooked_mamba.hybrids import reference
 from tests.hooked_mamba.hybrids.test_equations import error, everything
-from tests.hooked_mamba.hybrids.tiny import CASES, Tiny, tiny, tokens_for
+from tests.hooked_mamba.hybrids.tiny import CASES, SOME, Tiny, tiny, tokens_for
 from tests.hooked_mamba.tiny import relative
 
 pytestmark = pytest.mark.usefixtures("fast")
 
 # Editing -------------------------------------------------------------------------------------------------------------
-
-
-COVERED = ("falcon", "falcon-gate-first", "granite-dense")
-"""Cases without a kind of site that others lack."""
-SOME = [pytest.param(case, marks=[pytest.mark.slow] if case in COVERED else []) for case in CASES]
 
 
 def edit_of(name: str, site) -> Callable[[np.ndarray], np.ndarray]:

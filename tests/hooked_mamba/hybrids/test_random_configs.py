@@ -15,6 +15,8 @@ from tests.hooked_mamba.hybrids.tiny import tokens_for
 
 pytestmark = pytest.mark.usefixtures("fast")
 LENGTH = 7
+DEFAULT = (2, 3, 5, 7)
+"""Seeds of the default run: a Granite, a Nemotron-H, an LFM2 and a Zamba2."""
 
 
 def any_of_each_kind(draw: random.Random, names: list[str]) -> list[str]:
@@ -26,7 +28,9 @@ def any_of_each_kind(draw: random.Random, names: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 200))])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed in DEFAULT else [pytest.mark.slow]) for seed in range(200)]
+)
 def test_a_random_config(seed):
     one, draw = drawn(seed), random.Random(seed)
     check_sites(one, tokens_for(length=LENGTH, seed=seed))

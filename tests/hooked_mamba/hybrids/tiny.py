@@ -81,6 +81,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> (transformers' class, its fields)."""
 
 
+COVERED = ("falcon", "falcon-gate-first", "granite-dense")
+"""Cases without a kind of site or branch that others lack."""
+SOME = [pytest.param(case, marks=[pytest.mark.slow] if case in COVERED else []) for case in CASES]
+
+
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every weight drawn anew, away from its usual 0 or 1, so that none can be forgotten."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_mamba import HookedHybrid, load_model
 from hooked_mamba.loading import CheckpointError
-from tests.hooked_mamba.hybrids.tiny import CASES, tiny
+from tests.hooked_mamba.hybrids.tiny import SOME, tiny
 from tests.hooked_mamba.tiny import build
 from tests.kinds import MAMBA
 
@@ -45,7 +45,7 @@ def ordinary(weights: dict[str, Tensor]) -> list[str]:
     return [name for name in names if "x_x" not in name]
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, *CASES])
+@pytest.mark.parametrize("kind", [*PLAIN, *SOME])
 def test_every_fault_is_named_as_the_file_names_it(kind, tmp_path):
     weights = saved(kind, tmp_path)
     missing, misshaped, spoiled = ordinary(weights)[:3]

@@ -160,3 +160,16 @@ def test_gradients_go_through_the_single_steps():
         return ops.gated_scan(*tensors)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_the_convolution_at_one_position(backend, silu, with_bias):
+    x, weight, bias = spread(3, 4, 21), spread(21, 1, 4, seed=1), spread(21, seed=2)
+    given = bias if with_bias else None
+    with torch.no_grad():
+        out = ops.causal_conv1d(x, weight, given, silu=silu, backend=backend)
+    exact = (x.double() * weight[:, 0].t().double()).sum(1, keepdim=True) + (bias.double() if with_bias else 0)
+    exact = F.silu(exact) if silu else exact
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)

@@ -74,4 +74,6 @@ def test_a_single_row_by_numba(width, threads, monkeypatch):
             assert torch.equal(out, numba_row.row_times(x, weight, b))
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        scale = (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(products.root_mean_square(x, 1e-5).double(), scale, rtol=1e-6, atol=0)
     assert products.linear(x, weight).requires_grad  # with a gradient in view, torch's own product
