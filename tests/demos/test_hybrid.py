@@ -8,19 +8,21 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from demos.hybrid import measure
 from demos.hybrid.__main__ import main
 from demos.hybrid.knockouts import knockouts
 from demos.hybrid.model import build
 from demos.hybrid.options import Options
-from demos.hybrid.stories import KINDS, kinds_of
+from demos.hybrid.stories import KINDS, LENGTH, MODEL, kinds_of, losses, stories, wanted
 from demos.hybrid.study import memory
 from demos.hybrid.train import HybridTrainer, finish
 from demos.localisation.options import parse_args
 from demos.localisation.task import Task
 from demos.tinystories import checkpoint
-from hooked_mamba import HookedHybrid
+from hooked_mamba import HookedHybrid, load_model
+from hooked_mamba.loading.files import PRETRAINED
 from tests.demos.test_tour import Tags
 
 TASK = Task("recall", 4, 20)
@@ -175,13 +177,39 @@ def test_the_hybrid_needs_its_convolution_and_attention_and_the_others_their_sta
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_transformers_reads_the_bundled_hybrid_as_we_do():
+    model = load_model(MODEL)
+    assert sorted({name for i in range(4) for name in model.block(i).branches}) == ["attn", "mixer", "mlp", "moe"]
+    theirs = AutoModelForCausalLM.from_pretrained(PRETRAINED / MODEL, dtype=torch.float32).eval()
+    tokens = model.to_tokens("Once upon a time, there was a little girl. She")
+    logits = model(tokens)
+    assert (logits - theirs(tokens).logits).abs().max() < 1e-4 * logits.abs().max()
+    got = model.generate(tokens, 20, do_sample=False, verbose=False)
+    assert torch.equal(got, theirs.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.slow
+def test_attention_in_the_story_model_is_for_what_the_story_has_said():
+    model = load_model(MODEL)
+    tokens = stories(model, 12)
+    assert tokens.shape == (12, LENGTH)
+    groups, intact = kinds_of(tokens), losses(model, tokens)
+    attention = next(one for one in wanted(model) if one.what == "attention")
+    more = losses(model, tokens, attention.hooks) - intact
+    copied, seen, new = (float(more[groups[kind]].mean()) for kind in KINDS)
+    assert copied > seen > new
+    assert copied > 2 * new
+
+
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_has_every_table(tmp_path, capsys):
-    main(["--prompts", "32", "--stories", "0", "--out", str(tmp_path)])
+    main(["--prompts", "32", "--stories", "2", "--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     found = Tags()
     found.feed(page)
     assert found.addresses == ["data:,"]
-    assert found.tags.count("section") == found.tags.count("table") == 7
+    assert found.tags.count("section") == found.tags.count("table") == 8
     assert "make hybrid" in page
     assert "block 1: expert 3" in capsys.readouterr().out
 
