@@ -106,6 +106,6 @@ def test_what_is_known_to_have_no_end_is_refused_without_a_number():
         evaluate_activations(coder, store)
     assert evaluate_activations(coder, store, n_tokens=5).tokens == 6
     values = {coder.cfg.in_site: torch.randn(6, 10)}
-    with pytest.raises(ValueError, match="no end"):
+    with pytest.raises(ValueError, match="never ends"):
         evaluate_activations(coder, ActivationStore(MemoryBlocks(values), 3))
     assert evaluate_activations(coder, ActivationStore(MemoryBlocks(values, epochs=1), 3)).tokens == 6
