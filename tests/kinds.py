@@ -16,6 +16,10 @@ model of each."""
 MAMBA = ("mamba", "mamba2")
 """The kinds with dt, B, C and a selective scan, in models of nothing else, which is what the test is about."""
 
+RECURRENCES = ("mamba", "mamba2", "rwkv7", "gated_deltanet")
+"""One mixer of each kind of recurrence: a diagonal scan, one with heads, delta rules with and without token shift. For
+tests that take long on all of them."""
+
 WITH_STATES = tuple(kind for kind in MIXERS if any(name == "hook_h" for name, _ in rows_of(DECLARED[kind])))
 """The kinds with a state that has a site."""
 

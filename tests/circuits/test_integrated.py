@@ -98,7 +98,7 @@ def test_runs_that_are_no_whole_prompt_are_refused():
         _, past = model(random_tokens(3), return_state=True)
     refused = {
         "is padded": FrozenModel(model, tokens, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]])),
-        "goes on from an initial state": FrozenModel(model, tokens, initial_state=past),
+        "continues from an initial state": FrozenModel(model, tokens, initial_state=past),
     }
     for match, frozen in refused.items():
         with pytest.raises(ValueError, match=match):

@@ -117,7 +117,9 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
     assert "nearest: blocks.1.mixer.hook_dt" in complaint(
         call("cache", "a", "-m", folder, "-s", "blocks.1.mixer.hook_dtt")
     )
-    assert "'no/such/model/at/all' is no folder" in complaint(call("cache", "a", "-m", "no/such/model/at/all"))
+    assert "'no/such/model/at/all' is neither an existing folder" in complaint(
+        call("cache", "a", "-m", "no/such/model/at/all")
+    )
     assert "has no tokens" in complaint(call("cache", "", "-m", folder))
     (tmp_path / "file").touch()
     assert "file" in complaint(call("cache", "a", "-m", folder, "-o", tmp_path / "file" / "x.safetensors"))

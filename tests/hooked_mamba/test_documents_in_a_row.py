@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hooked_mamba.hooks.site_name import SiteName
 from tests.hooked_mamba.tiny import TINY, build, tokens_for
+from tests.kinds import MIXERS, RECURRENCES, WITH_STATES
 
 LENGTHS = ((5, 1, 2, 4), (3, 9), (12,))
 """Of the documents of each row: of one token, of fewer than the convolution has taps, of more; a row of one alone."""
 
-DEFAULT = ("mamba", "mamba2", "rwkv7", "gated_deltanet")
-KINDS = tuple(kind if kind in DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in TINY)
-STATEFUL = [kind for kind in TINY if kind != "short_conv"]
+KINDS = tuple(kind if kind in RECURRENCES else pytest.param(kind, marks=pytest.mark.slow) for kind in TINY)
+STATEFUL = [kind for kind in TINY if kind not in set(MIXERS) - set(WITH_STATES)]
 
 
 def packed(model) -> tuple[Tensor, Tensor]:

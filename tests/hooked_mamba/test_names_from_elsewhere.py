@@ -6,6 +6,7 @@ from hooked_mamba import patching, utils
 from hooked_mamba.hooks.elsewhere import MEANT
 from hooked_mamba.hooks.names import HookNameError
 from tests.hooked_mamba.tiny import build, tokens_for
+from tests.kinds import MAMBA
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_arguments(made, unchecked):
 def test_z_is_attentions():
     """A mixer's gate, which has the same name, is found by its branch alone."""
     assert utils.get_act_name("z", 3) == "blocks.3.attn.hook_z"
-    for kind in ("mamba", "mamba2", "mamba3"):  # no attention: refused, the mixer's own stays there
+    for kind in MAMBA:  # no attention: refused, the mixer's own stays there
         model = build(kind)
         cache = model.run_with_cache(tokens_for(model))[1]
         assert cache["mixer.z", 0] is cache["blocks.0.mixer.hook_z"]

@@ -98,14 +98,14 @@ def test_what_is_known_to_have_no_end_is_refused_without_a_number():
     assert not endless(MixedRows([(rows, 1.0), (once, 1.0)]))
     assert endless(MixedRows([(rows, 1.0), (once, 0.0)]))
     assert not endless(iter([]))
-    with pytest.raises(OptionError, match=r"no end: say how many positions to read, n_tokens="):
+    with pytest.raises(OptionError, match=r"never ends: give the number of positions to read, n_tokens="):
         collect(model, {"mine": coder}, rows, progress=False)
     assert collect(model, {"mine": coder}, rows, n_tokens=50, progress=False)["mine"].n_tokens == 50
     store = ActivationStore(ModelBlocks(Capture(model, [coder.cfg.in_site]), rows, tokens=6), 3)
-    with pytest.raises(ValueError, match=r"no end: say how many positions to evaluate on, n_tokens="):
+    with pytest.raises(ValueError, match=r"never ends: give the number of positions to evaluate, n_tokens="):
         evaluate_activations(coder, store)
     assert evaluate_activations(coder, store, n_tokens=5).tokens == 6
     values = {coder.cfg.in_site: torch.randn(6, 10)}
-    with pytest.raises(ValueError, match="no end"):
+    with pytest.raises(ValueError, match="never ends"):
         evaluate_activations(coder, ActivationStore(MemoryBlocks(values), 3))
     assert evaluate_activations(coder, ActivationStore(MemoryBlocks(values, epochs=1), 3)).tokens == 6

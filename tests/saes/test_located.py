@@ -38,7 +38,7 @@ def test_what_a_model_does_not_have():
     model = tiny("mamba")
     with pytest.raises(HookNameError, match=r"blocks\.9"):
         locate("blocks.9.mixer.hook_x", model)
-    with pytest.raises(ValueError, match="no number for every position"):
+    with pytest.raises(ValueError, match="does not have a value at every position"):
         locate("hook_tokens", model)
     with pytest.raises(IndexError, match="channel 99 of"):
         locate("blocks.0.mixer.hook_h", model, [99])

@@ -120,7 +120,7 @@ def test_sites_are_checked() -> None:
         sites_of("blocks.1.mixer.hook_xx", model)
     with pytest.raises(ValueError, match="only a block's output"):
         sites_of("blocks.1.mixer.hook_x@local", model)
-    with pytest.raises(ValueError, match="no number for every position"):
+    with pytest.raises(ValueError, match="does not have a value at every position"):
         sites_of("blocks.1.mixer.hook_h.3", model)
     with pytest.raises(HookNameError):
         sites_of("blocks.9.mixer.hook_out_proj@local", model)
