@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
         return WorldTokenizer.from_file(place)
     if (place / VOCABULARY).is_file():
         return WorldTokenizer.from_file(place / VOCABULARY)
-    from transformers import AutoTokenizer  # slow to import, and token ids need none
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and token ids need none
 
+    if _is_plain(place):  # AutoTokenizer reads config.json too, and warns of models that transformers does not have
+        return PreTrainedTokenizerFast.from_pretrained(str(place))
     return AutoTokenizer.from_pretrained(str(tokenizer))
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder's tokenizer is all in its tokenizer.json."""
+    said = folder / "tokenizer_config.json"
+    if not said.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") == "PreTrainedTokenizerFast"
+    except (ValueError, AttributeError):
+        return False  # transformers says what is wrong
