@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
         return WorldTokenizer.from_file(place)
     if (place / VOCABULARY).is_file():
         return WorldTokenizer.from_file(place / VOCABULARY)
-    from transformers import AutoTokenizer  # slow to import, and token ids need none
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and token ids need none
 
     if place.is_absolute() and not place.exists():
         raise CheckpointError(f"no tokenizer at {place}: there is no such file or folder")
+    if _is_plain(place):  # AutoTokenizer reads config.json too, and warns of models that transformers does not have
+        return PreTrainedTokenizerFast.from_pretrained(str(place))
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer))
     except (OSError, ValueError) as error:
@@ -54,3 +57,14 @@ def load_tokenizer(tokenizer: Any, folder: Path | None, own: Any = None) -> Any:
             f"no tokenizer loads from {str(tokenizer)!r}: {first}. Give a folder with tokenizer.json, a hub id"
             " or a tokenizer object"
         ) from None
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder's tokenizer is all in its tokenizer.json."""
+    said = folder / "tokenizer_config.json"
+    if not said.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") == "PreTrainedTokenizerFast"
+    except (ValueError, AttributeError):
+        return False  # transformers says what is wrong
