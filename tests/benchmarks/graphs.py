@@ -26,7 +26,7 @@ def run(sizes: Sizes) -> Section:
         "Graphs and sweeps",
         f"{shape_text(sizes)}. The graph of features has a coder of {g.d_sae:,} latents, {g.k} of them active, in place"
         f" of every mixer, and {g.features} features traced; with a coder everywhere nothing moves between positions."
-        f" The graph of heads has no coders and {g.heads} heads (layer, source, channel) as nodes. The run of the prompt"
+        f" The graph of heads has no coders and {g.heads} heads (layer, source, channel) as nodes. The prompt's own run"
         " is not part of either. A sweep patches the residual stream entering every block at every position; the metric"
         " reads the last position. Random weights: a trained model chooses other nodes, at other places.",
     )
