@@ -35,6 +35,7 @@ STRATA = (
     {"activation_cache"},
     {"model"},
     {"models", "site_tables"},
+    {"frozen.beginning"},
     {"frozen.run"},
     {"analysis"},
     {"patching", "utils", "verification"},
