@@ -200,11 +200,19 @@ def _match_one(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def spelled_like(name: str, names: Sequence[str]) -> list[str]:
-    """Up to three names whose last part is spelled most like that of a wrong name, the likeliest first; where there is
-    none, names that are alike as a whole."""
-    hooks = dict.fromkeys(full.rpartition(".")[2] for full in names)
+    """Up to three names whose last part is spelled most like that of a wrong name, the likeliest first, each where the
+    whole is most alike; where there is none, names that are alike as a whole."""
+    hooks: dict[str, list[str]] = {}
+    for full in names:
+        hooks.setdefault(full.rpartition(".")[2], []).append(full)
     near = difflib.get_close_matches(name.rpartition(".")[2], hooks, n=3, cutoff=0.7)
-    found = [next(full for full in names if full.rpartition(".")[2] == hook) for hook in near]
+    whole = difflib.SequenceMatcher(b=name)
+
+    def alike(full: str) -> float:
+        whole.set_seq1(full)
+        return whole.ratio()
+
+    found = [max(hooks[hook], key=alike) for hook in near]
     return found or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 

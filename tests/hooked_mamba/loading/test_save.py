@@ -163,7 +163,7 @@ def test_refusals(tmp_path):
         save_checkpoint(tmp_path / "file", cfg, state)
     with pytest.raises(ValueError, match="expected 'hf' or 'raw'"):
         save_checkpoint(tmp_path / "x", cfg, state, format="onnx")
-    with pytest.raises(CheckpointError, match=r"1 faults:\n  unexpected: extra \(1,\)"):
+    with pytest.raises(CheckpointError, match=r"1 fault:\n  unexpected: extra \(1,\)"):
         save_checkpoint(tmp_path / "x", cfg, state | {"extra": torch.zeros(1)}, shapes=weight_shapes(cfg))
     odd, odd_state = small(d_inner=24)
     with pytest.raises(CheckpointError, match="whole multiples of d_model"):
