@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from hypothesis import strategies as st
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from hooked_mamba.ops import StateEdits
 
-SELECTIVE_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
-SSD_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)]
+NUMBA = find_spec("numba") is not None
+SELECTIVE_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), *[("numba", torch.float32)] * NUMBA]
+SSD_BACKENDS = list(SELECTIVE_BACKENDS)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 
