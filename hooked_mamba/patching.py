@@ -1,6 +1,16 @@
 """Activation patching under TransformerLens' names: `from hooked_mamba import patching`."""
 
 from hooked_mamba.analysis.attribution_patching import attribution_patch as attribution_patch
+from hooked_mamba.analysis.patch_setters import layer_head_pattern_patch_setter as layer_head_pattern_patch_setter
+from hooked_mamba.analysis.patch_setters import (
+    layer_head_pos_pattern_patch_setter as layer_head_pos_pattern_patch_setter,
+)
+from hooked_mamba.analysis.patch_setters import layer_head_vector_patch_setter as layer_head_vector_patch_setter
+from hooked_mamba.analysis.patch_setters import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
+from hooked_mamba.analysis.patch_setters import layer_pos_patch_setter as layer_pos_patch_setter
+from hooked_mamba.analysis.patch_setters import layer_pos_state_dim_patch_setter as layer_pos_state_dim_patch_setter
+from hooked_mamba.analysis.patch_setters import layer_pos_state_patch_setter as layer_pos_state_patch_setter
+from hooked_mamba.analysis.patch_setters import layer_pos_state_unit_patch_setter as layer_pos_state_unit_patch_setter
 from hooked_mamba.analysis.patching import SMALL_SITES as SMALL_SITES
 from hooked_mamba.analysis.patching import generic_activation_patch as generic_activation_patch
 from hooked_mamba.analysis.patching import (
@@ -56,14 +66,6 @@ from hooked_mamba.analysis.patching import get_act_patch_x_proj as get_act_patch
 from hooked_mamba.analysis.patching import get_act_patch_y as get_act_patch_y
 from hooked_mamba.analysis.patching import get_act_patch_y_gated as get_act_patch_y_gated
 from hooked_mamba.analysis.patching import get_act_patch_y_scan as get_act_patch_y_scan
-from hooked_mamba.analysis.patching import layer_head_pattern_patch_setter as layer_head_pattern_patch_setter
-from hooked_mamba.analysis.patching import layer_head_pos_pattern_patch_setter as layer_head_pos_pattern_patch_setter
-from hooked_mamba.analysis.patching import layer_head_vector_patch_setter as layer_head_vector_patch_setter
-from hooked_mamba.analysis.patching import layer_pos_head_vector_patch_setter as layer_pos_head_vector_patch_setter
-from hooked_mamba.analysis.patching import layer_pos_patch_setter as layer_pos_patch_setter
-from hooked_mamba.analysis.patching import layer_pos_state_dim_patch_setter as layer_pos_state_dim_patch_setter
-from hooked_mamba.analysis.patching import layer_pos_state_patch_setter as layer_pos_state_patch_setter
-from hooked_mamba.analysis.patching import layer_pos_state_unit_patch_setter as layer_pos_state_unit_patch_setter
 from hooked_mamba.analysis.path_patching import path_patch as path_patch
 from hooked_mamba.names_elsewhere import import_advice
 from hooked_mamba.renamed import renamed_in

@@ -13,7 +13,7 @@ The site "h" with an index of positions means the state right after that positio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,15 +24,25 @@ from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.patch_runs import Metric, Patch, run_patches
+from hooked_mamba.analysis.patch_setters import (
+    AT_ONE_POSITION,
+    PatchSetter,
+    layer_head_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    layer_pos_state_dim_patch_setter,
+    layer_pos_state_patch_setter,
+)
+from hooked_mamba.analysis.patch_setters import (
+    layer_head_pos_pattern_patch_setter as layer_head_pos_pattern_patch_setter,
+)
 from hooked_mamba.hooks.names import split_state_point
 from hooked_mamba.hooks.site import PlacedSite
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.names_elsewhere import knows_options
 from hooked_mamba.state import Padding
 from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
-
-PatchSetter = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-"""(corrupted activation, index, clean activation) -> patched activation; may write into the first."""
 
 STATE_SITE = "h"
 
@@ -296,78 +306,6 @@ class CleanValues:
                 f" {list(self.shape)}; patching needs prompts of the same length"
             )
         return self._states[1]
-
-
-# How to patch ------------------------------------------------------------------------------------------------
-
-
-def layer_pos_patch_setter(corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor) -> Tensor:
-    """index = (layer, pos): everything at one position."""
-    _, pos = index
-    corrupted_activation[:, pos] = clean_activation[:, pos]
-    return corrupted_activation
-
-
-def layer_head_vector_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, head or channel): that unit at all positions."""
-    _, unit = index
-    corrupted_activation[:, :, unit] = clean_activation[:, :, unit]
-    return corrupted_activation
-
-
-def layer_pos_head_vector_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, pos, head or channel): that unit at one position."""
-    _, pos, unit = index
-    corrupted_activation[:, pos, unit] = clean_activation[:, pos, unit]
-    return corrupted_activation
-
-
-AT_ONE_POSITION = (layer_pos_patch_setter, layer_pos_head_vector_patch_setter)
-"""Setters that change the position of their index alone."""
-
-
-def layer_pos_state_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, pos), of the site "h": the whole state after one position."""
-    return clean_activation
-
-
-def layer_pos_state_dim_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, pos, state), of the site "h": one of the N states of all channels after one position."""
-    corrupted_activation[..., index[2]] = clean_activation[..., index[2]]
-    return corrupted_activation
-
-
-def layer_pos_state_unit_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, pos, head or channel), of the site "h": one unit's whole state after one position."""
-    corrupted_activation[:, index[2]] = clean_activation[:, index[2]]
-    return corrupted_activation
-
-
-def layer_head_pattern_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, head), of the sites "pattern" and "attn_scores": a head's rows for all positions."""
-    corrupted_activation[:, index[1]] = clean_activation[:, index[1]]
-    return corrupted_activation
-
-
-def layer_head_pos_pattern_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
-    """index = (layer, head, pos), of the same sites: a head's row for one position."""
-    _, head, pos = index
-    corrupted_activation[:, head, pos] = clean_activation[:, head, pos]
-    return corrupted_activation
 
 
 # Ready-made sweeps -------------------------------------------------------------------------------------------
