@@ -46,6 +46,15 @@ def trainer(out: Path | None, at: int | None = None, **options) -> Trainer:
     return Trainer({"sae": SAE(sae_config(SITE, 8, 16, k=2), seed=0)}, store, config, out=out)
 
 
+@pytest.fixture
+def foreground():
+    """As in a terminal: a shell that starts a job in the background has it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_before_the_first_step_leaves_nothing_half_done(tmp_path, capsys):
     stopped = trainer(tmp_path, at=3)
     result = stopped.train()
