@@ -16,7 +16,7 @@ from hooked_mamba.ops import causal_conv1d as causal_conv1d
 from hooked_mamba.ops import silu as silu
 from hooked_mamba.ops import softplus as softplus
 from hooked_mamba.ops.products import linear as linear
-from hooked_mamba.ops.products import root_mean_square
+from hooked_mamba.ops.products import root_mean_square, squares
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class LayerNorm(SitedModule):
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x)
         x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale((squares(x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized(x / scale)
         return self.hook_out((normalized * self.weight + self.bias).to(self.weight.dtype))
 
@@ -129,7 +129,7 @@ class GroupedRMSNorm(RMSNorm):
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         x = at_least_fp32(x).unflatten(-1, (self.groups, -1))
-        scale = self.hook_scale(((x * x).mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale((squares(x).mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook_normalized((x / scale).flatten(2))
         return self.hook_out((normalized * self.weight).to(self.weight.dtype))
 

@@ -45,7 +45,12 @@ def root_mean_square(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "..
     one_row = x.numel() == x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
     if one_row and _by_numba(x, x) and (rows := _rows()):
         return rows.row_scale(x, eps)
-    return ((x * x).mean(-1, keepdim=True) + eps).sqrt()
+    return (squares(x).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def squares(x: Tensor) -> Tensor:
+    """x^2. The product is the faster one; the power's gradient is one number, and not two to be summed."""
+    return x.square() if x.requires_grad else x * x
 
 
 @cache
