@@ -134,6 +134,7 @@ class Published(Rule):
     def __init__(self, options: PathOptions) -> None:
         self.options = options
         self.reads_through_norms = options.input_norm == "model"
+        self.sums = options == EXACT
         self._chains: dict[tuple[int, Part], Chain] = {}
         """Of the run, by how much of its beginning is looked at."""
 

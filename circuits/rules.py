@@ -45,6 +45,8 @@ class Rule:
     """Of C, B and u."""
     differentiates_norms = False
     """Whether norms outside of branches are differentiated and not held."""
+    sums = True
+    """Whether what it takes apart sums to the target."""
     reads_through_norms = True
     """Whether a norm stands between a stream and what reads it behind one."""
 
@@ -89,6 +91,7 @@ class Gradient(Rule):
     """Nothing is held."""
 
     name = "gradient"
+    sums = False
     differentiates_norms = True
 
     def pull(

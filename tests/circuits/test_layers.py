@@ -15,7 +15,7 @@ from tests.hooked_mamba.recurrent import models as recurrent
 from tests.hooked_mamba.tiny import build, tokens_for
 from tests.kinds import MAMBA
 
-FAMILIES = ("mamba", "falcon", "mamba2", "deltanet", "rwkv7", "jamba", "lfm2", "granite")
+FAMILIES = ("mamba", "falcon", "mamba2", "deltanet", "rwkv7", "jamba", "lfm2", "granite-moe")
 
 
 def model_of(family: str) -> nn.Module:
