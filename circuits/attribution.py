@@ -140,7 +140,9 @@ def attribute(
                 pieces.append(PointDescent(frozen, mine, rows[places], keep_heads).run())
                 continue
             stop = until(mine, frozen.length)
-            seen = beginnings.setdefault(stop, frozen.upto(stop))
+            if stop not in beginnings:
+                beginnings[stop] = frozen.upto(stop)
+            seen = beginnings[stop]
             ends = {layer: mask[: seen.length] for layer, mask in (nodes or {}).items()}
             pieces.append(Descent(seen, mine, rows[places], read_out, keep_heads, ends).run())
     labels = [target.label for target in chosen for _ in range(frozen.batch)]

@@ -9,7 +9,7 @@ Ctrl-C; the same command with --resume continues from there. At the end the mode
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import Template
 
@@ -29,6 +29,7 @@ from saes.training.signals import stop_on_signal
 CARD = Path(__file__).with_name("card_template.md")
 CARD_SEED = 1_000_002
 CARD_PROMPTS = 5000
+CARD_OPTIONS = ("steps", "batch", "questions", "grow", "lr", "weight_decay", "seed")
 
 
 def train(
@@ -99,6 +100,31 @@ def run_steps(trainer: Trainer, console: Console, stop: Callable[[], bool]) -> b
 def finish(trainer: Trainer) -> Path:
     """Save the model, its task and a card with what the stored file measures; returns the folder."""
     options, goal, cfg = trainer.options, trainer.options.goal, trainer.model.cfg
+    about = {
+        "name": options.name,
+        "title": TITLES[options.family],
+        "smallest": SMALLEST[options.task],
+        "unit": "pairs" if options.task == "recall" else "tokens",
+        "vocab": goal.vocab,
+        "function": "associative_recall" if options.task == "recall" else "induction",
+        "drill": f"{options.task}_drill",
+        "shape": f"d_model {cfg.d_model}, a state of {2 * cfg.d_model * options.d_state:,} numbers in each",
+        "n_layers": cfg.n_layers,
+    }
+    return write_model(trainer, CARD, about)
+
+
+def write_model(trainer: Trainer, card: Path, about: Mapping[str, object]) -> Path:
+    """Save a model, its task and a card; returns the folder.
+
+    Parameters
+    ----------
+    card
+        The card's template; how the model was trained and what the stored file measures is filled in.
+    about
+        What else it names.
+    """
+    options, goal = trainer.options, trainer.options.goal
     folder = options.out / "model"
     trainer.model.save_pretrained(folder)
     goal.save(folder)
@@ -109,25 +135,10 @@ def finish(trainer: Trainer) -> Path:
         for row in trainer.rows
     ]
     values = {
-        "name": options.name,
-        "title": TITLES[options.family],
+        **{name: getattr(options, name) for name in CARD_OPTIONS},
         "size": goal.size,
-        "smallest": SMALLEST[options.task],
-        "unit": "pairs" if options.task == "recall" else "tokens",
         "length": goal.length,
-        "vocab": goal.vocab,
-        "function": "associative_recall" if options.task == "recall" else "induction",
-        "drill": f"{options.task}_drill",
-        "shape": f"d_model {cfg.d_model}, a state of {2 * cfg.d_model * options.d_state:,} numbers in each",
-        "n_layers": cfg.n_layers,
         "parameters": f"{sum(p.numel() for p in stored.parameters()):,}",
-        "steps": options.steps,
-        "batch": options.batch,
-        "questions": options.questions,
-        "grow": options.grow,
-        "lr": options.lr,
-        "weight_decay": options.weight_decay,
-        "seed": options.seed,
         "held_out_seed": HELD_OUT_SEED,
         "minutes": f"{trainer.wall_seconds() / 60:.0f}",
         "threads": torch.get_num_threads(),
@@ -136,8 +147,9 @@ def finish(trainer: Trainer) -> Path:
         "card_seed": CARD_SEED,
         "command": options.command(),
         "curve": "\n".join(curve),
+        **about,
     }
-    text = Template(CARD.read_text(encoding="utf-8")).substitute(values)
+    text = Template(card.read_text(encoding="utf-8")).substitute(values)
     write_atomically(folder / "README.md", text.encode())
     return folder
 
