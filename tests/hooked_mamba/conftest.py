@@ -39,3 +39,11 @@ def fast():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def tokens(model):
+    """Two rows of six tokens for the module's own `model`."""
+    from tests.hooked_mamba.tiny import tokens_for  # imports the package, whose checks are arranged above first
+
+    return tokens_for(model, rows=2, length=6)

@@ -31,11 +31,6 @@ def model(request):
     return build(request.param)
 
 
-@pytest.fixture
-def tokens(model):
-    return tokens_for(model, rows=2, length=6)
-
-
 def same(v, hook):
     return v
 
