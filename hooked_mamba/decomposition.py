@@ -181,7 +181,7 @@ class ResidualDecomposition:
         residual_stack
             Components, as :meth:`decompose_resid` and its kin return them.
         tokens
-            One token (its text or id), one a row, or one a row and position.
+            One token (its text or id), one per row, or one per row and position.
         incorrect_tokens
             Subtract these tokens' attributions; of the same shape as `tokens`.
         pos_slice, batch_slice, has_batch_dim
@@ -199,7 +199,7 @@ class ResidualDecomposition:
         stack = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
         has_positions = self.selected(pos_slice).keeps_axis
         if directions.ndim == 2 and has_positions and stack.ndim == 4:
-            directions = directions.unsqueeze(-2)  # one token a row, at all its positions
+            directions = directions.unsqueeze(-2)  # one token per row, at all its positions
         return (stack * directions.to(stack.dtype)).sum(-1)
 
     # Helpers -------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class MLPConfig(BranchConfig):
     d_in: int | None = None
     """Width of the input. None: d_model."""
     output_gate: bool = False
-    """Whether the output is multiplied with sigmoid(w . x), one number a position (Qwen3-Next's shared expert)."""
+    """Whether the output is multiplied with sigmoid(w . x), one number per position (Qwen3-Next's shared expert)."""
     adapter_rank: int | None = None
     """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 

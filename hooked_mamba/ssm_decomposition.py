@@ -104,7 +104,7 @@ class SSMDecomposition(ResidualDecomposition):
         mlp_input
             For TransformerLens' sake; True is an error: components of a part of a block are not told apart here.
         expand_channels
-            True: one component a channel. False: one a head in Mamba-2, one a mixer in Mamba-1.
+            True: one component a channel. False: one per head in Mamba-2, one per mixer in Mamba-1.
         apply_ln, pos_slice, return_labels, project_output_onto
             As in :meth:`stack_channel_results`. Branches that are no mixers come whole, as "3_attn_out"; the last two
             components are "embed" and "bias".
@@ -261,7 +261,7 @@ class SSMDecomposition(ResidualDecomposition):
         """The scan as a matrix, batch, channel (Mamba-2: head), target, source; without the D skip.
 
         With `include_dt_scaling` it multiplies x to give y_scan; without, the factor dt of the source is left out.
-        It has l^2 numbers a channel: :meth:`hidden_attention` gives chosen rows, channels or means.
+        It has l^2 numbers per channel: :meth:`hidden_attention` gives chosen rows, channels or means.
 
         Parameters
         ----------

@@ -171,7 +171,7 @@ class Call:
     hidden: dict[tuple[Any, ...], Float[Tensor, "l m"]] = field(default_factory=dict)
     """-inf where a query must not look, in calls without padding, that a layer of this pass has made for the next."""
     all_real: Bool[Tensor, "b l"] | None = None
-    """The mask of a call without padding, once a layer has asked for it."""
+    """The mask of a call without padding, once per layer has asked for it."""
 
     def to(self, device: torch.device) -> Call:
         """The same for blocks that are on another device."""

@@ -78,7 +78,7 @@ def check_fits(coder: SparseCoder, model: HookedModel, name: str) -> tuple[str, 
     for stream, width in zip(streams, (coder.cfg.d_in, coder.cfg.d_out), strict=True):
         there = locate(stream, model).width
         if there != width:
-            raise ValueError(f"{name} holds {width} numbers a position, and {stream} of this model holds {there}")
+            raise ValueError(f"{name} holds {width} numbers per position, and {stream} of this model holds {there}")
     if coder.W_dec.device != model.device:
         raise ValueError(f"{name} is on {coder.W_dec.device} and the model on {model.device}: move one of them")
     return streams

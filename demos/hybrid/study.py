@@ -116,7 +116,7 @@ def sizes_section(models: dict[str, Any], n: int) -> Section:
             )
         ],
         f"Who guesses one of the values in the prompt is right in 1 of {SIZES[-1]} cases at {SIZES[-1]} keys. A state"
-        " of N numbers a channel can tell N keys apart without mixing them; attention keeps every key for itself.",
+        " of N numbers per channel can tell N keys apart without mixing them; attention keeps every key for itself.",
     )
 
 

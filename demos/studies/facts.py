@@ -104,7 +104,7 @@ def to_last(model: Any, case: Case, window: int) -> Float[Tensor, "window token"
 
 
 def to_all_later(model: Any, case: Case, layers: Sequence[int] | None = None) -> Float[Tensor, " token"]:
-    """Change when no later position sees a token's values, in some layers (None: all): one row a token."""
+    """Change when no later position sees a token's values, in some layers (None: all): one row per token."""
     l = len(case.words)
     mine = torch.eye(l, dtype=torch.bool)
     rows = case.tokens.expand(l, -1)

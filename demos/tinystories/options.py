@@ -38,7 +38,7 @@ class Options:
     head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2, rwkv7, hybrid)", 1))
     pattern: str = field(
         default="MM*M",
-        metadata=_about("hybrid: a letter a block, M for Mamba-2, * for attention; experts and MLP follow"),
+        metadata=_about("hybrid: a letter per block, M for Mamba-2, * for attention; experts and MLP follow"),
     )
     n_heads: int = field(default=6, metadata=_about("hybrid: query heads of attention", 1))
     n_kv_heads: int = field(default=2, metadata=_about("hybrid: its heads of keys and values", 1))
@@ -52,7 +52,7 @@ class Options:
     d_expert: int = field(default=64, metadata=_about("hybrid: neurons of an expert", 1))
     balance: float = field(default=0.01, metadata=_about("hybrid: weight of the term that evens the experts' load", 0))
     steps: int = field(default=1400, metadata=_about("optimiser steps", 1))
-    batch: int = field(default=16, metadata=_about("rows a step", 1))
+    batch: int = field(default=16, metadata=_about("rows per step", 1))
     length: int = field(default=256, metadata=_about("tokens a row", 2))
     lr: float = field(default=3e-3, metadata=_about("highest learning rate", 0))
     warmup: int = field(default=60, metadata=_about("steps of linear warm-up", 0))

@@ -38,7 +38,7 @@ class DeltaInputs(NamedTuple):
     v: Float[Tensor, "b l H V"]
     a: Float[Tensor, "b l H K"]
     b: Float[Tensor, "b l H B"]
-    """Or one number a head, which stands for that multiple of k."""
+    """Or one number per head, which stands for that multiple of k."""
 
     def at(self, t: slice) -> DeltaInputs:
         """Some columns."""

@@ -3,7 +3,7 @@
 Glossary
     b, l  batch, positions     H  heads      P  channels of a head (E = H P)     N  d_state
     K     taps                 G  groups of heads that share B and C             d  d_model
-    A_bar = exp(dt A), one number a head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
+    A_bar = exp(dt A), one number per head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     @property
     def A(self) -> Float[Tensor, " H"]:
-        """Continuous-time decay rates, negative, one a head."""
+        """Continuous-time decay rates, negative, one per head."""
         return -torch.exp(at_least_fp32(self.A_log))
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:

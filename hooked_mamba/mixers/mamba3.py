@@ -2,7 +2,7 @@
 
 Glossary
     b, l  batch, positions     H  heads      P  channels of a head (E = H P)     N  d_state     G  groups     S  angles
-    dt = softplus(dt' + dt_bias)     A = -max(f(A'), A_floor)     lam = sigmoid(lam')           one number a head
+    dt = softplus(dt' + dt_bias)     A = -max(f(A'), A_floor)     lam = sigmoid(lam')           one number per head
     A_bar = exp(A dt)     beta = (1 - lam) dt A_bar     gamma = lam dt
     theta_t = theta_{t-1} + pi tanh(ang_t) dt_t      B, C = turned by theta (norm(.) + bias)
     h_t = A_bar_t h_{t-1} + beta_t x_{t-1} B_{t-1}^T + gamma_t x_t B_t^T          y_t = h_t C_t + D x_t

@@ -1,6 +1,6 @@
 """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), with every step of the routing editable.
 
-    logits = W_r x                        one number an expert
+    logits = W_r x                        one number per expert
     scores = softmax(logits), logits, or sigmoid(logits) + bias           what top-k ranks
     indices = the k best scores           weights = theirs, by the scoring's own rule
     out = sum_k weights_k expert_{indices_k}(x)
@@ -40,7 +40,7 @@ class MoE(Branch):
     place = "moe"
     config_class = MoEConfig
     sites = (
-        Site("hook_router_logits", "b l X", "the router's output, one number an expert", wide=True),
+        Site("hook_router_logits", "b l X", "the router's output, one number per expert", wide=True),
         Site("hook_router_scores", "b l X", "what the choice of experts ranks", wide=True),
         Site("hook_expert_indices", "b l k", "the chosen experts, best first", integer=True),
         Site("hook_expert_weights", "b l k", "factor of each chosen expert's output", wide=True),
@@ -142,7 +142,7 @@ class MoE(Branch):
         one_token = batch * length == 1
         order = torch.arange(k, device=x.device) if one_token else flat.argsort(stable=True)
         back = order if one_token else order.argsort()
-        if one_token:  # a step of generation: one row an expert, in the order of the choices
+        if one_token:  # a step of generation: one row per expert, in the order of the choices
             hit, counts = flat.tolist(), [1] * k
         else:
             found = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()

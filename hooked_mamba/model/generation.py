@@ -29,7 +29,7 @@ def sample_logits(
     attention_mask: Int[Tensor, "b m"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " b"]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ class Tally:
     F
         Features.
     top, sampled
-        Contexts kept of each: those where it is strongest, at most one a row; and a uniform sample of all positions
+        Contexts kept of each: those where it is strongest, at most one per row; and a uniform sample of all positions
         where it is active.
     before, after
         Tokens shown around the position.
@@ -95,7 +95,7 @@ class Tally:
         self.histograms.add(feature, value)
 
         shown = torch.where(real.cpu(), tokens.cpu(), OUTSIDE)
-        strongest, _ = best_of_groups((place // l) * F + feature, value, 1)  # one a row and feature
+        strongest, _ = best_of_groups((place // l) * F + feature, value, 1)  # one per row and feature
         self._offer(self.top, strongest, value.double(), place, feature, value, z, shown)
         keys = torch.rand(len(value), dtype=torch.float64, generator=self.generator)
         self._offer(self.sampled, torch.arange(len(value)), keys, place, feature, value, z, shown)
