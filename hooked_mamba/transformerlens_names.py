@@ -1,4 +1,4 @@
-"""TransformerLens by heart: what its public names are here. Errors and the tables in docs/moving.md are made from this.
+"""TransformerLens' public names and what to use here. Errors and the tables in docs/moving.md are made from this.
 
 Names are those of transformer-lens 2.18 and 4.3. A name that works here is not listed. Those of sites ("mlp_out", "z")
 are in :mod:`hooked_mamba.hooks.elsewhere`.

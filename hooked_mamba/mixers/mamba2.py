@@ -3,7 +3,7 @@
 Glossary
     b, l  batch, positions     H  heads      P  channels of a head (E = H P)     N  d_state
     K     taps                 G  groups of heads that share B and C             d  d_model
-    A_bar = exp(dt A), one number per head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
+    A_bar = exp(dt A), one per head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
 """
 
 from __future__ import annotations

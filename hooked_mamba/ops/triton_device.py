@@ -116,7 +116,7 @@ def stack(columns, BE: tl.constexpr, T: tl.constexpr):
 def fold(numbers, X: tl.constexpr, R: tl.constexpr):
     """Sums of the rows of an X x R tile, R a power of two.
 
-    By halves, which the compiler can only split once per row is within one lane: it moves the numbers there all at once,
+    By halves, which the compiler can only split once a row is within one lane: it moves the numbers there all at once,
     through shared memory. `tl.sum` would leave them where they are and pass each sum on from lane to lane.
     """
     for level in tl.static_range(0, 10):
