@@ -1,6 +1,6 @@
 """`hooked-mamba sae`: train, evaluate, explore, share and fetch dictionaries.
 
-Each command imports what it needs when it runs, so that help is shown at once.
+Each command imports what it needs when it runs, so that help is fast.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def pull(
     name: Annotated[str | None, typer.Option(help="The coder, where the source has several.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Copy a coder into a folder of its own, checked, and converted to our format."""
+    """Copy a coder into its own folder, checked and converted to our format."""
     from saes import hub
 
     typer.echo(hub.pull(source, out, name, revision))

@@ -1,8 +1,8 @@
 """Evaluating coders: reconstruction, sparsity, and the loss of the model when it runs on their output.
 
 1. A pass over the text collects reconstruction and sparsity of all coders, and the means of what they predict.
-2. A second pass runs every batch as it is, with each coder in the model's place, with zeros there, with the means
-   there, and with all coders, all zeros, all means at once.
+2. A second pass runs every batch unchanged, with each coder spliced in, with zeros there, with the means there, and
+with all coders, all zeros, all means at once.
 
 Sums are kept in float64 over positions, so that the size of batches does not matter.
 """
@@ -60,14 +60,14 @@ def evaluate(
     metrics
         Names or groups of figures, see `saes.report.METRICS` and `GROUPS`; None: all. Only what they need is run.
     attention_mask
-        b l, for token ids. Padding counts nowhere and stays as it is.
+        b l, for token ids. Padding is never counted and stays as it is.
     exclude_tokens
         Token ids, such as `<|endoftext|>`, whose positions are neither replaced nor counted in reconstruction and
         sparsity. Their losses count.
     batch_size
-        Rows a pass.
+        Rows per pass.
     n_tokens
-        Stop after so many real tokens; needed where the source has no end.
+        Stop after so many real tokens; required if the source has no end.
     together
         Whether all coders are replaced at once too; None: if there are several, and no two predict one site.
     progress
@@ -117,7 +117,7 @@ def evaluate_activations(
     metrics
         As in :func:`evaluate`, without losses, which need the model.
     n_tokens
-        Stop after so many positions; needed where the source has no end.
+        Stop after so many positions; required if the source has no end.
 
     Raises
     ------

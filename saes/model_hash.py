@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights: what a store and a coder remember of where they come from."""
+"""A fingerprint of a model's weights, by which a store and a coder record where they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One coder, several, or several by name: brought into one form and checked against the model."""
+"""One coder, several, or several by name: normalised to one form and checked against the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 
 
 def default_name(cfg: CoderConfig) -> str:
-    """The name of a coder that was given none, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
+    """The name of an unnamed coder, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
     if not cfg.is_sae:
         return f"{where}mambacoder" + ("-local" if cfg.target == "local" else "")
@@ -43,7 +43,7 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
     Raises
     ------
     TypeError
-        If anything but a coder is among them.
+        Anything but a coder is among them.
     ValueError
         If there are none.
     """
@@ -85,12 +85,12 @@ def check_fits(coder: SparseCoder, model: HookedModel, name: str) -> tuple[str, 
 
 
 def pick(named: Mapping[str, Any], name: str | None) -> str:
-    """A name that is there; None means the only one.
+    """An existing name; None means the only one.
 
     Raises
     ------
     KeyError
-        An unknown name, or none where there are several.
+        An unknown name, or no name although there are several.
     """
     if name is None:
         if len(named) == 1:

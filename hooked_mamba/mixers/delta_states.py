@@ -1,4 +1,4 @@
-"""Taking the scan of a delta rule through the hooks on its state, its writes and what it recalls.
+"""Running the scan of a delta rule through the hooks on its state, writes and recalled values.
 
     S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T        recall_t = S_{t-1} a_t        y_t = S_t r_t
 

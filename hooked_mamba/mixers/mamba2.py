@@ -228,9 +228,9 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     @property
     def discrete_sites_edited(self) -> bool:
-        """Whether a function sits on A_bar, B_bar, Bx or the stacked h, so that they must be formed in line.
+        """Whether a hook sits on A_bar, B_bar, Bx or the stacked h, so that the recurrence must run unfused.
 
-        An edited A_bar may be 0, which has no logarithm: the fused scan could not take it.
+        An edited A_bar may be 0, which has no logarithm, so the fused scan could not take it.
         """
         return any(site.edited for site in (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h))
 

@@ -168,7 +168,7 @@ class Mamba3Mixer(Branch):
         return x
 
     def entered(self, x: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l ... P"]:
-        """The same through its hook, if it is no site already."""
+        """The same through its hook, if it is not a site already."""
         return x
 
     def turn(self, v: Float[Tensor, "b l H N"], theta: Float[Tensor, "b l H S"]) -> Float[Tensor, "b l H N"]:
@@ -205,12 +205,12 @@ class Mamba3Mixer(Branch):
 
     @property
     def discrete_sites_edited(self) -> bool:
-        """Whether a function sits on a site that only the discrete recurrence has."""
+        """Whether a hook sits on a site that only the discrete recurrence has."""
         names = ("A_bar", "beta", "gamma", "Bx_prev", "Bx", "h")
         return any(getattr(self, f"hook_{name}").edited for name in names)
 
     def materialised(self, x, x_before, B, B_before, C, A_bar, beta, gamma, h0):  # type: ignore[no-untyped-def]
-        """The recurrence with every write formed."""
+        """The recurrence with every write computed."""
         old = self.hook_Bx_prev(self.write(beta, x_before, B_before))
         new = self.hook_Bx(self.write(gamma, x, B))
         h, last = linear_scan_through_hooks(self.hook_h, A_bar[..., None, None], old + new, h0)

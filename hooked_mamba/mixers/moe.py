@@ -5,8 +5,8 @@
     indices = the k best scores           weights = theirs, by the scoring's own rule
     out = sum_k weights_k expert_{indices_k}(x)
 
-Experts are gated or ungated MLPs, in the width of the stream or in a latent one between two projections. Whatever a
-hook makes of the indices, the weights and the experts' work follow.
+Experts are gated or ungated MLPs, in the width of the stream or in a latent one between two projections. If a hook
+changes the indices, the weights and the experts' work follow.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class MoE(Branch):
     def weigh(
         self, logits: Float[Tensor, "b l X"], scores: Float[Tensor, "b l X"], indices: Int[Tensor, "b l k"]
     ) -> Float[Tensor, "b l k"]:
-        """The weights of chosen experts; a correction bias takes part in the choice alone."""
+        """The weights of chosen experts; a correction bias affects only the choice."""
         cfg = self.cfg
         plain = logits.sigmoid() if cfg.scoring == "sigmoid" and cfg.correction_bias else scores
         weights = plain.gather(-1, indices)
@@ -131,11 +131,11 @@ class MoE(Branch):
     # Experts -------------------------------------------------------------------------------------------------
 
     def experts(self, x: Float[Tensor, "b l r"], indices: Int[Tensor, "b l k"]) -> Float[Tensor, "b l k r"]:
-        """What each chosen expert makes of its token.
+        """The output of each chosen expert for its token.
 
         1. Sort the pairs (token, choice) by expert, so that each expert's tokens are one slice.
-        2. One product an expert hit and a layer of it, in this order.
-        3. Back into the order of tokens, also wherever something sits on a site in between.
+        2. One matrix product per expert in use and layer of it, in this order.
+        3. Back into the order of tokens, also at any site in between that is in use.
         """
         batch, length, k = indices.shape
         flat = indices.reshape(-1)

@@ -55,9 +55,9 @@ def collect(
     coders
         One dictionary, several, or several by name.
     tokens
-        A text file, texts, token ids or a data set; see `saes.store.data`. Read through once.
+        A text file, texts, token ids or a data set; see `saes.store.data`. Read once.
     features
-        Numbers of the features to look at, of every dictionary or by its name; None: all.
+        Indices of the features to include, for every dictionary or by its name; None: all.
     n_tokens
         Stop after so many positions; None: at the end of the text. No more rows are read than these need.
     context_length, pack, rows_per_pass, exclude_tokens
@@ -76,7 +76,7 @@ def collect(
     Returns
     -------
     dict
-        Name -> what is known of that dictionary.
+        Name -> data about that dictionary.
     """
     named = named_coders(coders)
     reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
@@ -141,7 +141,7 @@ class Reader:
         self.last = last_layer(self.sites)
 
     def rows_at_once(self, wanted: int, length: int) -> int:
-        """Rows of a pass, fewer than wanted where the latents would take too much memory."""
+        """Rows of a pass, fewer than requested if the latents would take too much memory."""
         widest = max(coder.cfg.d_sae for coder in self.named.values())
         return max(1, min(wanted, AT_ONCE // (widest * length)))
 

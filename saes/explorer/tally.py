@@ -1,4 +1,4 @@
-"""One pass over latents, remembering of each feature what a page shows of it."""
+"""One pass over latents that collects what a page shows about each feature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tally:
     F
         Features.
     top, sampled
-        Contexts kept of each: those where it is strongest, at most one per row; and a uniform sample of all positions
+        Contexts kept for each: those where it is strongest, at most one per row; and a uniform sample of all positions
         where it is active.
     before, after
         Tokens shown around the position.
@@ -70,7 +70,7 @@ class Tally:
         counted: Bool[Tensor, "b l"],
         real: Bool[Tensor, "b l"],
     ) -> None:
-        """Take in the latents of some rows.
+        """Add the latents of some rows.
 
         Parameters
         ----------
@@ -79,7 +79,7 @@ class Tally:
         tokens
             Of the rows.
         counted
-            Positions that count; what is active elsewhere is left out.
+            Positions that count; activity elsewhere is ignored.
         real
             False at padding, which is not shown either.
         """

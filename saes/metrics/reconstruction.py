@@ -1,4 +1,4 @@
-"""How well a coder says what it should: sums over positions, in float64, so that batches of any size give the same."""
+"""Reconstruction quality: sums over positions in float64, so that batches of any size give the same result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Over n positions of d numbers, y what the model says and y_hat what the coder does."""
+    """Over n positions of d numbers; y is the model's value and y_hat the coder's."""
 
     mse: float
     """Mean of (y - y_hat)^2 over all numbers."""
@@ -39,7 +39,7 @@ class ReconstructionSums:
     Parameters
     ----------
     d
-        Numbers a position.
+        Numbers per position.
     """
 
     def __init__(self, d: int) -> None:
