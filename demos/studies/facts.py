@@ -71,7 +71,7 @@ def run(model: Model, options: Options) -> Report:
         "facts",
         "Where is it read? Knockout of the flow between tokens",
         "The values that a token sends to others are cut, in some layers, while step sizes, B, C and gates stay what"
-        " they are. If the answer goes, it came from that token, and was read there.",
+        " they are. If the answer disappears, it came from that token and was read there.",
         "After Sharma, Atkinson & Bau 2024, arXiv:2404.03646, and Mamba Knockout, arXiv:2505.24244.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )
