@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -101,6 +103,34 @@ class Tally:
         self._offer(self.sampled, torch.arange(len(value)), keys, place, feature, value, z, shown)
         self.n_rows += b
         self.n_tokens += int(counted.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was collected, to be kept and merged."""
+        kept = {
+            "n": torch.tensor([self.n_rows, self.n_tokens]),
+            "counts": self.counts,
+            "sums": self.sums,
+            "largest": self.largest,
+            "histogram": self.histograms.counts,
+            "exponents": self.histograms.exponents,
+        }
+        for name, best in (("top", self.top), ("sampled", self.sampled)):
+            kept |= {f"{name}/{key}": value for key, value in {"keys": best.keys, **best.fields}.items()}
+        return kept
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the rows of another tally, as :meth:`tensors` gave them, behind one's own."""
+        for name, best in (("top", self.top), ("sampled", self.sampled)):
+            fields = {key: other[f"{name}/{key}"] for key in best.fields}
+            fields["row"] = torch.where(fields["row"] == OUTSIDE, OUTSIDE, fields["row"] + self.n_rows)
+            best.merge(other[f"{name}/keys"], fields)
+        self.histograms.merge(other["histogram"], other["exponents"])
+        self.counts += other["counts"]
+        self.sums += other["sums"]
+        self.largest = torch.maximum(self.largest, other["largest"])
+        n_rows, n_tokens = other["n"].tolist()
+        self.n_rows += n_rows
+        self.n_tokens += n_tokens
 
     def _offer(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -66,18 +67,35 @@ class ReconstructionSums:
         error = float((y - y_hat).square().sum())
         if not (math.isfinite(error) and math.isfinite(spread)):
             raise FloatingPointError("the activations, or the reconstruction, hold NaN or infinity")
-        mean = mean.cpu()
-        shift = mean - self.mean
-        both = self.n + n
-        self.spread += spread + float(shift.square().sum()) * self.n * n / both
-        self.mean += shift * (n / both)
-        self.n = both
+        self._join(n, mean.cpu(), spread)
         norms = y.norm(dim=1), y_hat.norm(dim=1)
         inner = (y * y_hat).sum(1)
         self.error += error
         self.cosine += float(torch.where(inner == 0, 0.0, inner / (norms[0] * norms[1])).sum())
         self.norm += float(norms[0].sum())
         self.norm_hat += float(norms[1].sum())
+
+    def _join(self, n: int, mean: Tensor, spread: float) -> None:
+        shift = mean - self.mean
+        both = self.n + n
+        self.spread += spread + float(shift.square().sum()) * self.n * n / both
+        self.mean += shift * (n / both)
+        self.n = both
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, to be kept and merged."""
+        sums = [self.n, self.spread, self.error, self.cosine, self.norm, self.norm_hat]
+        return {"sums": torch.tensor(sums, dtype=torch.float64), "mean": self.mean}
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the positions of other sums, as :meth:`tensors` gave them."""
+        n, spread, error, cosine, norm, norm_hat = other["sums"].tolist()
+        if n:
+            self._join(int(n), other["mean"], spread)
+            self.error += error
+            self.cosine += cosine
+            self.norm += norm
+            self.norm_hat += norm_hat
 
     def result(self) -> Reconstruction:
         """The figures so far.
