@@ -1,4 +1,4 @@
-"""`hooked-mamba sae`: train, evaluate, explore, share and fetch dictionaries.
+"""`hooked-mamba sae`: train, evaluate, capture, explore, share and fetch dictionaries.
 
 Each command imports what it needs when it runs, so that help is fast.
 """
@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import console, new_app, reports_errors, table
+from hooked_mamba.cli import DEFAULT_MODEL, console, new_app, reports_errors, table
 from saes.flags import speaks_in_flags
 from saes.options import OptionError
 from saes.run_options import run_options
 
-app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, explore, push, pull, list.")
+app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, capture, explore, push, pull, list.")
 explore_app = new_app("explore")
 """`sae explore` again, for the top-level group of viewers."""
 
@@ -27,6 +27,10 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Bundled name, folder or hub id. Default: what the coders say.")
 ]
 TextOption = Annotated[Path, typer.Option("--text", "-t", help="Text file, documents separated by <|endoftext|>.")]
+WorkOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for results in pieces: a stopped run continues, and processes under torchrun share it."),
+]
 TokensOption = Annotated[int, typer.Option("--n-tokens", min=1, help="Stop after so many tokens.")]
 ContextOption = Annotated[int, typer.Option("--context-length", min=1, help="Tokens a row.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -116,20 +120,57 @@ def eval_(
     n_tokens: TokensOption = 20_000,
     context_length: ContextOption = 256,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
+    work: WorkOption = None,
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
     """Evaluate coders on a text: reconstruction, sparsity, and the loss of the model when it runs on them."""
-    from saes.command_parts import load_coders, model_of, text_rows, trained_model
+    from saes.command_parts import load_coders, model_of, processes, text_rows, trained_model
     from saes.evaluation import evaluate
 
-    named = load_coders(coders, device)
-    loaded = model_of(named, model or trained_model(coders), device)
-    rows = text_rows(text, loaded, context_length)
-    report = evaluate(loaded, named, rows, metric or None, n_tokens=n_tokens, progress=not quiet)
-    console().print(report)
-    if json_file is not None:
-        report.save(json_file)
+    with processes(device, work) as (world, device):
+        named = load_coders(coders, device)
+        loaded = model_of(named, model or trained_model(coders), device)
+        rows = text_rows(text, loaded, context_length)
+        report = evaluate(loaded, named, rows, metric or None, n_tokens=n_tokens, folder=work, progress=not quiet)
+        if world.first:
+            console().print(report)
+            if json_file is not None:
+                report.save(json_file)
+
+
+@app.command()
+@reports_errors
+@speaks_in_flags
+def capture(
+    text: TextOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")],
+    site: Annotated[list[str], typer.Option(help="Full name of a hook site; repeatable.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Bundled name, folder or hub id.")] = DEFAULT_MODEL,
+    n_tokens: TokensOption = 1_000_000,
+    context_length: ContextOption = 256,
+    dtype: Annotated[str, typer.Option(help="Precision on disk: float32, float16 or bfloat16.")] = "bfloat16",
+    device: DeviceOption = "cpu",
+    quiet: QuietOption = False,
+) -> None:
+    """Write a model's activations on a text as sharded safetensors; processes under torchrun share the text."""
+    from hooked_mamba.models import load_model
+    from saes.command_parts import processes, text_rows
+    from saes.options import check_choice
+    from saes.store import Capture, capture_shared
+    from saes.store.shards import DTYPES, read_manifest
+
+    check_choice("dtype", dtype, tuple(DTYPES))
+    with processes(device, out) as (world, device):
+        loaded = load_model(model, device=device)
+        reader = Capture(loaded, [loaded.resolve(name) for name in site], dtype=DTYPES[dtype])
+        rows = text_rows(text, loaded, context_length)
+        capture_shared(reader, rows, out, n_tokens, progress=not quiet)
+        if world.first:
+            found = read_manifest(out)
+            typer.echo(
+                f"{out}: {found['tokens']:,} positions of {len(found['streams'])} sites, {len(found['shards'])} shards"
+            )
 
 
 @explore_app.command()
@@ -149,29 +190,34 @@ def explore(
     sampled: Annotated[int, typer.Option(min=0, help="Random contexts kept of each feature.")] = 12,
     n_tokens: TokensOption = 100_000,
     context_length: ContextOption = 128,
+    work: WorkOption = None,
     device: DeviceOption = "cpu",
     quiet: QuietOption = False,
 ) -> None:
     """Write a page about the features of coders: where they are active, what they promote, which are similar."""
-    from saes.command_parts import load_coders, model_of, trained_model
+    from saes.command_parts import load_coders, model_of, processes, trained_model
     from saes.explorer import explore as look
     from saes.options import read_file
 
-    named = load_coders(coders, device)
-    loaded = model_of(named, model or trained_model(coders), device)
-    page = look(
-        loaded,
-        named,
-        text,
-        features=feature or None,
-        labels=_labels(read_file(labels)) if labels is not None else None,
-        top=top,
-        sampled=sampled,
-        n_tokens=n_tokens,
-        context_length=context_length,
-        progress=not quiet,
-    ).save(out)
-    typer.echo(f"{page}, {page.stat().st_size / 2**20:.1f} MiB")
+    with processes(device, work) as (world, device):
+        named = load_coders(coders, device)
+        loaded = model_of(named, model or trained_model(coders), device)
+        found = look(
+            loaded,
+            named,
+            text,
+            features=feature or None,
+            labels=_labels(read_file(labels)) if labels is not None else None,
+            top=top,
+            sampled=sampled,
+            n_tokens=n_tokens,
+            context_length=context_length,
+            folder=work,
+            progress=not quiet,
+        )
+        if world.first:
+            page = found.save(out)
+            typer.echo(f"{page}, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def _labels(read: dict) -> dict:

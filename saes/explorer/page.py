@@ -120,7 +120,7 @@ class TextRows:
         used, spelt = np.unique(token, return_inverse=True)
         word = np.array([words.place(data.vocabulary[int(i)]) for i in used], dtype=np.int64)[spelt]
         self.rows: list[list[Any]] = []
-        for i, start, end in zip(ids.tolist(), starts, [*starts[1:], len(row)], strict=True):
+        for i, start, end in zip(ids.tolist(), starts, [*starts, len(row)][1:], strict=True):
             at = position[start:end] - position[start]
             line = np.full(int(at[-1]) + 1, -1, dtype=np.int64)
             line[at] = word[start:end]
