@@ -19,6 +19,8 @@ from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.sources import Source, Whole
 from hooked_mamba.loading.tables import CheckpointError
 
+EPS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+
 State = Mapping[str, Tensor]
 Weights = dict[str, Source | tuple[Source, ...]]
 
@@ -51,8 +53,8 @@ def layers(keys: Keys, state: State) -> int:
     return n - further
 
 
-def stack(keys: Keys, state: State, eps: str = "attention.layer_norm_rms_epsilon") -> dict[str, Any]:
-    """The fields of the stack itself.
+def stack(keys: Keys, state: State) -> dict[str, Any]:
+    """The fields of the stack itself; eps stands under one of two keys, depending on what the config called it.
 
     Raises
     ------
@@ -61,6 +63,7 @@ def stack(keys: Keys, state: State, eps: str = "attention.layer_norm_rms_epsilon
     """
     rows, width = shape_of(state, keys, "token_embd.weight", 2)
     d = keys.count("embedding_length")
+    eps = next((name for name in EPS if keys.has(name)), EPS[0])
     if width != d:
         raise keys.fault("embedding_length", f"{width}, the width of token_embd.weight")
     return {

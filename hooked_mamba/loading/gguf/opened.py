@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.hybrid_config import HybridConfig
+from hooked_mamba.loading.gguf import falcon_h1, granite, jamba, lfm2, nemotron_h, qwen3, rwkv7
 from hooked_mamba.loading.gguf.header import read_header
 from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE
 from hooked_mamba.loading.gguf.mamba import mamba2_to_ours, mamba_to_ours
 from hooked_mamba.loading.gguf.types import open_tensors
 from hooked_mamba.loading.tables import CheckpointError, LazyState, some
+from hooked_mamba.recurrent_config import RWKV7Config
 
 __all__ = ["GGUF_FORMATS", "GGUFFormat", "gguf_file", "open_gguf"]
 
@@ -26,9 +29,23 @@ class GGUFFormat(NamedTuple):
     to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
 
 
+HYBRIDS: dict[str, Any] = {
+    "falcon-h1": falcon_h1,
+    "granitehybrid": granite,
+    "jamba": jamba,
+    "lfm2": lfm2,
+    "nemotron_h": nemotron_h,
+    "nemotron_h_moe": nemotron_h,
+    "qwen35": qwen3,
+    "qwen35moe": qwen3,
+    "qwen3next": qwen3,
+}
+
 GGUF_FORMATS = {
     "mamba": GGUFFormat("mamba", MambaConfig, mamba_to_ours),
     "mamba2": GGUFFormat("mamba2", Mamba2Config, mamba2_to_ours),
+    "rwkv7": GGUFFormat("rwkv7", RWKV7Config, rwkv7.to_ours),
+    **{name: GGUFFormat("hybrid", HybridConfig, module.to_ours) for name, module in HYBRIDS.items()},
 }
 """`general.architecture` -> how it is read."""
 

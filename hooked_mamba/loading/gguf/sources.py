@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mamba.loading.sources import Piece, Source
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 
-__all__ = ["Decay", "Shaped", "TiledHeads", "Turned", "Unpaired"]
+__all__ = ["Decay", "Shaped", "Slice", "TiledHeads", "Turned", "Unpaired"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,21 @@ class Decay(Source):
 
 
 @dataclass(frozen=True)
+class Slice(Source):
+    """One of several vectors in one tensor."""
+
+    row: int
+    count: int
+    size: int
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        return _shaped(state, self.name, (self.count, self.size), any_axes=True)[self.row]
+
+    def parts(self, ours: Callable[[], Tensor]) -> list[Piece]:
+        return [Piece(self.name, 0, self.row, lambda: ours()[None])]
+
+
+@dataclass(frozen=True)
 class Turned(Source):
     """The transposed matrix."""
 
@@ -76,7 +91,7 @@ class Unpaired(Source):
 class TiledHeads(Source):
     """Value heads in turns, one of each key head, from `start` on of an axis; ours stand by key head.
 
-    `log` and `shape` as in :class:`Decay` and :class:`Shaped`, done afterwards.
+    A source over the reordered tensor may follow.
     """
 
     key_heads: int
@@ -85,7 +100,7 @@ class TiledHeads(Source):
     start: int = 0
     axis: int = 0
     then: Callable[[str], Source] | None = None
-    """A source over the reordered tensor."""
+    """The tensor's name -> that source."""
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         tensor = state[self.name]
@@ -118,7 +133,7 @@ class TiledHeads(Source):
         return [Piece(self.name, 0, 0, make)]
 
 
-def _shaped(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def _shaped(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], any_axes: bool = False) -> Tensor:
     """A tensor in our shape.
 
     Raises
@@ -130,7 +145,7 @@ def _shaped(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> T
     if tensor.shape == shape:
         return tensor
     plain = [n for n in tensor.shape if n != 1], [n for n in shape if n != 1]
-    cut = len(shape) == 1 or tensor.ndim == 1  # one axis for several: r_k, the norm of each group
+    cut = any_axes or len(shape) == 1 or tensor.ndim == 1  # one axis for several: r_k, the norm of each group
     if tensor.numel() != torch.Size(shape).numel() or (plain[0] != plain[1] and not cut):
         raise CheckpointError(f"{LazyState.of(state).place(name)} got {tuple(tensor.shape)}, expected {shape}")
     return tensor.reshape(shape)

@@ -73,7 +73,8 @@ def _quantised(entry: TensorEntry, path: Path) -> tuple[int, int, Dequantise]:
         raise CheckpointError(
             f"{path}: the tensor {entry.name} is of type {kind}, which the installed package gguf does not dequantise"
         ) from None
-    return numbers, size, lambda blocks: gguf.quants.dequantize(blocks, type_)
+    # As one row: the library works through sixteen rows at a time, in Python.
+    return numbers, size, lambda blocks: gguf.quants.dequantize(blocks.reshape(1, -1), type_)
 
 
 def open_tensors(header: Header) -> LazyState:
