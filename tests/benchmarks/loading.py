@@ -136,8 +136,8 @@ def run(sizes: Sizes) -> Section:
         "Loading a GGUF file",
         f"A Mamba-1 of the shape {sizes.d_model} x {sizes.n_layers} with {sizes.d_vocab:,} tokens, matrices in Q4_K,"
         " the embedding in Q6_K, to float32; no tokenizer is asked of transformers, ours makes it as well. Seconds are"
-        f" processor time, the median of {ROUNDS} fresh processes that have loaded a tiny file before; memory is that at"
-        " the peak above what was resident before, the model included.",
+        f" processor time, the median of {ROUNDS} fresh processes that have loaded a tiny file before; memory is that"
+        " at the peak above what was resident before, the model included.",
         remarks=peers.remarks(*WHO.values()),
     )
     taking_part = [who for who, package in WHO.items() if peers.why_missing(package) is None]

@@ -1,10 +1,9 @@
-"""GGUF files of tiny random models, by gguf's own writer and name tables; what llama.cpp's converter does to weights
-is written out here a second time, from its source and without the code under test."""
+"""GGUF files by gguf's own writer and name tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,81 +98,3 @@ def named(architecture: Any, n: int, pairs: Converted) -> dict[str, Tensor]:
 def decay(tensor: Tensor) -> Tensor:
     """-exp(A_log), in float32 as the converter computes it."""
     return -torch.exp(tensor.float())
-
-
-# Families ------------------------------------------------------------------------------------------------------------
-
-
-def mamba(config: dict[str, Any], state: State) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Mamba and Falcon-Mamba."""
-    d, n = config["hidden_size"], config["num_hidden_layers"]
-    keys = {
-        ".embedding_length": d,
-        ".block_count": n,
-        ".ssm.conv_kernel": config["conv_kernel"],
-        ".ssm.inner_size": config["intermediate_size"],
-        ".ssm.state_size": config["state_size"],
-        ".ssm.time_step_rank": config["time_step_rank"],
-        ".attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
-        ".ssm.dt_b_c_rms": config["model_type"] == "falcon_mamba",
-    }
-
-    def pairs() -> Converted:
-        for name, tensor in state.items():
-            if name.endswith("A_log"):
-                yield name, decay(tensor)
-            elif name.endswith("conv1d.weight"):
-                yield name, tensor.squeeze()
-            else:
-                yield name, tensor
-
-    return "mamba", keys, named(gguf.MODEL_ARCH.MAMBA, n, pairs())
-
-
-def mamba2(config: dict[str, Any], state: State) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Mamba-2."""
-    d, n = config["hidden_size"], config["num_hidden_layers"]
-    E = config["expand"] * d
-    keys = {
-        ".embedding_length": d,
-        ".block_count": n,
-        ".ssm.conv_kernel": config["conv_kernel"],
-        ".ssm.inner_size": E,
-        ".ssm.state_size": config["state_size"],
-        ".ssm.time_step_rank": E // config["head_dim"],
-        ".ssm.group_count": config["n_groups"],
-        ".attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
-    }
-    return "mamba2", keys, named(gguf.MODEL_ARCH.MAMBA2, n, mamba2_pairs(state, config["n_groups"]))
-
-
-def mamba2_pairs(state: State, groups: int, norm: str = "mixer.norm.weight") -> Converted:
-    """The tensors of Mamba-2 layers as they are converted, the others as they are."""
-    for name, tensor in state.items():
-        if name.endswith("A_log"):
-            yield name, decay(tensor)[:, None]
-        elif name.endswith(("mixer.D", "mamba.D")):
-            yield name, tensor[:, None]
-        elif name.endswith("dt_bias"):
-            yield name.replace("dt_bias", "dt_proj.bias"), tensor
-        elif name.endswith("conv1d.weight"):
-            yield name, tensor.squeeze()
-        elif name.endswith(norm):
-            yield name, tensor.reshape(groups, -1)
-        else:
-            yield name, tensor
-
-
-FAMILIES: dict[str, Callable[..., tuple[str, dict[str, Any], dict[str, Tensor]]]] = {
-    "mamba": mamba,
-    "falcon_mamba": mamba,
-    "mamba2": mamba2,
-}
-"""model_type of a folder -> how it is converted."""
-
-
-def convert(folder: Path, path: Path, kind: str = "F32") -> Path:
-    """A folder of transformers as a GGUF file."""
-    config, state = source(folder)
-    architecture, keys, tensors = FAMILIES[config["model_type"]](config, state)
-    return write(path, architecture, keys, tensors, kind)
