@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.files import open_weights, resolve
-from hooked_mamba.loading.gguf import gguf_file, open_gguf
+from hooked_mamba.loading.gguf import find_tokenizer, gguf_file, open_gguf
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin
@@ -122,7 +122,8 @@ def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Chec
         raise
     except ValueError as error:  # of the config's own checks, which know of no file
         raise CheckpointError(f"{path}: {error}") from None
-    return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, path.parent)
+    cfg = dataclasses.replace(cfg, model_name=_name(name_or_path))
+    return Checkpoint(cfg, state, found.name, path.parent, own_tokenizer=lambda: find_tokenizer(keys))
 
 
 def _name(name_or_path: str | Path) -> str:
