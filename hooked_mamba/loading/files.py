@@ -19,6 +19,9 @@ CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt"]
 # Looked for in this order; the first kind that is there is fetched, so that no checkpoint is fetched twice.
 WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pytorch_model*.bin"]]
 
+LONE_FILES = (".pth", ".gguf")
+"""Endings of files that hold a whole model."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -28,7 +31,7 @@ def bundled_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a bundled name, a local folder (or `.pth` file), or a hub id, in this order.
+    """The folder of a checkpoint: a bundled name, a local folder (`.pth` or `.gguf` file), or a hub id, in this order.
 
     Parameters
     ----------
@@ -46,14 +49,14 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     name = str(name_or_path)
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".pth"):
+    if folder.is_dir() or (folder.is_file() and folder.suffix in LONE_FILES):
         if revision is not None:
             raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
         return folder
     bundled = ", ".join(bundled_names()) or "none"
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
-            "is a file; expected its folder, or a .pth file"
+            "is a file; expected its folder, or a .pth or .gguf file"
             if folder.is_file()
             else "is neither an existing folder nor a hub id"
         )
