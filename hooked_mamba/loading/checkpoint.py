@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
-from hooked_mamba.loading.files import open_weights, resolve
+from hooked_mamba.loading.adapters import Adapter, merge_adapters
+from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin
@@ -73,7 +74,12 @@ def refuse_quantised(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     )
 
 
-def load_checkpoint(name_or_path: str | Path, family: str | None = None, revision: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    name_or_path: str | Path,
+    family: str | None = None,
+    revision: str | None = None,
+    adapter: Adapter | None = None,
+) -> Checkpoint:
     """Find a checkpoint and map it to our names, whatever its format.
 
     Parameters
@@ -84,11 +90,13 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
         "mamba", "mamba2", "rwkv7" or "hybrid" to refuse the others; None takes any.
     revision
         Branch, tag or commit of a hub id.
+    adapter
+        A folder or hub id of PEFT's with a LoRA of this checkpoint, which is merged, or several.
 
     Raises
     ------
     CheckpointError
-        An unknown or unsupported format, the other family, or damaged files.
+        An unknown or unsupported format, the other family, damaged files, or an adapter of another kind or model.
     OSError
         The hub cannot be reached.
     """
@@ -98,6 +106,9 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
     refuse_quantised(config, weights)
+    if adapter is not None:
+        tied = found.to_ours(config, weights)[0].tie_embeddings
+        config, weights = merge_adapters(config, weights, adapter, adapter_folder, tied)
     cfg, state = found.to_ours(config, weights)
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
     folder = place if place.is_dir() else place.parent
