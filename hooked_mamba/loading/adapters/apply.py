@@ -196,9 +196,9 @@ class _Opened:
         if asleep:
             warnings.warn(
                 f"{self.path} has a LoRA on dt_proj ({len(asleep)} layers). transformers' Mamba mixers read that"
-                " layer's weight and never call it, so the LoRA had no effect and no gradient there. Merged, as here and"
-                " by merge_and_unload(), it acts, and the model is not the one that was trained; leave those keys out of"
-                " the file if that one is meant",
+                " layer's weight and never call it, so the LoRA had no effect and no gradient there. Merged, as"
+                " here and by merge_and_unload(), it acts, and the model is not the one that was trained; leave"
+                " those keys out of the file if that one is meant",
                 stacklevel=2,
             )
 
