@@ -108,7 +108,7 @@ class SparseCoder(CoderParameters):
         if isinstance(self.activation, TopK):
             pattern, pre = self.activation.select(self, rows, self.k, ordered=True)
             shape = (*leading, self.k)
-            return Codes(pre.relu().reshape(shape), pattern.indices.reshape(shape))
+            return Codes(self.activation.value(pre).reshape(shape), pattern.indices.reshape(shape))
         found = [self._active(run) for run in runs(rows, self.cfg.d_sae)]
         widest = max((values.shape[1] for values, _ in found), default=0)
         values, indices = (

@@ -21,6 +21,9 @@ def default_name(cfg: CoderConfig) -> str:
     """The name of an unnamed coder, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
     if not cfg.is_sae:
+        branch = cfg.out_site.split(".", 2)[-1].removeprefix("hook_").removesuffix("_out").partition(".")[0]
+        if branch in ("attn", "mlp", "moe"):
+            return f"{where}{branch}-transcoder"
         return f"{where}mambacoder" + ("-local" if cfg.target == "local" else "")
     site = cfg.in_site if cfg.layer is None else cfg.in_site.split(".", 2)[2]
     return where + site.removeprefix("mixer.hook_").replace("hook_", "")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
-from hooked_mamba.loading.files import open_weights, resolve
+from hooked_mamba.loading.adapters import Adapter, merge_adapters
+from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf import find_tokenizer, gguf_file, open_gguf
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import CheckpointError, LazyState
@@ -78,7 +79,12 @@ def refuse_quantised(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     )
 
 
-def load_checkpoint(name_or_path: str | Path, family: str | None = None, revision: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    name_or_path: str | Path,
+    family: str | None = None,
+    revision: str | None = None,
+    adapter: Adapter | None = None,
+) -> Checkpoint:
     """Find a checkpoint and map it to our names, whatever its format.
 
     Parameters
@@ -89,23 +95,33 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
         "mamba", "mamba2", "rwkv7" or "hybrid" to refuse the others; None takes any.
     revision
         Branch, tag or commit of a hub id.
+    adapter
+        A folder or hub id of PEFT's with a LoRA of this checkpoint, which is merged, or several.
 
     Raises
     ------
     CheckpointError
-        An unknown or unsupported format, the other family, or damaged files.
+        An unknown or unsupported format, the other family, damaged files, or an adapter of another kind or model.
     OSError
         The hub cannot be reached.
     """
     place = resolve(name_or_path, revision)
     packed = gguf_file(place)
     if packed is not None:
+        if adapter is not None:
+            raise CheckpointError(
+                f"{packed}: PEFT's adapters name the tensors of Hugging Face checkpoints, which a GGUF file renames and"
+                " permutes: give the adapter with the checkpoint that the GGUF file was made from"
+            )
         return _from_gguf(packed, family, name_or_path)
     found, config = detect_folder(place)
     check_family(found.family, family, str(name_or_path))
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
     refuse_quantised(config, weights)
+    if adapter is not None:
+        tied = found.to_ours(config, weights)[0].tie_embeddings
+        config, weights = merge_adapters(config, weights, adapter, adapter_folder, tied)
     cfg, state = found.to_ours(config, weights)
     folder = place if place.is_dir() else place.parent
     return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder)

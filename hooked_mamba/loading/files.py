@@ -22,6 +22,8 @@ WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pyto
 LONE_FILES = (".pth", ".gguf")
 """Endings of files that hold a whole model."""
 
+ADAPTER_PATTERNS = [["adapter_model.safetensors"], ["adapter_model.bin"]]
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -61,10 +63,30 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
             else "is neither an existing folder nor a hub id"
         )
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
-    return _download(name, revision, bundled)
+    return _download(name, revision, WEIGHT_PATTERNS)
 
 
-def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
+def adapter_folder(name_or_path: str | Path) -> Path:
+    """The folder of an adapter: a local one, or a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        Neither.
+    OSError
+        The hub cannot be reached.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{name!r} is a file; expected the adapter's folder, {folder.parent}")
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"adapter {name!r} is neither an existing folder nor a hub id")
+    return _download(name, None, ADAPTER_PATTERNS)
+
+
+def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Path:
     """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set)."""
     from huggingface_hub import snapshot_download
 
@@ -73,7 +95,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
 
     try:
         folder = fetch(CONFIG_PATTERNS)
-        for patterns in WEIGHT_PATTERNS:
+        for patterns in kinds:
             fetch(patterns)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 break
@@ -83,7 +105,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
         raise OSError(
             f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
-            f"Checkpoints that need no network: {bundled}"
+            f"Checkpoints that need no network: {', '.join(bundled_names()) or 'none'}"
         ) from None
     return folder
 

@@ -113,6 +113,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         device: str | torch.device | None = None,
         tokenizer: Any = None,
         device_map: DeviceMap | None = None,
+        adapter: str | Path | Sequence[str | Path] | None = None,
     ) -> Model:
         """Load trained weights.
 
@@ -132,8 +133,10 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         device_map
             Instead of one device: "auto" fills the GPUs and then the CPU by free memory; a mapping says where
             "embed", "blocks.0", ..., "ln_final" and "unembed" go (see :mod:`hooked_mamba.model.device_map`).
+        adapter
+            A folder or hub id of PEFT's with a LoRA of this checkpoint, or several: each is merged into the weights.
         """
-        checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision)
+        checkpoint = loading.load_checkpoint(name_or_path, family=cls.family, revision=revision, adapter=adapter)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map)
 
     from_pretrained_no_processing = from_pretrained

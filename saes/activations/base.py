@@ -79,7 +79,7 @@ def runs(x: Float[Tensor, "n d"], F: int) -> Iterator[Tensor]:
 
 
 class Activation:
-    """One architecture. Each of the six has its own file in this folder."""
+    """One architecture. Each that is trained has its own file in this folder."""
 
     def setup(self, coder: CoderParameters) -> None:
         """Give the coder the parameters and buffers that depend on the architecture."""
