@@ -18,7 +18,7 @@ from circuits.coded_layer import LayerMode
 from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Parts
-from circuits.points import PointDescent, stays
+from circuits.points import PointDescent, by_depth, stays
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.frozen.run import Part
 from hooked_mamba.frozen.tokens import Source
@@ -132,7 +132,8 @@ def attribute(
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
         rows = frozen.rows_of(len(chosen))
         read_out = {c.layer for c in covectors if c.stream == "out"}
-        order, points = alike(covectors, frozen, batch), not nodes and stays(frozen, covectors)
+        points = not nodes and stays(frozen, covectors)
+        order = by_depth(covectors, batch) if points else alike(covectors, frozen, batch)
         pieces, beginnings = [], {frozen.length: frozen}
         for places in order:
             mine = [covectors[i] for i in places]

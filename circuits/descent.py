@@ -158,7 +158,7 @@ class Descent:
         if coded is not None and coded.node == "u":
             pulled = self.frozen.pull_to_u(part, out, rows)
             self.constants(part, pulled)
-            return pulled.below + self.read_off(coded, pulled.at["u"])
+            return pulled.below + self.read_off(coded, pulled.at["u"], rows)
         if coded is None:
             pulled = self.frozen.pull(part, out, rows, passing)
             self.keep(part, pulled)
@@ -176,21 +176,32 @@ class Descent:
         else:
             for constants in (parts.biases, parts.initial):
                 constants.setdefault(part, out.new_zeros(len(out)))
-        return below + self.read_off(coded, by_coder)
+        return below + self.read_off(coded, by_coder, rows)
 
-    def read_off(self, coded: CodedLayer, V: Float[Tensor, "n l e"]) -> Float[Tensor, "n l i"] | float:
-        """What features, error and b_dec add to covectors where the coder stands; what its skip passes is returned."""
+    def spread(self, at_positions: Float[Tensor, "n l ..."]) -> Float[Tensor, "n l ..."]:
+        """Numbers at the positions that covectors have, at all positions: here they have all."""
+        return at_positions
+
+    def read_off(
+        self, coded: CodedLayer, V: Float[Tensor, "n l e"], rows: Any, whole: bool = False
+    ) -> Float[Tensor, "n l i"] | float:
+        """What features, error and b_dec add to covectors where the coder stands; what its skip passes is returned.
+
+        Parameters
+        ----------
+        whole
+            Whether the covectors are at all positions, whatever those on the stream are.
+        """
         if coded.node == "u":
             V = self.frozen.chain(coded.part).on_site(V, coded.coder.cfg.d_out)
-        found = {
-            "features": coded.feature_effects(V, self.rows),
-            "coder_biases": coded.bias_effect(V),
-            "errors": coded.error_effects(V, self.rows),
-        }
+        features, errors = coded.feature_effects(V, rows), coded.error_effects(V, rows)
+        if not whole:
+            features, errors = self.spread(features), self.spread(errors)
+        found = {"features": features, "coder_biases": coded.bias_effect(V), "errors": errors}
         for name, value in found.items():
             there = getattr(self.parts, name)
             there[coded.part] = there[coded.part] + value if coded.part in there else value
-        skip = coded.pull_skip(self.frozen, V, self.rows)
+        skip = coded.pull_skip(self.frozen, V, rows)
         return 0.0 if skip is None else skip
 
     def nothing(self, part: Part) -> None:
@@ -253,18 +264,22 @@ class Descent:
 
     def constants(self, part: Part, pulled: Pulled) -> None:
         """Add what biases and the memory before the first position give."""
+        self.add_constants(part, pulled.bias, pulled.initial)
+
+    def add_constants(self, part: Part, bias: Float[Tensor, " n"], initial: Float[Tensor, " n"]) -> None:
+        """The same of numbers."""
         parts = self.parts
-        parts.biases[part] = parts.biases[part] + pulled.bias if part in parts.biases else pulled.bias
-        parts.initial[part] = parts.initial[part] + pulled.initial if part in parts.initial else pulled.initial
+        parts.biases[part] = parts.biases[part] + bias if part in parts.biases else bias
+        parts.initial[part] = parts.initial[part] + initial if part in parts.initial else initial
 
     def keep(self, part: Part, pulled: Pulled) -> None:
         """Read a branch's share off."""
         chain, rows, nodes = self.frozen.chain(part), self.rows, self._nodes(part)
         if self.keep_heads:
-            self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
-            self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
+            self.parts.heads[part] = self.spread(pulled.at["u"] * chain.u[rows])
+            self.parts.token_heads[part] = self.spread(pulled.at["p"] * chain.p[rows])
         if chain.routing is not None:
-            self.parts.experts[part] = of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows)
+            self.parts.experts[part] = self.spread(of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows))
         if nodes is not None:
             source, channel = nodes.nonzero(as_tuple=True)
             self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
@@ -285,7 +300,7 @@ class Descent:
         if coded is not None and coded.node == "u" and node == "y":  # the features stand below
             pulled = chain.pull(covector, self.rows, start="y", until="u")
             self.constants(part, pulled)
-            return self.read_off(coded, pulled.at["u"])
+            return self.read_off(coded, pulled.at["u"], self.rows)
         if node == "u":
             pulled = self.frozen.pull_u(part, covector, self.rows)
         else:

@@ -38,6 +38,7 @@ from circuits.interventions import (
     intervened,
 )
 from circuits.keep import Keep, only
+from circuits.points import stays
 from circuits.push import frozen_changes
 from circuits.viewer import about_features, circuit_page
 from hooked_mamba.cli.app import make_app
@@ -138,6 +139,35 @@ def test_every_kind_of_branch(kind):
         assert float((model(tokens) - frozen.logits).abs().max()) > 1e-9
     with torch.no_grad(), only(frozen, Keep.everything(frozen)):
         assert torch.allclose(model(tokens), frozen.logits, atol=1e-9)
+
+
+@each_kind
+@pytest.mark.parametrize("start", ["empty", "padded", "going on"])
+def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, start):
+    """With a coder on every mixer nothing moves along the stream, whatever else stands in the blocks."""
+    model, one = built(kind)
+    tokens, run = torch.cat([one, one.flip(1)]), {}
+    if start == "padded":
+        run = {"attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
+    elif start == "going on":
+        run = {"initial_state": model(tokens.flip(0), return_state=True)[1].detach()}
+    moving = [part for part in writable(model) if FrozenModel(model, tokens).chain(part).mix is not None]
+    coders = [writer(model, part, seed=i) for i, part in enumerate(moving)]
+    frozen = FrozenModel(model, tokens, coders, **run)
+    targets = [Logit(3), Logit(5, 3), *(Feature(coder, 2, t) for coder in coders for t in (2, 4))]
+    covectors = [target.covector(frozen, row) for target in targets for row in range(2)]
+    assert stays(frozen, covectors) == (kind != "rwkv7")  # whose MLPs and values mix two positions
+    found = attribute(frozen, targets=targets)
+    monkeypatch.setattr("circuits.attribution.stays", lambda frozen, covectors: False)
+    whole = attribute(frozen, targets=targets)
+    assert found.residual.abs().max() < EXACT
+    for name in ("embeddings", "features", "errors", "biases", "coder_biases", "initial", "heads", "experts"):
+        mine, theirs = getattr(found, name), getattr(whole, name)
+        mine, theirs = ({0: mine}, {0: theirs}) if name == "embeddings" else (mine, theirs)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.allclose(mine[key], theirs[key], atol=EXACT) for key in mine), name
+    if start == "going on":
+        assert any(float(part.abs().max()) > 1e-9 for part in found.initial.values())
 
 
 @pytest.mark.parametrize("family", MAMBA)
