@@ -19,6 +19,7 @@ from circuits.faithfulness import Faithfulness
 from circuits.graph import Graph, Node
 from circuits.influence import influence, scores
 from circuits.paths import top_paths
+from hooked_mamba.frozen.run import Part
 from saes.explorer.data import FeatureData
 from saes.explorer.page import Page, as_json
 
@@ -39,7 +40,7 @@ HELD = {
 def circuit_page(
     graph: Graph,
     title: str | None = None,
-    features: Mapping[int, FeatureData] | None = None,
+    features: Mapping[Part, FeatureData] | None = None,
     report: Faithfulness | str | None = None,
     contexts: int = 8,
 ) -> Page:
@@ -52,7 +53,7 @@ def circuit_page(
     title
         Heading; None: the first target.
     features
-        Layer -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
+        Part -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
     report
         What :func:`faithfulness` found, whose verdict stands at the top; or any text to show under the graph.
     contexts
@@ -112,11 +113,11 @@ def _verdict(report: Faithfulness) -> str:
     return f"On the real model these {found.nodes} nodes recover {found.circuit:.0%} of the metric: {found.verdict}."
 
 
-def _about_features(graph: Graph, features: Mapping[int, FeatureData], contexts: int) -> dict[str, Any]:
+def _about_features(graph: Graph, features: Mapping[Part, FeatureData], contexts: int) -> dict[str, Any]:
     """Node -> promoted and suppressed tokens, and top contexts as (token, activation) pairs."""
     found: dict[str, Any] = {}
     for i, node in enumerate(graph.nodes):
-        data = features.get(node.layer) if node.kind == "feature" else None
+        data = features.get(node.part) if node.kind == "feature" else None
         rows = [] if data is None else (data.features == node.index).nonzero()[:, 0].tolist()
         if data is None or not rows:
             continue
