@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from demos.tinystories.cues import tell_cues
 from demos.tinystories.grammar import tell_stories
 from hooked_mamba.models import HookedModel
 from saes.store import DataConfig, DocumentRows, ListedDocuments, MixedRows, RowSource, read_text_file, rows_of
 
-TOLD = {"tinystories-4l": 0.15, "tinystories-mamba2-4l": 0.15}
-"""Share of the training rows that the grammar told, by model (`demos/tinystories`)."""
 
-STORIES = 8000
-"""Stories of the grammar that those models were trained on."""
+class Mix(NamedTuple):
+    """What a model was told beside real text (`demos/tinystories`)."""
+
+    share: float
+    """Of the training rows."""
+    stories: int
+    """Of the grammar."""
+    cues: int = 0
+    """Stories in which a noun alone tells the feeling."""
+
+    def tell(self, most: int | None = None) -> list[str]:
+        """Those stories; with `most`, at most so many of each kind."""
+        counts = (n if most is None else min(n, most) for n in (self.stories, self.cues))
+        return [story for tell, n in zip((tell_stories, tell_cues), counts, strict=True) for story in tell(n, 0)]
+
+
+TOLD, CUES = Mix(0.15, 8000), Mix(0.25, 3000, 12000)
+MIXES = {
+    **dict.fromkeys(("tinystories-4l", "tinystories-mamba2-4l", "tinystories-hybrid-4l"), TOLD),
+    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-mamba2-4l", "tinystories-told-hybrid-4l"), CUES),
+}
+"""Bundled model -> the mix of its (last) training; a model that is not here saw real text alone."""
 
 
 def training_rows(
@@ -40,7 +59,8 @@ def training_rows(
     """
     if (text is None) == (dataset is None):
         raise ValueError("give --text FILE or --dataset NAME, one of them")
-    share = TOLD.get(model.cfg.model_name, 0.0) if share is None else share
+    mix = MIXES.get(model.cfg.model_name, TOLD if share else Mix(0.0, 0))
+    share = mix.share if share is None else share
     source: Any = streamed(dataset) if dataset is not None else read_text_file(str(text), data.separator)
     rows = rows_of(source, model, data)
     if not share:
@@ -49,7 +69,7 @@ def training_rows(
     def encode(story: str) -> list[int]:
         return model._ids(story, prepend_bos=False)
 
-    told = ListedDocuments(list(tell_stories(STORIES, 0)), encode, seed=data.seed)
+    told = ListedDocuments(mix.tell(), encode, seed=data.seed)
     told_rows = DocumentRows(told, data.context_length, separator=model.eos_token_id)
     return MixedRows([(rows, 1 - share), (told_rows, share)], seed=data.seed)
 
