@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from demos.dictionaries.text import training_rows
+from demos.dictionaries.text import told_by, training_rows
 from saes.coder import SparseCoder
 from saes.store import DataConfig
 from saes.training import FinetuneConfig, finetune_coders, load_model, local_device
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="name or folder of the model (default: the coders')")
     add("--text", type=Path, required=True, help="training text, documents parted by lines <|endoftext|>")
     add("--generated-share", type=float, help="share of rows told by the grammar (default: the model's own mix)")
+    add("--samples", type=Path, help="file of stories that the model told itself (see `samples`)")
+    add("--samples-share", type=float, default=0.5, help="their share of the rows (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of checkpoints, log and finished coders")
     add("--n-tokens", type=int, default=500_000, help="positions to train on (default: %(default)s)")
     add("--lr", type=float, default=3e-4, help="highest learning rate (default: %(default)s)")
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint_every=args.checkpoint_every,
             progress=sys.stderr.isatty(),
         )
-        rows = training_rows(model, args.text, None, args.generated_share, data)
+        rows = training_rows(model, args.text, None, args.generated_share, data, told_by(args))
         coders = {name: coder.to(model.device) for name, coder in coders.items()}
         result = finetune_coders(model, coders, rows, config, data, out=args.out, resume=args.resume)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -10,25 +10,22 @@ this moves them to what later layers read (end-to-end dictionaries: Braun et al.
 stage of training: Karvonen 2025, arXiv:2503.17272). The second term keeps coders true to their sites: without it they
 may compute the same prediction in another way.
 
-The model's weights stay as they are, decoder rows keep their norms, and coders are encoded as at inference.
+The model's weights stay as they are, decoder rows keep their norms, and latents are chosen as in training: BatchTopK
+and Matryoshka keep the largest of a batch, and their threshold for inference is fitted at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hooked_mamba.models import HookedModel
-from saes.coder import SparseCoder
 from saes.naming import Coders, check_fits, named_coders
-from saes.rewriting import Rewrite, rewritten
 from saes.store.data import DataConfig, Text, rows_of
 from saes.store.rows import EveryNth, Rows, RowSource, take
 from saes.training.checkpoint import ResumeError, load_checkpoint, save_checkpoint, steps_saved
@@ -36,6 +33,7 @@ from saes.training.coder_run import calibrate
 from saes.training.finetune_config import FinetuneConfig
 from saes.training.loggers import Logger, make_loggers
 from saes.training.signals import stop_on_signal
+from saes.training.spliced_pass import along_spheres, frozen, spliced_pass
 from saes.training.trainer import TrainResult, check_folder
 from saes.training.world import World, torchrun
 
@@ -86,32 +84,6 @@ def finetune_coders(
         return Finetuning(model, coders, text, config, data, out=out, loggers=loggers).train(resume=resume)
 
 
-def spliced_loss(
-    model: HookedModel, coders: Mapping[str, SparseCoder], rows: Rows
-) -> tuple[Float[Tensor, ""], dict[str, Tensor], dict[str, Tensor]]:
-    """KL(clean || spliced) a position, each coder's FVU in the spliced pass, and what each reads there (n d_in)."""
-    missed: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
-
-    def replacing(name: str, coder: SparseCoder) -> Rewrite:
-        def new(x: Tensor, y: Tensor) -> Tensor:
-            said = coder(x)
-            wanted, found = y[rows.real].to(said.dtype), said[rows.real]
-            variance = (wanted - wanted.mean(0)).square().sum(1).mean().detach()
-            missed[name] = (wanted.detach() - found).square().sum(1).mean() / variance
-            seen[name] = x[rows.real].detach()
-            return said
-
-        return Rewrite(coder.cfg, new)
-
-    with torch.no_grad():
-        clean = model(rows.tokens, **rows.arguments())[rows.real].log_softmax(-1)
-    with rewritten(model, [replacing(name, coder) for name, coder in coders.items()]):
-        spliced = model(rows.tokens, **rows.arguments())[rows.real].log_softmax(-1)
-    kl = nn.functional.kl_div(spliced, clean, log_target=True, reduction="batchmean")
-    return kl, missed, seen
-
-
 class Finetuning:
     """Coders in training through the model; see :func:`finetune_coders`."""
 
@@ -147,8 +119,8 @@ class Finetuning:
         self.n_steps = config.n_steps(self.tokens_a_step)
         self.step = 0
         self.measured: dict[str, dict[str, float]] = {}
-        self.sums = torch.zeros(1 + len(self.coders), dtype=torch.float64)
-        """KL and FVUs since the last line of the log."""
+        self.sums = torch.zeros(1 + 2 * len(self.coders), dtype=torch.float64)
+        """Divergence, shares missed and active latents, since the last line of the log."""
         self.summed = 0
         self._seen: dict[str, Tensor] = {}
         self._loggers: list[Logger] = []
@@ -163,7 +135,7 @@ class Finetuning:
         hidden = not (self.config.progress and self.world.first)
         try:
             bar = tqdm(total=self.n_steps, initial=self.step, disable=hidden, unit="step")
-            with bar, stop_on_signal() as stop, _frozen(self.model):
+            with bar, stop_on_signal() as stop, frozen(self.model):
                 self._steps(stop, bar)
             self.save()
         finally:
@@ -202,8 +174,8 @@ class Finetuning:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * config.lr_factor(self.step, self.n_steps)
-        kl, missed, self._seen = spliced_loss(self.model, self.coders, rows)
-        total = kl + config.reconstruction * torch.stack(list(missed.values())).mean()
+        found = spliced_pass(self.model, self.coders, rows)
+        total = found.kl + config.reconstruction * torch.stack(list(found.fvu.values())).mean()
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {float(total.detach())} before step {self.step}: try a lower lr than {config.lr:.3g}"
@@ -211,7 +183,7 @@ class Finetuning:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         for coder in self.coders.values():
-            _along_spheres(coder)
+            along_spheres(coder)
         if self.world.size > 1:
             for parameter in self.parameters.values():
                 if parameter.grad is None:
@@ -223,21 +195,20 @@ class Finetuning:
         with torch.no_grad():
             for name, coder in self.coders.items():
                 coder.W_dec.mul_(self.norms[name] / coder.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
-            self.sums += torch.stack([kl.detach(), *(m.detach() for m in missed.values())]).double().cpu()
+            parts = [found.kl, *found.fvu.values(), *found.l0.values()]
+            self.sums += torch.stack([part.detach().double().cpu() for part in parts])
+        self._seen = found.seen
         self.summed += 1
         self.step += 1
 
     def _log(self) -> None:
         self.world.mean_([self.sums])
-        kl, *fvu = (self.sums / max(1, self.summed)).tolist()
+        kl, *rest = (self.sums / max(1, self.summed)).tolist()
         self.sums.zero_()
         self.summed = 0
-        l0 = {
-            n: float((self.coders[n].encode_topk(x).values > 0).sum(-1).float().mean()) for n, x in self._seen.items()
-        }
-        self.measured = {
-            name: {"kl": kl, "ev": 1 - missed, "l0": l0[name]} for name, missed in zip(self.coders, fvu, strict=True)
-        }
+        n = len(self.coders)
+        for name, missed, active in zip(self.coders, rest[:n], rest[n:], strict=True):
+            self.measured[name] = {"kl": kl, "ev": 1 - missed, "l0": active}
         numbers = {f"{n}/{kind}": value for n, mine in self.measured.items() for kind, value in mine.items()}
         for logger in self._loggers:
             logger.log(self.step, {**numbers, "tokens": self.step * self.tokens_a_step})
@@ -317,24 +288,3 @@ class Finetuning:
             "coders": {name: coder.cfg.to_dict() for name, coder in self.coders.items()},
             "measured": self.measured,
         }
-
-
-@torch.no_grad()
-def _along_spheres(coder: SparseCoder) -> None:
-    """Take out of the decoder's gradient what would change its rows' norms, in place."""
-    grad, W = coder.W_dec.grad, coder.W_dec
-    if grad is not None:
-        grad.sub_((grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True).clamp(min=1e-24) * W)
-
-
-@contextmanager
-def _frozen(model: HookedModel) -> Iterator[None]:
-    """The model's weights without gradients, as they were afterwards; gradients on for the coders."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, before in wanted.items():
-            parameter.requires_grad_(before)
