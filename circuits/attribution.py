@@ -6,7 +6,7 @@ of them at a time; memory is linear in the length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,8 +44,8 @@ class Attribution(Parts):
     """The numbers as the run had them."""
     offset: Float[Tensor, " n"]
     """Biases between the target and the stream it reads, such as a coder's b_enc."""
-    codes: dict[int, Codes]
-    """Layer -> which latents `features` speaks of, b l k."""
+    codes: dict[Part, Codes]
+    """Part -> which latents `features` speaks of, b l k."""
 
     @property
     def total(self) -> Float[Tensor, " n"]:
@@ -92,9 +92,9 @@ def attribute(
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Target | Sequence[Any] = (),
     *,
-    mode: LayerMode | dict[int, LayerMode] | None = None,
+    mode: LayerMode | Mapping[Part, LayerMode] | None = None,
     keep_heads: bool = True,
-    nodes: dict[int, Float[Tensor, "l E"]] | None = None,
+    nodes: Mapping[Part, Float[Tensor, "l E"]] | None = None,
     batch: int = 64,
     unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,

@@ -28,6 +28,7 @@ from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.row_nodes import ENDS, RowNodes
 from circuits.targets import Channel, Feature, Logit, Target, chosen_targets
+from hooked_mamba.frozen.run import Part, in_order
 
 
 def build_graph(
@@ -77,6 +78,7 @@ def build_graph(
     weight = _importance(frozen, chosen, importance)
     if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
         raise ValueError("keep must be masks of True and False, one entry for each head and feature")
+    heads: dict[Part, Tensor]
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
     else:
@@ -99,7 +101,7 @@ def build_graph(
         rows.add(head_places[start : start + 4 * batch], *found)
     places = columns.of_kind("feature")
     if keep is not None:
-        places = [i for i in places if keep.features[(at := columns[i]).layer][at.position, at.index]]
+        places = [i for i in places if keep.features[(at := columns[i]).part][at.position, at.index]]
     candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
     traced = 0
@@ -111,7 +113,7 @@ def build_graph(
         if not best:
             break
         features = [
-            Feature(frozen.coded[node.layer].coder, node.index, node.position) for node in (columns[i] for i in best)
+            Feature(frozen.coded[node.part].coder, node.index, node.position) for node in (columns[i] for i in best)
         ]
         rows.add(best, *trace(features))
         left = torch.ones(len(candidates), dtype=torch.bool)
@@ -141,8 +143,8 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
 
 def _choose_heads(
     frozen: FrozenModel, targets: list[Any], weight: Tensor, count: int, batch: int
-) -> dict[int, Float[Tensor, "l E"]]:
-    """Layer -> 1 at the heads that become nodes."""
+) -> dict[Part, Float[Tensor, "l E"]]:
+    """Part -> 1 at the heads that become nodes."""
     layers = frozen.mixed_layers()
     if not layers or count < 1:
         return {}
@@ -198,8 +200,11 @@ def _assemble(
         "targets": [_token_of(frozen, target) for target in targets],
         "selection": frozen.rule.name,
         "shares": list(frozen.rule.shares) if frozen.rule.name == "shares" else None,
-        "modes": {str(i): (frozen.coded[i].mode if i in frozen.coded else "mixer") for i in range(top)},
-        "coders": {str(i): _plain(coded.coder.cfg.to_dict()) for i, coded in frozen.coded.items()},
+        "modes": {
+            str(part): (frozen.coded[part].mode if part in frozen.coded else "mixer")
+            for part in sorted({*range(top), *frozen.coded}, key=in_order)
+        },
+        "coders": {str(part): _plain(coded.coder.cfg.to_dict()) for part, coded in frozen.coded.items()},
     }
     return Graph((*first, *inner), weights, remainder, tokens, importance, about)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
 from circuits.rules import Selection
 from circuits.targets import Logit, Metric, Target, chosen_targets, top_logits
+from hooked_mamba.frozen.run import Part
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders
@@ -55,7 +56,7 @@ def extract_circuit(
     target: Target | str | int | Sequence[Any] | None = None,
     budget: int = 200,
     *,
-    mode: LayerMode | dict[int, LayerMode] | None = None,
+    mode: LayerMode | Mapping[Part, LayerMode] | None = None,
     metric: Metric | None = None,
     reference: FrozenModel | Sequence[Any] | Tensor | None = None,
     choose: str = "influence",

@@ -96,6 +96,11 @@ def _node(values: dict[str, Any]) -> Node:
             raise ValueError(f"a node has no field {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
     if values.get("kind") not in KINDS:
         raise ValueError(f"a node's kind must be one of {', '.join(KINDS)}, got {values.get('kind')!r}")
+    if values.get("at", "out") not in ("out", "u"):
+        raise ValueError(f"a node's at must be 'out' or 'u', got {values['at']!r}")
+    for name in ("name", "branch"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"a node's {name} must be a text, got {values[name]!r}")
     for name in ("layer", "position", "index"):
         if not isinstance(values.get(name, 0), int) or isinstance(values.get(name, 0), bool):
             raise ValueError(f"a node's {name} must be an integer, got {values[name]!r}")
@@ -215,23 +220,30 @@ def _layer_name(node: Node) -> str:
 def _index(graph: Graph, node: Node) -> int:
     """What stands between layer and position in a node's id: a latent, a token, -1 for an error; for kinds that
     circuit-tracer has not, numbers that no other node of the layer has."""
+    other = _other_branches(graph).index(node.branch) + 1 if node.branch != "mixer" else 0
     if node.kind == "feature":
-        return node.index
+        return node.index + other * 100_000_000
     if node.kind == "error":
-        return -1
+        return -1 - other
     tokens = graph.about.get("tokens", [])
     if node.kind == "embed" and node.position < len(tokens):
         return int(tokens[node.position])
     if node.kind == "target" and "token" in (known := _target(graph, node)):
         same = [other.index for other in graph.nodes if _target(graph, other).get("token") == known["token"]]
         return int(known["token"]) if node.index == min(same) else 10_000_000 * len(KINDS) + node.index
-    return KINDS.index(node.kind) * 10_000_000 + node.index
+    return KINDS.index(node.kind) * 10_000_000 + node.index + other * 100_000_000
+
+
+def _other_branches(graph: Graph) -> list[str]:
+    """Names of branches beside mixers: theirs have one kind of layer, so that these get numbers of their own."""
+    return sorted({node.branch for node in graph.nodes} - {"mixer"})
 
 
 def _feature_number(graph: Graph, node: Node) -> int:
     """`feature`: of a latent its layer and index as one number (Cantor's pairing), of an embedding its position."""
     if node.kind == "feature":
-        return (node.layer + node.index) * (node.layer + node.index + 1) // 2 + node.index
+        index = _index(graph, node)
+        return (node.layer + index) * (node.layer + index + 1) // 2 + index
     return node.position if node.kind == "embed" else _index(graph, node)
 
 

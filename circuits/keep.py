@@ -10,27 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
-from hooked_mamba.frozen.run import frozen_branch, frozen_sites, out_site
+from hooked_mamba.frozen.run import Part, frozen_branch, frozen_sites, in_order, site_of
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.points import HookPoint
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Masks of what stays, by layer. Between 0 and 1 they mix a node with what it is when it is ablated."""
+    """Masks of what stays, by part. Between 0 and 1 they mix a node with what it is when it is ablated."""
 
-    heads: dict[int, Shaped[Tensor, "l E"]]
-    features: dict[int, Shaped[Tensor, "l F"]]
-    errors: dict[int, Shaped[Tensor, " l"]]
+    heads: dict[Part, Shaped[Tensor, "l E"]]
+    features: dict[Part, Shaped[Tensor, "l F"]]
+    errors: dict[Part, Shaped[Tensor, " l"]]
 
     @classmethod
     def nothing(cls, frozen: FrozenModel) -> Keep:
@@ -57,11 +59,11 @@ class Keep:
         kept = cls.nothing(frozen)
         for node in graph.nodes:
             if node.kind == "head":
-                kept.heads[node.layer][node.position, node.index] = True
+                kept.heads[node.part][node.position, node.index] = True
             elif node.kind == "feature":
-                kept.features[node.layer][node.position, node.index] = True
+                kept.features[node.part][node.position, node.index] = True
             elif node.kind == "error" and errors:
-                kept.errors[node.layer][node.position] = True
+                kept.errors[node.part][node.position] = True
         return kept
 
     def where(self, mask: Bool[Tensor, " m"]) -> Keep:
@@ -105,7 +107,7 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         raise ValueError("this run continues from an initial state, and nodes are ablated in whole prompts: give one")
     if reference is not None and reference.length != frozen.length:
         raise ValueError(f"the reference has {reference.length} positions, this run {frozen.length}")
-    if reference is not None and (lacking := sorted(frozen.coded.keys() - reference.coded.keys())):
+    if reference is not None and (lacking := sorted(frozen.coded.keys() - reference.coded.keys(), key=in_order)):
         raise ValueError(f"the reference is not read through the coders of layers {lacking}: give it the run's coders")
     names = [name for i in range(frozen.n_layers) for name in frozen_sites(model, i)]
     before = model.initial_state(1)
@@ -118,11 +120,10 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         change = (usual - view.u) * (1 - mask)
         return y + view.over(change.to(view.u.dtype)).out().y.reshape(y.shape).to(y.dtype)
 
-    def cut_output(out: Tensor, hook: HookPoint) -> Tensor:
-        layer = hook.layer()
-        coded = frozen.coded[layer]
+    def cut_coded(value: Tensor, coded: CodedLayer, hook: HookPoint) -> Tensor:
+        layer, out = coded.part, value.flatten(2)
         read = unalias(coded.coder.cfg.in_site)
-        x = out if read == hook.name else cache[read]  # an SAE reads what is here, not yet in the cache
+        x = out if read == hook.name else cache[read].flatten(2)  # an SAE reads what is here, not yet in the cache
         z = coded.coder.encode(x)
         mask, stays = keep.features[layer].to(z.dtype), keep.errors[layer].to(out.dtype).unsqueeze(-1)
         usual_z: Tensor | float = 0.0
@@ -133,6 +134,7 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         said = coded.coder.decode(z * mask + usual_z * (1 - mask), x)
         true, moved = out, torch.zeros_like(out)
         if frozen.is_split(layer):
+            assert isinstance(layer, int)  # mixers alone have a local part
             chain = frozen_branch(cache, layer, "mixer", before[layer]["mixer"], None)
             rows = torch.arange(out.shape[0], device=out.device)
             heads = keep.heads[layer].to(chain.p.dtype)
@@ -141,9 +143,11 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
             constant = out - chain.push_across(chain.p, rows) - true
             moved = chain.push_across(chain.p * heads + usual_p * (1 - heads), rows) + constant
         error = true - coded.coder(x)
-        return (said + error * stays + usual_error * (1 - stays) + moved).to(out.dtype)
+        return (said + error * stays + usual_error * (1 - stays) + moved).to(out.dtype).reshape(value.shape)
 
-    hooks: list[tuple[str, Any]] = [(out_site(model, i), cut_output) for i in frozen.coded]
+    hooks: list[tuple[str, Any]] = [
+        (site_of(model, coded.part, coded.node), partial(cut_coded, coded=coded)) for coded in frozen.coded.values()
+    ]
     for i in frozen.mixed_layers():
         if i not in frozen.coded:
             hooks.append((f"blocks.{i}.mixer.{model.mixer(i).site_at('y')}", cut_scan))

@@ -32,11 +32,11 @@ class Parts:
     node_heads: dict[Part, Float[Tensor, "n m"]] = field(default_factory=dict)
     """Layer -> what the channels add that are nodes of their own, in the order of their (source, channel). In split
     layers the source is the token."""
-    features: dict[int, Float[Tensor, "n l k"]] = field(default_factory=dict)
+    features: dict[Part, Float[Tensor, "n l k"]] = field(default_factory=dict)
     """Layer -> what the active latents add."""
-    coder_biases: dict[int, Float[Tensor, " n"]] = field(default_factory=dict)
+    coder_biases: dict[Part, Float[Tensor, " n"]] = field(default_factory=dict)
     """Layer -> b_dec."""
-    errors: dict[int, Float[Tensor, "n l"]] = field(default_factory=dict)
+    errors: dict[Part, Float[Tensor, "n l"]] = field(default_factory=dict)
     """Layer -> what the coder misses, at each position."""
     carried: dict[str, Float[Tensor, "n l"]] = field(default_factory=dict)
     """Name of a value that one layer makes for several above it (RWKV-7's "v_first") -> what they take of it, at each

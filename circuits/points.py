@@ -28,7 +28,7 @@ def stays(frozen: FrozenModel, covectors: list[Covector]) -> bool:
 
 
 def _stays(frozen: FrozenModel, part: Part) -> bool:
-    if part in frozen.coded:
+    if part in frozen.coded and not frozen.is_written(part):
         return not frozen.is_split(part)
     chain = frozen.chain(part)
     return chain.mix is None and not chain.takes and not chain.gives

@@ -183,10 +183,16 @@ def optioned(frozen: FrozenModel, options: PathOptions) -> FrozenModel:
     Raises
     ------
     ValueError
-        The run follows a `selection`, which has no such choices.
+        The run follows a `selection`, or has a write dictionary, which have no such choices.
     """
     if frozen.rule.name != "none":
         raise ValueError(f"a run with selection {frozen.rule.name!r} has no preset: give one with selection 'none'")
+    written = [coded.part for coded in frozen.coded.values() if coded.node == "u"]
+    if written:
+        raise ValueError(
+            f"layer {written[0]} is read through a write dictionary, which the published method has not: trace without"
+            " a preset"
+        )
     coded = frozen.coded
     if options.acts == "preact":
         coded = {layer: AllLatents.of(frozen, coded) for layer, coded in frozen.coded.items()}

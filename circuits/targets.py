@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Run
+from hooked_mamba.frozen.run import Part, Run
 from hooked_mamba.frozen.run import Stream as Stream
 from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
@@ -23,7 +23,8 @@ class Covector(NamedTuple):
     """A number as vector . stream + offset, with norms held: one target on one row of the batch."""
 
     stream: Stream
-    layer: int
+    layer: Part
+    """Of "resid" the number of the layer (n_layers: above all), of all others the part."""
     position: int
     vector: Float[Tensor, " d_or_E"]
     offset: Float[Tensor, ""]
@@ -151,8 +152,7 @@ class Feature:
         if coder.cfg.apply_b_dec_to_input:
             offset = offset - f @ coder.b_dec.detach().to(f.dtype)
         stream, layer, vector = run.reading(coder.cfg.in_site, row, position, f)
-        if run.place_of(coder.cfg.in_site).normed:
-            offset = offset + run.norm_offset(layer, f)
+        offset = offset + run.norm_offset(run.place_of(coder.cfg.in_site), f)
         x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
         value = coder.preact_of(x, self.index).detach().to(f.dtype)
         return Covector(stream, layer, position, vector, offset, value)

@@ -18,6 +18,7 @@ import hooked_mamba
 from circuits.graph import Graph
 from circuits.influence import influence, scores
 from circuits.paths import top_paths
+from hooked_mamba.frozen.run import Part
 from saes.explorer.data import FeatureData
 from saes.explorer.page import Page, as_json
 
@@ -35,7 +36,7 @@ HELD = {
 def circuit_page(
     graph: Graph,
     title: str | None = None,
-    features: Mapping[int, FeatureData] | None = None,
+    features: Mapping[Part, FeatureData] | None = None,
     report: str | None = None,
     contexts: int = 8,
 ) -> Page:
@@ -48,7 +49,7 @@ def circuit_page(
     title
         Heading; None: the first target.
     features
-        Layer -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
+        Part -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
     report
         Text to show under the graph, such as that of :func:`faithfulness`.
     contexts
@@ -96,11 +97,11 @@ def circuit_page(
     return Page(text)
 
 
-def _about_features(graph: Graph, features: Mapping[int, FeatureData], contexts: int) -> dict[str, Any]:
+def _about_features(graph: Graph, features: Mapping[Part, FeatureData], contexts: int) -> dict[str, Any]:
     """Node -> promoted and suppressed tokens, and top contexts as (token, activation) pairs."""
     found: dict[str, Any] = {}
     for i, node in enumerate(graph.nodes):
-        data = features.get(node.layer) if node.kind == "feature" else None
+        data = features.get(node.part) if node.kind == "feature" else None
         rows = [] if data is None else (data.features == node.index).nonzero()[:, 0].tolist()
         if data is None or not rows:
             continue

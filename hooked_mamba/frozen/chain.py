@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -89,6 +90,30 @@ class Chain:
     def width(self) -> int:
         """Channels E."""
         return self.u.shape[-1]
+
+    def on_lanes(self, covector: Float[Tensor, "*n f"]) -> Float[Tensor, "*n E"]:
+        """A covector on the site of u as one on u: of values that several lanes share, on the first of them."""
+        shared = self.width // covector.shape[-1]
+        if shared == 1:
+            return covector
+        heads = covector.unflatten(-1, (-1, self.scan.width))
+        spread = heads.new_zeros(*heads.shape[:-1], shared, heads.shape[-1])
+        spread = torch.cat([heads.unsqueeze(-2), spread[..., 1:, :]], -2)
+        return spread.flatten(-3)
+
+    def on_site(self, covector: Float[Tensor, "*n E"], width: int) -> Float[Tensor, "*n f"]:
+        """A covector on u as one on its site of so many numbers: what lanes share, they add up on."""
+        shared = self.width // width
+        if shared == 1:
+            return covector
+        return covector.unflatten(-1, (-1, shared, self.scan.width)).sum(-2).flatten(-2)
+
+    def of_site(self, value: Float[Tensor, "*n f"]) -> Float[Tensor, "*n E"]:
+        """A value (or change) of the site of u as one of u."""
+        shared = self.width // value.shape[-1]
+        if shared == 1:
+            return value
+        return value.unflatten(-1, (-1, self.scan.width)).repeat_interleave(shared, -2).flatten(-2)
 
     @property
     def mix(self) -> Mix | None:

@@ -7,7 +7,7 @@ constants of each branch are read from the cache when they are first asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -24,27 +24,47 @@ from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
+from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
 
-Stream = Literal["resid", "out", "y", "u", "p"]
-"""The residual stream entering a layer (n_layers: the final norm's input), one branch's output alone, or a node of its
-chain: what its scan gives, the input u of its scan, or the input p of its convolution."""
+Stream = Literal["resid", "in", "out", "y", "u", "p"]
+"""The residual stream entering a layer (n_layers: the final norm's input), the stream that one branch's norm reads, the
+branch's output alone, or a node of its chain: what its scan gives, the value u that enters its memory, or the input p
+of its convolution."""
 
 
 Part = int | str
 """A branch of a block: the number of its layer if it is a mixer, else as in "3.mlp"."""
 
 
+def part_of(layer: int, branch: str) -> Part:
+    """What a branch is called: the number of its layer for a mixer, with the branch's name for others."""
+    return layer if branch == "mixer" else f"{layer}.{branch}"
+
+
+def branch_of(part: Part) -> tuple[int, str]:
+    """(layer, branch) of a part."""
+    layer, _, branch = str(part).partition(".")
+    return int(layer), branch or "mixer"
+
+
+def in_order(part: Part) -> tuple[int, str]:
+    """What parts are sorted by: a block's mixer first, its other branches by name."""
+    layer, branch = branch_of(part)
+    return layer, "" if branch == "mixer" else branch
+
+
 class Place(NamedTuple):
     """A stream of a run."""
 
     stream: Stream
-    layer: int
+    layer: Part
+    """Of "resid" the number of the layer, of all others the part."""
     normed: bool = False
-    """Whether it is read through the layer's norm."""
+    """Whether it is read through the layer's (or the part's) norm."""
 
 
 class Run:
@@ -193,13 +213,17 @@ class Run:
         """What a branch adds to the stream."""
         return at_least_fp32(self.cache[out_site(self.model, layer, branch)])
 
-    def value_at(self, site: str) -> Tensor:
-        """A site that a coder reads."""
+    def value_at(self, site: str) -> Float[Tensor, "b l f"]:
+        """A site that a coder reads or predicts, its last axes side by side."""
         site = unalias(site)
         if site in self.cache:
-            return self.cache[site]
+            return self.cache[site].flatten(2)
         place = self.place_of(site)
-        return self.resid(place.layer) if place.stream == "resid" else self.out(place.layer)
+        if place.stream == "resid":
+            return self.resid(int(place.layer))
+        if place.stream == "in":
+            return self.entering(place.layer)
+        return self.out(*self.branch_of(place.layer))
 
     def norm(self, layer: int) -> Gain:
         """w / scale of a block's first norm; n_layers: of the final one."""
@@ -217,6 +241,14 @@ class Run:
         """From what the final norm gives to logits, a factor of the logits included."""
         weight, _ = weights_of(self.model.unembed, "unembed")
         return scaled(weight.detach().t().to(self.dtype), self.model.logit_multiplier)
+
+    def norm_of(self, part: Part) -> Gain:
+        """w / scale of the norm that a part reads the stream through, as the block's norm gives it."""
+        layer, name = self.branch_of(part)
+        block, norm = self.model.block(layer), norm_name(self.model, layer, name)
+        if block.norm_after:
+            raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
+        return held_norm(getattr(block, norm), self.cache[f"blocks.{layer}.{norm}.hook_scale"])
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -252,13 +284,12 @@ class Run:
         return at_least_fp32(self.cache["hook_embed"])
 
     def part(self, layer: int, branch: str) -> Part:
-        """What a branch is called here: the number of its layer for a mixer, with the branch's name for others."""
-        return layer if branch == "mixer" else f"{layer}.{branch}"
+        """:func:`part_of`."""
+        return part_of(layer, branch)
 
     def branch_of(self, part: Part) -> tuple[int, str]:
-        """(layer, branch) of a part."""
-        layer, _, branch = str(part).partition(".")
-        return int(layer), branch or "mixer"
+        """:func:`branch_of`."""
+        return branch_of(part)
 
     def upto(self, stop: int) -> Run:
         """The run of the first `stop` positions, made of this one's values and not run again.
@@ -300,7 +331,7 @@ class Run:
                         return chain.values[chain.gives[name]]
         raise KeyError(f"no layer makes {name!r} for others")
 
-    def channels_at(self, layer: int) -> Literal["u", "p"]:
+    def channels_at(self, layer: Part) -> Literal["u", "p"]:
         """The node at which a mixer's channels are followed: u, the value that enters memory."""
         return "u"
 
@@ -329,28 +360,50 @@ class Run:
         differentiated
             False: the norm's divisor is held.
         """
-        final = layer == self.n_layers
-        norm = self.norm(layer)
+        name = "ln_final" if layer == self.n_layers else f"blocks.{layer}.norm"
+        return self._behind(self.norm(layer), name, lambda: self.resid(layer), covectors, at, differentiated)
+
+    def behind_norm_of(
+        self, part: Part, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+    ) -> Float[Tensor, "... d"]:
+        """The same of the norm that a part reads the stream through."""
+        layer, branch = self.branch_of(part)
+        name = f"blocks.{layer}.{norm_name(self.model, layer, branch)}"
+        return self._behind(self.norm_of(part), name, lambda: self.entering(part), covectors, at, differentiated)
+
+    def _behind(
+        self, norm: Gain, name: str, entering: Callable[[], Tensor], covectors: Tensor, at: Any, differentiated: bool
+    ) -> Tensor:
         behind = norm.of(at).pull(covectors).covector
         if not differentiated:
             return behind
-        x = self.resid(layer)[at]
+        x = entering()[at]
         x = centred(x) if isinstance(norm, Centred) else x
-        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
+        scale = self.cache[f"{name}.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
 
-    def norm_offset(self, layer: int, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        """What a norm's own bias gives to a covector on what it gives; 0 of a norm without."""
-        norm = self.norm(layer)
+    def norm_offset(self, place: int | Place, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """What the own bias of a layer's norm (or of the one that a stream is read through) gives to a covector on what
+        it gives; 0 of a norm without."""
+        if isinstance(place, Place):
+            if not place.normed:
+                return covector.new_zeros(())
+            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer)
+        else:
+            norm = self.norm(place)
         return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
 
     def reading(
-        self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
-    ) -> tuple[Stream, int, Float[Tensor, " d"]]:
-        """The stream behind a site, its layer, and a covector on the site as one on the stream."""
+        self, site: str, row: int, position: int, covector: Float[Tensor, " f"]
+    ) -> tuple[Stream, Part, Float[Tensor, " d_or_E"]]:
+        """The stream behind a site, its layer or part, and a covector on the site as one on the stream."""
         place = self.place_of(site)
-        if place.normed:
-            covector = self.behind_norm(place.layer, covector, (row, position))
+        if place.normed and place.stream == "resid":
+            covector = self.behind_norm(int(place.layer), covector, (row, position))
+        elif place.normed:
+            covector = self.behind_norm_of(place.layer, covector, (row, position))
+        elif place.stream == "u":
+            covector = self.chain(place.layer).on_lanes(covector)
         return place.stream, place.layer, covector
 
     @property
@@ -369,16 +422,26 @@ class Run:
         site = unalias(site)
         name = SiteName.parse(site)
         if name.layer is not None:
-            beside = self.model.block(name.layer).beside
-            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not beside):
+            block = self.model.block(name.layer)
+            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not block.beside):
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
-            if site == out_site(self.model, name.layer):
-                return Place("out", name.layer)
+            if name.place in block.norm_names and name.hook == "hook_out" and not block.norm_after:
+                stage = block.stages[block.norm_names.index(name.place)]
+                return Place("in", part_of(name.layer, stage[0]), True)
+            if name.local in ("hook_resid_mid", "hook_mixer_in"):
+                return Place("in", part_of(name.layer, block.stages[-1][0]))
+            for branch in block.branches:
+                part = part_of(name.layer, branch)
+                if site in output_sites(self.model, name.layer, branch):
+                    return Place("out", part)
+                if name.place == branch and name.hook == u_site(block.branches[branch]):
+                    return Place("u", part)
         raise ValueError(
-            f"a coder that reads {site} cannot be traced: expected hook_resid_pre, hook_resid_post, norm.hook_out or"
-            " mixer.hook_out_proj of a block"
+            f"a coder that reads {site} cannot be traced: expected hook_resid_pre, hook_resid_mid, hook_resid_post,"
+            " norm.hook_out or a branch's output of a block (mixer.hook_out_proj), or the value that enters a mixer's"
+            " memory (mixer.hook_x, hook_v)"
         )
 
 
@@ -398,6 +461,28 @@ def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
     """The site of what a branch adds to the stream."""
     block = model.block(layer)
     return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
+
+
+def output_sites(model: HookedModel, layer: int, branch: str) -> tuple[str, ...]:
+    """Sites at which a branch's whole output stands: that of what it adds to the stream, and its own where no factor
+    and no norm lie between the two."""
+    block, written = model.block(layer), out_site(model, layer, branch)
+    if block.out_scales.get(branch) not in (None, 1) or block.norm_after:
+        return (written,)
+    return written, f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
+
+
+def u_site(branch: Branch) -> str | None:
+    """The own name of the site of the value that enters a branch's memory (of an MLP, of its neurons)."""
+    return branch.places.get("u") if branch.frozen_sites else None
+
+
+def site_of(model: HookedModel, part: Part, node: str) -> str:
+    """The site of a branch's output ("out") or of a node of its chain."""
+    layer, name = branch_of(part)
+    if node == "out":
+        return out_site(model, layer, name)
+    return f"blocks.{layer}.{name}.{model.block(layer).branches[name].site_at(node)}"
 
 
 def norm_name(model: HookedModel, layer: int, branch: str) -> str:
