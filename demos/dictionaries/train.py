@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from demos.dictionaries.presets import specs
+from demos.dictionaries.presets import KINDS, specs
 from demos.dictionaries.text import told_by, training_rows
 from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.models import HookedModel
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples-share", type=float, default=0.5, help="their share of the rows (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of checkpoints, log and finished coders")
     add("--layers", type=int, nargs="+", help="one coder for each of these blocks (default: the model's preset)")
+    add("--preset", choices=KINDS, default="bundled", help="without --layers: which preset (default: %(default)s)")
     add("--site", help="with --layers: SAEs on this site (out_proj, x, dt, ...); without it MambaCoders")
     add("--d-sae", type=int, help="with --layers: latents of each")
     add("--architecture", "--variant", choices=ARCHITECTURES, help="with --layers: architecture")
@@ -86,7 +87,7 @@ def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
         autocast="bfloat16" if args.device.startswith("cuda") else None,
         progress=sys.stderr.isatty(),
     )
-    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip)
+    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip, args.preset)
     named = {spec["name"]: coder_config(model, spec) for spec in asked}
     rows = training_rows(model, args.text, args.dataset, args.generated_share, data, told_by(args))
     before = time.perf_counter(), time.process_time()
