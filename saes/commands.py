@@ -1,4 +1,4 @@
-"""`hooked-mamba sae`: train, evaluate, capture, explore, share and fetch dictionaries.
+"""`hooked-mamba sae`: train, fine-tune, evaluate, capture, explore, share and fetch dictionaries.
 
 Each command imports what it needs when it runs, so that help is fast.
 """
@@ -15,7 +15,7 @@ from saes.flags import speaks_in_flags
 from saes.options import OptionError
 from saes.run_options import run_options
 
-app = new_app("sae", help="Sparse autoencoders and MambaCoders: train, eval, capture, explore, push, pull, list.")
+app = new_app("sae", help="SAEs and MambaCoders: train, finetune, eval, capture, explore, push, pull, list.")
 explore_app = new_app("explore")
 """`sae explore` again, for the top-level group of viewers."""
 
@@ -104,6 +104,52 @@ def train(
         typer.echo(f"stopped at step {result.step}; to continue: {again}", err=True)
         raise typer.Exit(130)
     typer.echo(f"coders in {Path(options['out']) / 'coders'}")
+
+
+@app.command()
+@reports_errors
+@speaks_in_flags
+def finetune(
+    coders: CodersArgument,
+    text: TextOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints, log and coders.")],
+    model: ModelOption = None,
+    n_tokens: Annotated[int | None, typer.Option("--n-tokens", help="Tokens to train on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in steps, instead of tokens.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    reconstruction: Annotated[
+        float, typer.Option(help="Weight of the variance missed at the coders' sites, beside the divergence.")
+    ] = 1.0,
+    rows_per_pass: Annotated[int, typer.Option("--rows-per-pass", min=1, help="Rows a step.")] = 16,
+    context_length: ContextOption = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the text's order.")] = 0,
+    device: DeviceOption = "cpu",
+    logger: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb; repeatable.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fine-tune trained coders through the model: on the divergence of its predictions with all of them in place.
+
+    hooked-mamba sae finetune runs/mine --text stories.txt --n-tokens 1000000 --out runs/mine-tuned
+    """
+    from saes.command_parts import load_coders, model_of, trained_model
+    from saes.store import DataConfig
+    from saes.training import FinetuneConfig, finetune_coders
+
+    named = load_coders(coders, device)
+    loaded = model_of(named, model or trained_model(coders), device)
+    config = FinetuneConfig(
+        n_tokens=n_tokens, steps=steps, lr=lr, reconstruction=reconstruction, seed=seed, progress=not quiet
+    )
+    data = DataConfig(rows_per_pass=rows_per_pass, context_length=context_length, seed=seed)
+    result = finetune_coders(loaded, named, text, config, data, out=out, resume=resume, loggers=logger or ())
+    columns = ("coder", "KL", "EV", "L0")
+    rows = [(name, f"{m['kl']:.4f}", f"{m['ev']:.4f}", f"{m['l0']:.2f}") for name, m in result.measured.items()]
+    console().print(table("", columns, rows, right=columns[1:]))
+    if not result.complete:
+        typer.echo(f"stopped at step {result.step}; the same command with --resume continues", err=True)
+        raise typer.Exit(130)
+    typer.echo(f"coders in {out / 'coders'}")
 
 
 @app.command("eval")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("mamba", "mamba2", "rwkv7", "hybrid")
+CHOICES = ("best", "last")
 
 
 def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
@@ -32,6 +33,16 @@ class Options:
         default=0.0, metadata=_about("share of training rows that come from the grammar", 0, 1)
     )
     generated_stories: int = field(default=6000, metadata=_about("stories of the grammar to draw those rows from", 1))
+    cue_stories: int = field(
+        default=0, metadata=_about("and stories in which a noun alone tells the feeling (`cues.py`)", 0)
+    )
+    start: str | None = field(
+        default=None, metadata=_about("bundled name or folder whose weights to continue from; its shape is kept")
+    )
+    choose: str = field(
+        default="best",
+        metadata=_about("weights that are kept: best (lowest held-out loss) or last"),
+    )
     d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
     n_layers: int = field(default=4, metadata=_about("blocks", 1))
     d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, else 64", 1))
@@ -74,6 +85,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {FAMILIES}, got {self.family!r}")
+        if self.choose not in CHOICES:
+            raise ValueError(f"choose must be one of {CHOICES}, got {self.choose!r}")
+        if self.start is not None and self.tokenizer is None:
+            raise ValueError("start needs a tokenizer, the one that its weights were trained with: give --tokenizer")
         if self.family == "hybrid" and (set(self.pattern) - set("M*") or len(self.pattern) != self.n_layers):
             raise ValueError(f"pattern must be {self.n_layers} letters (n_layers), M or * each, got {self.pattern!r}")
         for entry in dataclasses.fields(self):
@@ -115,13 +130,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(
         prog="python -m demos.tinystories.train", description="Train a small hooked language model.", allow_abbrev=False
     )
-    types = {"int": int, "float": float, "str": str, "Path": Path, "Path | None": Path, "int | None": int}
+    types = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "Path": Path,
+        "Path | None": Path,
+        "int | None": int,
+        "str | None": str,
+    }
     for entry in dataclasses.fields(Options):
         required = entry.default is dataclasses.MISSING
         text = entry.metadata["help"] + ("" if required or entry.default is None else " (default: %(default)s)")
         parser.add_argument(
             "--" + entry.name.replace("_", "-"),
-            type=types[str(entry.type)],
+            type=types[str(entry.type).removesuffix(" | None")],
             required=required,
             default=None if required else entry.default,
             choices=FAMILIES if entry.name == "family" else None,
