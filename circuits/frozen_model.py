@@ -48,6 +48,9 @@ class FrozenModel(Run):
         What paths follow beside the value path: "none", "half", "shares" (or three shares of C, B and u), "gradient";
         see `circuits.rules`. All but "none" run blocks anew, and take no layers in mode "split".
 
+    recompute
+        Whether the inside of blocks is computed again instead of kept; see :class:`~hooked_mamba.frozen.run.Run`.
+
     Raises
     ------
     ValueError
@@ -65,9 +68,10 @@ class FrozenModel(Run):
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
         selection: Selection = "none",
+        recompute: bool | None = None,
     ) -> None:
         self.rule = rule_of(selection)
-        super().__init__(model, input, attention_mask=attention_mask, initial_state=initial_state)
+        super().__init__(model, input, attention_mask=attention_mask, initial_state=initial_state, recompute=recompute)
         if not isinstance(coders, SparseCoder | Mapping | str):
             coders = list(coders)
         self.coded = CodedLayer.of_all(self, named_coders(coders).values() if coders else (), mode)
