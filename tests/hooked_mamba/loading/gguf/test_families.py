@@ -73,3 +73,12 @@ def test_weights_are_rounded_once(case: str, kind: str, folders: Callable[[str],
         else:
             assert torch.equal(weight, source) or torch.equal(weight, source.to(PLAIN[kind]).double()), name
     assert not weights
+
+
+@pytest.mark.parametrize(
+    "case", ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1", "nemotron-moe", "rwkv7", "qwen3.5"]
+)
+def test_written_as_a_folder_of_transformers(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    read = _read(converted.convert(folders(case), tmp_path / "model.gguf"), case)
+    read.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(_logits(load_model(tmp_path / "out", dtype="float64")), _logits(read))
