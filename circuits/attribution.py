@@ -94,7 +94,7 @@ def attribute(
     *,
     mode: LayerMode | Mapping[Part, LayerMode] | None = None,
     keep_heads: bool = True,
-    nodes: Mapping[Part, Float[Tensor, "l E"]] | None = None,
+    nodes: Mapping[Part, Float[Tensor, "l U"]] | None = None,
     batch: int = 64,
     unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,
@@ -112,8 +112,8 @@ def attribute(
     keep_heads
         Whether heads are kept: n l E numbers a layer.
     nodes
-        Layer -> 1 at the channels (source, channel) that are nodes of their own: paths end there, so that `heads` holds
-        direct effects and `node_heads` counts them into the total.
+        Part -> 1 at the units (source; channel, attention head, neuron or expert) that are nodes of their own: paths
+        end there, so that `heads` holds direct effects and `node_heads` counts them into the total.
     batch
         Covectors that go down together.
     unexplained
