@@ -110,7 +110,7 @@ def attribute(
     targets
         One or several; each is traced on every row of the batch.
     keep_heads
-        Whether heads are kept: n l E numbers a layer.
+        Whether heads are kept: n l E numbers per layer.
     nodes
         Part -> 1 at the units (source; channel, attention head, neuron or expert) that are nodes of their own: paths
         end there, so that `heads` holds direct effects and `node_heads` counts them into the total.

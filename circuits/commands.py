@@ -56,9 +56,8 @@ def circuit(
         loaded, coders, prompt, chosen, budget, choose=choose, selection=selection, check=check, verbose=True
     )
     typer.echo(str(found))
-    report = None if found.report is None else str(found.report)
     features = about_features(found.frozen, found.graph, text, n_tokens=n_tokens)
-    page = circuit_page(found.graph, features=features, report=report).save(out)
+    page = circuit_page(found.graph, features=features, report=found.report).save(out)
     typer.echo(f"page: {page}")
     if graph is not None:
         typer.echo(f"graph: {save_graph(found.graph, graph)}")

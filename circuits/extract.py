@@ -81,7 +81,7 @@ def extract_circuit(
     budget
         Most features and heads in the pruned graph.
     metric
-        What the checks measure, from logits b l V to a number a row; None: the first target, if it is a logit.
+        What the checks measure, from logits b l V to a number per row; None: the first target, if it is a logit.
     reference
         Prompts of the same length for ablation and patching, see :func:`faithfulness`.
     choose

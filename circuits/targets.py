@@ -16,7 +16,7 @@ from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
 
 Metric = Callable[[Tensor], Tensor]
-"""What a circuit should produce: from logits b l V to one number a row."""
+"""What a circuit should produce: from logits b l V to one number per row."""
 
 
 class Covector(NamedTuple):

@@ -37,7 +37,9 @@ def document(results: Found) -> str:
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
         parts.append(table(group["columns"], group["rows"]))
     parts.append("## How much there is to find\n\n" + limits(results))
-    studied = [(m, name, one["sae"]) for m, f in results["models"].items() for name, one in f["concepts"].items()]
+    studied = [
+        (m, name, one["sae"]) for m, f in results["models"].items() for name, one in f["concepts"].items() if one["sae"]
+    ]
     parts.append("".join(f"- {model}, {name}: {instead(sae)}\n" for model, name, sae in studied))
     parts.append("## What was planted\n")
     parts.append("".join(f"- {taught(m, f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))

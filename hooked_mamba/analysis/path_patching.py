@@ -1,9 +1,9 @@
-"""Path patching: what one branch's output does through another branch's input alone.
+"""Path patching: the effect of one branch's output through another branch's input alone.
 
 1. The sender's clean output replaces its corrupted one on the way to the receiver only: the receiver reads the
-   corrupted residual stream plus the difference. (All branches between keep their corrupted outputs.)
+   corrupted residual stream plus the difference. (All branches in between keep their corrupted outputs.)
 2. What then comes out of the receiver (or arrives at one of its sites) is patched into the corrupted run.
-3. All later blocks run on from there.
+3. All later blocks run from there.
 
 Goldowsky-Dill et al. 2023, arXiv:2304.05969.
 """
@@ -28,7 +28,8 @@ Place = tuple[int, str]
 
 
 def path_places(model: Any) -> list[Place]:
-    """Every branch that writes into the stream, in computing order: senders behind the embedding, and receivers."""
+    """Every branch that writes into the stream, in order of computation: the senders after the embedding, and the
+    receivers."""
     return [(i, name) for i in range(model.cfg.n_layers) for name in model.block(i).written]
 
 
@@ -53,8 +54,8 @@ def path_patch(
     patching_metric
         From logits b l V to one number.
     receiver_site
-        Which site of the receiver takes the sender's effect. None (or "out_proj"): what the branch adds; "x_pre", "z",
-        "dt", "B" or "C" for one of a mixer's inputs, which every receiver must then have.
+        Which site of the receiver the effect passes through. None (or "out_proj"): what the branch adds; "x_pre", "z",
+        "dt", "B" or "C": one of a mixer's inputs, which every receiver must have.
     positions
         Where the sender's output is patched; None: everywhere.
     batch_size
@@ -63,9 +64,9 @@ def path_patch(
     Returns
     -------
     Tensor
-        Rows: the embedding, then the branches in computing order (:func:`path_places`; mixer 0, 1, ... where blocks
-        have nothing else); columns: the branches, then the logits. NaN where the sender is not before the receiver:
-        branches of one stage read the same stream.
+        Rows: the embedding, then the branches in order of computation (:func:`path_places`; mixer 0, 1, ... where
+        blocks have nothing else); columns: the branches, then the logits. NaN where the sender is not before the
+        receiver: branches of one stage read the same stream.
     """
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask

@@ -1,4 +1,4 @@
-"""The beginning of a run: no position reads a later one, so what a run had up to a position is a run of its own."""
+"""The beginning of a run: no position reads a later one, so a run up to a position is itself a run."""
 
 from __future__ import annotations
 

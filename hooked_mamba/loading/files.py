@@ -19,6 +19,11 @@ CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt"]
 # Looked for in this order; the first kind that is there is fetched, so that no checkpoint is fetched twice.
 WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pytorch_model*.bin"]]
 
+LONE_FILES = (".pth", ".gguf")
+"""Endings of files that hold a whole model."""
+
+ADAPTER_PATTERNS = [["adapter_model.safetensors"], ["adapter_model.bin"]]
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -28,7 +33,7 @@ def bundled_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a bundled name, a local folder (or `.pth` file), or a hub id, in this order.
+    """The folder of a checkpoint: a bundled name, a local folder (`.pth` or `.gguf` file), or a hub id, in this order.
 
     Parameters
     ----------
@@ -46,22 +51,42 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     name = str(name_or_path)
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".pth"):
+    if folder.is_dir() or (folder.is_file() and folder.suffix in LONE_FILES):
         if revision is not None:
             raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
         return folder
     bundled = ", ".join(bundled_names()) or "none"
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
-            "is a file; expected its folder, or a .pth file"
+            "is a file; expected its folder, or a .pth or .gguf file"
             if folder.is_file()
             else "is neither an existing folder nor a hub id"
         )
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
-    return _download(name, revision, bundled)
+    return _download(name, revision, WEIGHT_PATTERNS)
 
 
-def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
+def adapter_folder(name_or_path: str | Path) -> Path:
+    """The folder of an adapter: a local one, or a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        Neither.
+    OSError
+        The hub cannot be reached.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{name!r} is a file; expected the adapter's folder, {folder.parent}")
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"adapter {name!r} is neither an existing folder nor a hub id")
+    return _download(name, None, ADAPTER_PATTERNS)
+
+
+def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Path:
     """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set)."""
     from huggingface_hub import snapshot_download
 
@@ -70,7 +95,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
 
     try:
         folder = fetch(CONFIG_PATTERNS)
-        for patterns in WEIGHT_PATTERNS:
+        for patterns in kinds:
             fetch(patterns)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 break
@@ -80,7 +105,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
         raise OSError(
             f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
-            f"Checkpoints that need no network: {bundled}"
+            f"Checkpoints that need no network: {', '.join(bundled_names()) or 'none'}"
         ) from None
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demos.dictionaries import bound, bundle, presets, train
+from demos.dictionaries import bound, bundle, presets, text, train
 from demos.dictionaries.text import training_rows
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes import SparseCoder
@@ -107,7 +107,7 @@ def test_presets_fit_their_models(name: str) -> None:
 
 def test_the_told_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled models' own mix: most rows from the file, some from the grammar."""
-    monkeypatch.setattr("demos.dictionaries.text.STORIES", 50)
+    monkeypatch.setitem(text.MIXES, "tinystories-4l", text.TOLD._replace(stories=50))
     model = HookedMamba.from_pretrained("tinystories-4l")
     (tmp_path / "text.txt").write_text("The cat sat.\n<|endoftext|>\n" * 50)
     rows = training_rows(model, tmp_path / "text.txt", None, None, DataConfig(context_length=32))
@@ -123,8 +123,8 @@ def test_the_told_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_table_of_means_is_the_best_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = str(folder / "text.txt")
-    found = bound.main(["--model", str(folder), "--text", text, "--valid", text, "--rows", "16"])
+    words = str(folder / "text.txt")
+    found = bound.main(["--model", str(folder), "--text", words, "--valid", words, "--rows", "16"])
     assert "explained variance" in capsys.readouterr().out
     assert 0 < found.explained_variance < 1
     model = HookedMamba.from_pretrained(folder)
