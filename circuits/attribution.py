@@ -95,7 +95,7 @@ def attribute(
     *,
     mode: LayerMode | Mapping[Part, LayerMode] | None = None,
     keep_heads: bool | None = None,
-    nodes: Mapping[Part, Float[Tensor, "l E"]] | None = None,
+    nodes: Mapping[Part, Float[Tensor, "l U"]] | None = None,
     batch: int = 64,
     unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,
@@ -114,8 +114,8 @@ def attribute(
         Whether heads are kept: twice n l E numbers per layer. None: yes; of a run that recomputes (long prompts) they
         are formed, by one more way down, when they are first read.
     nodes
-        Layer -> 1 at the channels (source, channel) that are nodes of their own: paths end there, so that `heads` holds
-        direct effects and `node_heads` counts them into the total.
+        Part -> 1 at the units (source; channel, attention head, neuron or expert) that are nodes of their own: paths
+        end there, so that `heads` holds direct effects and `node_heads` counts them into the total.
     batch
         Covectors that go down together.
     unexplained

@@ -1,7 +1,8 @@
 """From a frozen run to a graph, within budgets.
 
-1. The targets are traced once, all paths through. Of layers that are mixers, the heads (layer, source, channel) with
-   the largest effects become nodes; all others stay part of the paths that pass them, so that sums are kept.
+1. The targets are traced once, all paths through. Of branches that no coder replaces, the units with the largest
+   effects become nodes, "heads": channels of mixers and attention heads at their sources, neurons, experts. All others
+   stay part of the paths that pass them, so that sums are kept.
 2. The targets are traced again, paths now ending at these heads; so are the heads.
 3. Of the features that have been found, those with the largest influence are traced, a batch at a time, until the
    budget is spent. What the others add is reported as each row's remainder.
@@ -27,7 +28,7 @@ from circuits.graph import Graph, Node
 from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.row_nodes import ENDS, RowNodes
-from circuits.targets import Channel, Feature, Logit, Target, chosen_targets
+from circuits.targets import Feature, Logit, Target, Unit, chosen_targets
 from hooked_mamba.frozen.run import Part, in_order
 
 
@@ -52,7 +53,7 @@ def build_graph(
     targets
         What the graph explains.
     max_features, max_heads
-        How many features are traced, and how many heads of mixer and split layers are nodes.
+        How many features are traced, and how many heads (of branches that no coder replaces) are nodes.
     keep
         Exactly which are nodes instead, such as `node_effects(...).largest(200)`.
     batch
@@ -97,7 +98,7 @@ def build_graph(
     # More at once than go down together: those that start close together can then be found among them.
     for start in range(0, len(head_places), 4 * batch):
         here = [columns[i] for i in head_places[start : start + 4 * batch]]
-        found = trace([Channel(node.layer, node.index, node.position) for node in here])
+        found = trace([Unit(node.part, node.index, node.position) for node in here])
         rows.add(head_places[start : start + 4 * batch], *found)
     places = columns.of_kind("feature")
     if keep is not None:
@@ -145,13 +146,14 @@ def _choose_heads(
     frozen: FrozenModel, targets: list[Any], weight: Tensor, count: int, batch: int
 ) -> dict[Part, Float[Tensor, "l E"]]:
     """Part -> 1 at the heads that become nodes."""
-    layers = frozen.mixed_layers()
+    layers = frozen.open_parts()
     if not layers or count < 1:
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
     of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
+    units = {i: frozen.chain(i).by_unit(effects, found.rows) for i, effects in of_layer.items()}
     weight = weight.to(found.target.device)
-    size = [torch.einsum("n,nle->le", weight, of_layer[i].abs()) for i in layers]
+    size = [torch.einsum("n,nle->le", weight, units[i].abs()) for i in layers]
     sizes = torch.cat([part.flatten() for part in size])
     best = sizes.topk(min(count, int((sizes > 0).sum()))).indices
     mask = torch.zeros_like(sizes)

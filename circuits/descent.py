@@ -52,7 +52,7 @@ class Descent:
     keep_heads
         Whether to keep what each channel adds.
     nodes
-        Layer -> 1 at channels where paths end.
+        Part -> 1 at units (channels, heads, neurons, experts) where paths end, l U.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Descent:
         rows: Int[Tensor, " n"],
         read_out: set[Part],
         keep_heads: bool,
-        nodes: Mapping[Part, Float[Tensor, "l E"]],
+        nodes: Mapping[Part, Float[Tensor, "l U"]],
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, cast(Any, rows)
         self.all_rows, self.depths = rows, [depth(covector) for covector in covectors]
@@ -154,7 +154,7 @@ class Descent:
         """
         coded, rows, parts = self._coded(part), self.rows, self.parts
         nodes = self._nodes(part)
-        passing = None if nodes is None else 1 - nodes
+        passing = None if nodes is None else 1 - self.frozen.chain(part).of_units(nodes, rows)
         if coded is not None and coded.node == "u":
             pulled = self.frozen.pull_to_u(part, out, rows)
             self.constants(part, pulled)
@@ -281,8 +281,12 @@ class Descent:
         if chain.routing is not None:
             self.parts.experts[part] = self.spread(of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows))
         if nodes is not None:
-            source, channel = nodes.nonzero(as_tuple=True)
-            self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
+            source, index = nodes.nonzero(as_tuple=True)
+            if chain.unit == 1:
+                effects = pulled.at["u"][:, source, index] * chain.u[rows[:, None], source, index]
+            else:
+                effects = chain.by_unit(pulled.at["u"] * chain.u[rows], rows)[:, source, index]
+            self.parts.node_heads[part] = effects
         self.constants(part, pulled)
         self.carry(pulled)
 
@@ -313,7 +317,7 @@ class Descent:
         return self.frozen.coded.get(part)
 
     def _nodes(self, part: Part) -> Tensor | None:
-        return self.nodes.get(part) if isinstance(part, int) else None
+        return self.nodes.get(part)
 
 
 def share(length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def extract_circuit(
     reference: FrozenModel | Sequence[Any] | Tensor | None = None,
     choose: str = "influence",
     selection: Selection = "none",
+    units: Collection[str] | None = None,
     prune_nodes: float = 0.8,
     prune_edges: float = 0.98,
     check: bool = True,
@@ -87,8 +88,8 @@ def extract_circuit(
         How nodes are chosen. "influence": by their share of the graph's paths. "integrated": by what ablating them
         does to the metric in the real model (:func:`node_effects`), which sees selection and gates too; some then
         have no edge unless `selection` follows these.
-    selection
-        What paths follow, see :class:`FrozenModel`.
+    selection, units
+        What paths follow, and branches whose units may be nodes, see :class:`FrozenModel`.
     prune_nodes, prune_edges
         See :func:`prune`; the budget bounds the nodes as well. "integrated" prunes edges alone.
     check
@@ -104,10 +105,10 @@ def extract_circuit(
         raise ValueError(f"budget must be at least 1, got {budget}")
     if choose not in ("influence", "integrated"):
         raise ValueError(f"choose must be 'influence' or 'integrated', got {choose!r}")
-    frozen = FrozenModel(model, prompt, coders, mode, selection=selection)
+    frozen = FrozenModel(model, prompt, coders, mode, selection=selection, units=units)
     targets = _targets(frozen, target)
     if reference is not None and not isinstance(reference, FrozenModel):
-        reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode)
+        reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode, units=units)
     measure = metric or (_metric(frozen, targets[0]) if check or choose == "integrated" else None)
     if choose == "integrated":
         assert measure is not None  # made above

@@ -187,13 +187,15 @@ def _largest(frozen: FrozenModel, scores: Float[Tensor, " m"], count: int) -> Ke
 
 
 def _sizes(frozen: FrozenModel) -> Float[Tensor, " m"]:
-    """|u| (|p| in split layers) of channels and latents of features."""
+    """|u| (|p| in split layers) of units, and latents of features."""
     found = []
     for kind, layer in _parts(frozen):
         if kind == "feature":
             found.append(frozen.latents(layer)[0])
         else:
-            found.append(frozen.channel_values(layer)[0])
+            values, chain = frozen.channel_values(layer)[0], frozen.chain(layer)
+            one_row = torch.zeros(1, dtype=torch.long, device=values.device)
+            found.append(values if chain.unit == 1 else chain.by_unit(values[None].square(), one_row)[0].sqrt())
     return torch.cat([part.abs().flatten() for part in found])
 
 
@@ -208,7 +210,14 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
         return value
 
     def at(kind: str, part: Part) -> str:
-        return site_of(model, part, frozen.coded[part].node if kind == "feature" else frozen.channels_at(part))
+        if kind == "feature":
+            return site_of(model, part, frozen.coded[part].node)
+        # A value that several heads share has one gradient; each head's own is that of what it mixes.
+        return site_of(model, part, "y" if shared(part) else frozen.channels_at(part))
+
+    def shared(part: Part) -> bool:
+        chain = frozen.chain(part)
+        return chain.mix is not None and chain.unit > 1
 
     names = dict.fromkeys(at(kind, part) for kind, part in _parts(frozen))
     with torch.enable_grad(), model.hooks([(name, watch) for name in names]):
@@ -222,8 +231,15 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
             gradient = gradients[at(kind, layer)][0].flatten(1).to(frozen.dtype)
             found.append((gradient @ frozen.coded[layer].W_dec.to(frozen.dtype).t()) * frozen.latents(layer)[0])
         else:
-            site = at(kind, layer)
-            found.append((gradients[site] * kept[site].detach())[0].flatten(1)[:, : frozen.chain(layer).width])
+            site, chain = at(kind, layer), frozen.chain(layer)
+            one_row = torch.zeros(1, dtype=torch.long, device=frozen.tokens.device)
+            if shared(layer):
+                with torch.enable_grad():
+                    at_values = chain.scan.pull(gradients[site].flatten(2))[0]
+                effects = at_values * chain.u
+            else:
+                effects = (gradients[site] * kept[site].detach()).flatten(2)[..., : chain.width]
+            found.append(chain.by_unit(effects, one_row)[0])
     return torch.cat([part.flatten() for part in found])
 
 

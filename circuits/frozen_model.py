@@ -6,7 +6,7 @@ By the plainest rule norms, gates and selection are held: every block is affine 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from circuits.coded_layer import CodedLayer, LayerMode
 from circuits.rules import Rule, Selection, rule_of
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Run, Stream
+from hooked_mamba.frozen.run import Part, Run, Stream, branch_of, in_order
 from hooked_mamba.models import HookedModel
 from hooked_mamba.state import ModelState
 from saes.coder import SparseCoder
@@ -47,7 +47,9 @@ class FrozenModel(Run):
     selection
         What paths follow beside the value path: "none", "half", "shares" (or three shares of C, B and u), "gradient";
         see `circuits.rules`. All but "none" run blocks anew, and take no layers in mode "split".
-
+    units
+        Branches whose units may be nodes ("mixer", "attn", "mlp", "moe"): channels and attention heads at their
+        sources, neurons, experts. All others pass everything. None: all; by a `selection`, mixers alone.
     recompute
         Whether the inside of blocks is computed again instead of kept; see :class:`~hooked_mamba.frozen.run.Run`.
 
@@ -55,7 +57,7 @@ class FrozenModel(Run):
     ------
     ValueError
         An initial state together with padding, coders that do not fit, an unknown selection, or one that a split layer
-        cannot have.
+        cannot have; or units of a branch that no block has.
     """
 
     def __init__(
@@ -68,13 +70,18 @@ class FrozenModel(Run):
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
         selection: Selection = "none",
+        units: Collection[str] | None = None,
         recompute: bool | None = None,
     ) -> None:
         self.rule = rule_of(selection)
+        self.units = None if units is None else frozenset(units)
         super().__init__(model, input, attention_mask=attention_mask, initial_state=initial_state, recompute=recompute)
         if not isinstance(coders, SparseCoder | Mapping | str):
             coders = list(coders)
         self.coded = CodedLayer.of_all(self, named_coders(coders).values() if coders else (), mode)
+        branches = {name for layer in range(self.n_layers) for name in self.model.block(layer).branches}
+        if unknown := (self.units or frozenset()) - branches:
+            raise ValueError(f"units of {', '.join(sorted(unknown))}: the blocks have {', '.join(sorted(branches))}")
         split = [i for i in self.coded if self.is_split(i)]
         if split and self.rule.name != "none":
             raise ValueError(f"selection {self.rule.name!r} has no split layers, and layer {split[0]} is one")
@@ -103,6 +110,16 @@ class FrozenModel(Run):
     def is_written(self, part: Part) -> bool:
         """Whether a coder stands for the value that enters a branch's memory: paths end there."""
         return part in self.coded and self.coded[part].node == "u"
+
+    def open_parts(self) -> list[Part]:
+        """Branches whose units may be nodes: those that no coder replaces as a whole, as far as `units` says so."""
+        among = self.units if self.units is not None or self.rule.name == "none" else frozenset({"mixer"})
+        return [
+            part
+            for layer in range(self.n_layers)
+            for part in sorted(self.parts(layer), key=in_order)
+            if (part not in self.coded or self.is_split(part)) and (among is None or branch_of(part)[1] in among)
+        ]
 
     def mixed_layers(self) -> list[int]:
         """Layers whose mixer's channels may be nodes: those that no coder replaces as a whole."""
@@ -137,7 +154,7 @@ class FrozenModel(Run):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         """Take covectors on a branch's output back to the stream below.
 

@@ -119,8 +119,8 @@ def _embedding_gradients(
 class NodeEffects:
     """What keeping each node does to a metric, in the real model."""
 
-    heads: dict[Part, Float[Tensor, "l E"]]
-    """Part -> at each (source, channel)."""
+    heads: dict[Part, Float[Tensor, "l U"]]
+    """Part -> at each (source, unit): channel, attention head, neuron, expert."""
     features: dict[Part, Float[Tensor, "l F"]]
     """Part -> at each (position, feature)."""
     errors: dict[Part, Float[Tensor, " l"]]

@@ -1,6 +1,7 @@
 """Which nodes of a run are kept, and the real model with all others ablated.
 
-Mixers keep the scan's terms of chosen channels (layer, source, channel); coded layers keep chosen latents and errors.
+Branches keep chosen units: the scan's terms of channels (layer, source, channel), attention heads at a source, neurons,
+experts; coded layers keep chosen latents and errors.
 What is ablated is replaced by what it was in a reference run, or by zero. Selection and gates are the model's own, made
 anew from what the ablated model computes: nothing is frozen here.
 """
@@ -21,7 +22,7 @@ from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
-from hooked_mamba.frozen.run import Part, frozen_branch, frozen_sites, in_order, site_of
+from hooked_mamba.frozen.run import Part, branch_of, frozen_branch, frozen_sites, in_order, site_of
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.points import HookPoint
 
@@ -30,7 +31,8 @@ from hooked_mamba.hooks.points import HookPoint
 class Keep:
     """Masks of what stays, by part. Between 0 and 1 they mix a node with what it is when it is ablated."""
 
-    heads: dict[Part, Shaped[Tensor, "l E"]]
+    heads: dict[Part, Shaped[Tensor, "l U"]]
+    """Of units: channels of mixers, attention heads, neurons, experts."""
     features: dict[Part, Shaped[Tensor, "l F"]]
     errors: dict[Part, Shaped[Tensor, " l"]]
 
@@ -39,7 +41,10 @@ class Keep:
         """All masks, all False."""
         l, device = frozen.length, frozen.tokens.device
         return cls(
-            {i: torch.zeros_like(frozen.channel_values(i)[0], dtype=torch.bool) for i in frozen.mixed_layers()},
+            {
+                part: torch.zeros(l, frozen.chain(part).n_units, dtype=torch.bool, device=device)
+                for part in frozen.open_parts()
+            },
             {
                 i: torch.zeros(l, coded.coder.cfg.d_sae, dtype=torch.bool, device=device)
                 for i, coded in frozen.coded.items()
@@ -112,13 +117,24 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     names = [name for i in range(frozen.n_layers) for name in frozen_sites(model, i)]
     before = model.initial_state(1)
 
-    def cut_scan(y: Tensor, hook: HookPoint) -> Tensor:
-        layer = hook.layer()
-        view = cache.scan_view(layer)
-        mask = keep.heads[layer].to(view.u.dtype).reshape(view.u.shape[1:])
-        usual = 0.0 if reference is None else reference.chain(layer).u.mean(0).reshape(view.u.shape[1:])
+    def cut_scan(y: Tensor, part: Part, hook: HookPoint) -> Tensor:
+        view = cache.scan_view(*branch_of(part))
+        mask = frozen.chain(part).of_units(keep.heads[part].to(view.u.dtype)).reshape(view.u.shape[1:])
+        usual = 0.0 if reference is None else reference.chain(part).u.mean(0).reshape(view.u.shape[1:])
         change = (usual - view.u) * (1 - mask)
         return y + view.over(change.to(view.u.dtype)).out().y.reshape(y.shape).to(y.dtype)
+
+    def cut_values(u: Tensor, part: Part, hook: HookPoint) -> Tensor:
+        """Of a branch that moves nothing between positions: neurons, or those of the experts that this pass chose."""
+        layer, name = branch_of(part)
+        chain, mask = frozen.chain(part), keep.heads[part].to(u.dtype)
+        usual: Tensor | float = 0.0
+        if chain.routing is None:
+            usual = 0.0 if reference is None else reference.chain(part).u.mean(0).to(u.dtype)
+        else:  # of an expert that others choose elsewhere there is no mean here
+            chosen = cache[f"blocks.{layer}.{name}.hook_expert_indices"]
+            mask = mask.expand(*chosen.shape[:-1], -1).gather(-1, chosen).unsqueeze(-1)
+        return u * mask + usual * (1 - mask)
 
     def cut_coded(value: Tensor, coded: CodedLayer, hook: HookPoint) -> Tensor:
         layer, out = coded.part, value.flatten(2)
@@ -148,8 +164,10 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
     hooks: list[tuple[str, Any]] = [
         (site_of(model, coded.part, coded.node), partial(cut_coded, coded=coded)) for coded in frozen.coded.values()
     ]
-    for i in frozen.mixed_layers():
-        if i not in frozen.coded:
-            hooks.append((f"blocks.{i}.mixer.{model.mixer(i).site_at('y')}", cut_scan))
+    for part in keep.heads:
+        if part not in frozen.coded:
+            moves = frozen.chain(part).mix is not None
+            cut, node = (cut_scan, "y") if moves else (cut_values, "u")
+            hooks.append((site_of(model, part, node), partial(cut, part=part)))
     with captured(model, names) as cache, model.hooks(hooks):
         yield model

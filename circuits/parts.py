@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hooked_mamba.frozen.run import Part
 
-Nodes = Mapping[Any, Float[Tensor, "l E"]]
-"""Layer -> 1 at the channels that are nodes of their own."""
+Nodes = Mapping[Any, Float[Tensor, "l U"]]
+"""Part -> 1 at the units (channels of mixers, attention heads, neurons, experts) that are nodes of their own."""
 
 
 @dataclass(kw_only=True)
@@ -32,8 +32,8 @@ class Parts:
     experts: dict[Part, Float[Tensor, "n l X"]] = field(default_factory=dict)
     """Layer ("3.moe") -> what each expert adds at each position, 0 where it was not chosen; sums over its neurons."""
     node_heads: dict[Part, Float[Tensor, "n m"]] = field(default_factory=dict)
-    """Layer -> what the channels add that are nodes of their own, in the order of their (source, channel). In split
-    layers the source is the token."""
+    """Part -> what the units add that are nodes of their own, in the order of their (source, unit). In split layers the
+    source is the token."""
     features: dict[Part, Float[Tensor, "n l k"]] = field(default_factory=dict)
     """Layer -> what the active latents add."""
     coder_biases: dict[Part, Float[Tensor, " n"]] = field(default_factory=dict)

@@ -158,7 +158,7 @@ class Published(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> PublishedPulled:
         chain = run.chain(part)
         share: Tensor | int = 1 if through is None else through

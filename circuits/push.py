@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
-from circuits.targets import Covector, Feature, Target, chosen_targets
+from circuits.targets import Covector, Feature, Target, Unit, chosen_targets
 from hooked_mamba.frozen.chain import Shares
 from hooked_mamba.frozen.run import Part, Stream
 
@@ -215,7 +215,7 @@ def frozen_changes(
     changes = frozen.resid(0).new_zeros(len(removed), len(graph))
     for i, node in enumerate(graph.nodes):
         if node.kind == "head":
-            changes[:, i] = pushed.inner[node.part][:, node.position, node.index]
+            changes[:, i] = pushed.read(Unit(node.part, node.index, node.position).covector(frozen, 0))
         elif node.kind in ("feature", "target"):
             read = chosen[node.index] if node.kind == "target" else _feature(frozen, node)
             changes[:, i] = pushed.read(read.covector(frozen, 0))
@@ -227,7 +227,9 @@ def held_heads(frozen: FrozenModel, graph: Graph) -> dict[Part, Float[Tensor, "l
     masks: dict[Part, Tensor] = {}
     for node in graph.nodes:
         if node.kind == "head":
-            masks.setdefault(node.part, torch.ones_like(frozen.chain(node.part).u[0]))[node.position, node.index] = 0
+            chain = frozen.chain(node.part)
+            mask = masks.setdefault(node.part, torch.ones_like(chain.u[0]))
+            mask[node.position, chain.channels_of(node.index, 0, node.position)] = 0
     return masks
 
 
@@ -243,7 +245,8 @@ def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[Part,
         elif node.kind == "head":
             values = frozen.channel_values(node.part)
             at = changes.heads.setdefault(node.part, values.new_zeros(k, *values.shape[1:]))
-            at[i, node.position, node.index] = -values[0, node.position, node.index]
+            channels = frozen.chain(node.part).channels_of(node.index, 0, node.position)
+            at[i, node.position, channels] = -values[0, node.position, channels]
         else:
             coded = frozen.coded[node.part]
             feature = node.activation * coded.W_dec[node.index].to(empty.dtype)

@@ -61,7 +61,7 @@ class Rule:
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         """Covectors on a branch's output as ones on the stream below; see :meth:`FrozenModel.pull`."""
         return run.chain(part).pull(V, rows, None if through is None else {"u": through})
@@ -89,7 +89,7 @@ class Sharing(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
 
@@ -110,7 +110,7 @@ class Gradient(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
 

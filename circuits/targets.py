@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part, Run
+from hooked_mamba.frozen.run import Part, Run, branch_of
 from hooked_mamba.frozen.run import Stream as Stream
 from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
@@ -163,18 +163,19 @@ class Channel:
     """What a channel of a layer's mixer passes on from a source position: the scan's input u; in a split layer, whose
     sources are tokens, the convolution's input p."""
 
-    layer: int
+    layer: Part
+    """Of another branch than a mixer the part, as in "3.mlp", whose channels are neurons."""
     channel: int
     position: int
 
     @property
     def label(self) -> str:
-        return f"mixer{self.layer}[{self.channel}]@{self.position}"
+        layer, branch = branch_of(self.layer)
+        return f"{branch}{layer}[{self.channel}]@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
         position = run.column(self.position, row)
-        if not 0 <= self.layer < run.n_layers:
-            raise IndexError(f"layer {self.layer} is out of range: there are {run.n_layers}")
+        check_part(run, self.layer)
         stream, chain = run.channels_at(self.layer), run.chain(self.layer)
         if not 0 <= self.channel < chain.width:
             raise IndexError(f"channel {self.channel} is out of range: there are {chain.width}")
@@ -182,6 +183,45 @@ class Channel:
         vector = torch.zeros_like(values)
         vector[self.channel] = 1
         return Covector(stream, self.layer, position, vector, values.new_zeros(()), values[self.channel])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How long the vector is that an attention head passes on from a source position, or an expert's neurons at one:
+    along itself, so that what made it so long sums to it. For units of one channel (neurons) it is the channel."""
+
+    part: Part
+    index: int
+    position: int
+
+    @property
+    def label(self) -> str:
+        layer, branch = branch_of(self.part)
+        return f"{branch}{layer}[{self.index}]@{self.position}"
+
+    def covector(self, run: Run, row: int) -> Covector:
+        check_part(run, self.part)
+        position, chain = run.column(self.position, row), run.chain(self.part)
+        if chain.unit == 1:
+            return Channel(self.part, self.index, self.position).covector(run, row)
+        if not 0 <= self.index < chain.n_units:
+            raise IndexError(f"unit {self.index} of {self.part} is out of range: there are {chain.n_units}")
+        at = chain.channels_of(self.index, row, position)
+        values = chain.u[row, position]
+        vector = torch.zeros_like(values)
+        size = values[at].norm()
+        vector[at] = values[at] / torch.where(size == 0, 1, size)
+        return Covector("u", self.part, position, vector, values.new_zeros(()), size)
+
+
+def check_part(run: Run, part: Part) -> None:
+    """Raise IndexError or KeyError for a branch that the model has not."""
+    layer, branch = branch_of(part)
+    if not 0 <= layer < run.n_layers:
+        raise IndexError(f"layer {layer} is out of range: there are {run.n_layers}")
+    there = run.model.block(layer).branches
+    if branch not in there:
+        raise KeyError(f"block {layer} has no branch {branch!r}; it has {', '.join(there)}")
 
 
 @dataclass(frozen=True)

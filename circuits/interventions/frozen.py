@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.attribution import require_sums
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
-from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, checked
+from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, ScaleUnit, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
 from circuits.push import Changes, Pushed, held_heads
 from circuits.targets import Target, chosen_targets
@@ -78,6 +78,8 @@ def frozen_effects(
             share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None, frozen.padding)
             embed = frozen.resid(0) + changes.streams.get(0, 0.0)
             changes.streams[0] = changes.streams.get(0, 0.0) + (share - 1).unsqueeze(-1) * embed
+        if isinstance(edit, ScaleUnit):
+            changes.heads[edit.part] = changes.heads.get(edit.part, 0.0) + _unit_change(frozen, edit)
     for coder, mine in by_coder(listed):
         place, change = _written(frozen, coder), _change_of(frozen, coder, mine)
         if place.stream == "u":
@@ -100,6 +102,16 @@ def frozen_effects(
             effect = effect + torch.stack([added[row, c.position] @ c.vector for row, c in enumerate(covectors)])
         effects.append(effect)
     return torch.stack(effects)
+
+
+def _unit_change(frozen: FrozenModel, edit: ScaleUnit) -> Float[Tensor, "b l E"]:
+    """What scaling a unit adds to the values that its branch passes on."""
+    chain = frozen.chain(edit.part)
+    one = chain.u.new_zeros(chain.n_units)
+    one[edit.index] = 1
+    share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None, frozen.padding)
+    every_row = torch.arange(frozen.batch, device=one.device)
+    return (share - 1).unsqueeze(-1) * chain.u * chain.of_units(one.expand(frozen.length, -1), every_row)
 
 
 def _written(frozen: FrozenModel, coder: SparseCoder) -> Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Node
-from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature
+from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature, ScaleUnit
 from hooked_mamba.frozen.run import in_order
 
 
@@ -35,6 +35,8 @@ def edit_of(frozen: FrozenModel, node: Node) -> Intervention:
         return ScaleError(frozen.coded[node.part].coder, node.position)
     if node.kind == "embed":
         return ScaleEmbedding(node.position)
+    if node.kind == "head" and (node.branch != "mixer" or frozen.chain(node.part).bypass is not None):
+        return ScaleUnit(node.part, node.index, node.position)
     if node.kind == "head":
         if node.layer in frozen.coded:
             return CutHead(node.layer, node.position, node.index, slice(node.position + 1, None), "token")

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project, Rows
-from hooked_mamba.frozen.routed import Routing
+from hooked_mamba.frozen.routed import Routing, of_experts
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
 NODES = ("p", "u", "y")
 """The named places, in the order of the forward pass."""
 
-Shares = Mapping[str, Float[Tensor, "l E"]]
+Shares = Mapping[str, Float[Tensor, "*n l E"]]
 """Node -> what share passes on at each position and channel: 0 stops it."""
 
 
@@ -73,6 +73,8 @@ class Chain:
     """Name of a value that other layers take -> the node here at which it is made."""
     routing: Routing | None = None
     """Which experts the channels belong to; None where there are no experts."""
+    unit: int = 1
+    """Channels side by side that act as one: those of an attention head, the neurons of a chosen expert."""
 
     # What it is made of ----------------------------------------------------------------------------------------
 
@@ -90,6 +92,31 @@ class Chain:
     def width(self) -> int:
         """Channels E."""
         return self.u.shape[-1]
+
+    @property
+    def n_units(self) -> int:
+        """Units U: channels, attention heads, neurons, or experts."""
+        return self.width // self.unit if self.routing is None else self.routing.n_experts
+
+    def of_units(self, values: Shaped[Tensor, "l U"], rows: Any = 0) -> Shaped[Tensor, "*n l E"]:
+        """A number of each unit as one of each of its channels; `rows`: of the run, whose choices of experts differ."""
+        if self.routing is not None:
+            chosen = self.routing.chosen[rows]
+            values = values.expand(*chosen.shape[:-1], -1).gather(-1, chosen)
+        return values if self.unit == 1 else values.repeat_interleave(self.unit, -1)
+
+    def by_unit(self, values: Float[Tensor, "n l E"], rows: Rows) -> Float[Tensor, "n l U"]:
+        """Sums over the channels of each unit."""
+        if self.routing is not None:
+            return of_experts(values, self.routing, rows)
+        return values if self.unit == 1 else values.unflatten(-1, (-1, self.unit)).sum(-1)
+
+    def channels_of(self, unit: int, row: int, position: int) -> list[int]:
+        """The channels of a unit; of an expert there are none where it was not chosen."""
+        slots = (
+            [unit] if self.routing is None else (self.routing.chosen[row, position] == unit).nonzero()[:, 0].tolist()
+        )
+        return [channel for slot in slots for channel in range(slot * self.unit, (slot + 1) * self.unit)]
 
     def on_lanes(self, covector: Float[Tensor, "*n f"]) -> Float[Tensor, "*n E"]:
         """A covector on the site of u as one on u: of values that several lanes share, on the first of them."""

@@ -199,6 +199,10 @@ class Attention(AttentionViews, Branch):
     def head_width(self) -> int:  # type: ignore[override]
         return self.cfg.d_head
 
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        return self.cfg.d_head
+
     def held_scan(self, read: Read) -> Pattern:
         v = of_queries(read("hook_v"), self.cfg.n_heads)
         return Pattern(v, read("hook_pattern").to(v.dtype))

@@ -63,6 +63,8 @@ class LinearForm(SitedModule):
     """Which rows of in_proj make p."""
     head_width: int | None = None
     """Channels P of a head; None where each channel stands alone."""
+    unit: int = 1
+    """Channels side by side that act as one where they are nodes of a graph: those of an attention head."""
     vectors_site: str | None = None
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
@@ -111,7 +113,7 @@ class LinearForm(SitedModule):
         nodes["y"] = len(pieces)
         pieces += [] if gain is None else [Gain(gain)]
         u = at_least_fp32(read(self.site_at("u")).flatten(2)) if scan is None else scan.values
-        return Chain((*pieces, self.value_output()), nodes, path, {"p": path.p, "u": u})
+        return Chain((*pieces, self.value_output()), nodes, path, {"p": path.p, "u": u}, unit=self.unit)
 
     @property
     def width(self) -> int:

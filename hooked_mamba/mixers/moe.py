@@ -190,7 +190,14 @@ class MoE(Branch):
         pieces += [Gain(path.sigma), Gain(weights), OutOfExperts(at_least_fp32(self.down_proj.detach()), chosen)]
         pieces += [projection(self.latent_out, where="latent_out")] if latent else []
         u = at_least_fp32(read("hook_expert_post").flatten(2))
-        return Chain(tuple(pieces), nodes, path, {"p": path.p, "u": u}, routing=Routing(chosen, self.cfg.n_experts))
+        return Chain(
+            tuple(pieces),
+            nodes,
+            path,
+            {"p": path.p, "u": u},
+            routing=Routing(chosen, self.cfg.n_experts),
+            unit=self.cfg.d_mlp,
+        )
 
     def token_path(self, read: Read) -> TokenPath:
         pre = at_least_fp32(read("hook_expert_pre")).flatten(2)
