@@ -105,9 +105,9 @@ def tuned_section(run: Path, before: Path) -> str:
     first, second = (_last(folder) for folder in (before, run))
     train, tuned = first["state"]["train"], second["state"]["finetune"]
     return f"""
-## Training
+## Training of the write dictionaries
 
-These are write dictionaries: SAEs on the value that a token writes into a layer's memory (x of Mamba after its
+Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
 {train["decay"]:.0%}; then {second["tokens"]:,} positions in {second["state"]["step"]:,} steps through the model: all
@@ -143,6 +143,19 @@ Made by `demos/dictionaries`.
 
 A MambaCoder reads one position and its block mixes many: most of what it misses no function of that position has.
 """
+
+
+def kept_sections(to: Path) -> list[str]:
+    """What the card there says of the training of other coders, which a push leaves out."""
+    card = to / "README.md"
+    _, *sections = card.read_text(encoding="utf-8").split("\n## Training") if card.is_file() else [""]
+    return [f"\n## Training{section}" for section in sections]
+
+
+def kept_reports(to: Path) -> dict[str, Any]:
+    """The evaluation of other coders there."""
+    report = to / "evaluation.json"
+    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
 
 def bundle(
@@ -186,11 +199,13 @@ def bundle(
         for scores in report.coders:
             silent = scores.values["dead_share"] or 0.0
             metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
+    sections, everything = kept_sections(to), kept_reports(to)
     push(trained, to, dtype=dtype, metrics=metrics)
-    everything = {kind: report.to_dict() for kind, report in reports.items()}
+    everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        card.write(training_section(run) if before is None else tuned_section(run, before))
+        made = training_section(run) if before is None else tuned_section(run, before)
+        card.write(made + "".join(section for section in sections if section.strip() != made.strip()))
     return reports
 
 
