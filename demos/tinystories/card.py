@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -92,8 +93,17 @@ def _start(trainer: Trainer) -> str:
     if options.start is None:
         return ""
     before = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars)
-    name = Path(options.start).name
-    return f"| trained on from | {name}, {before.nats_per_token:.3f} nats per token of the same held-out text |\n"
+    rows = f"| trained on from | {_started(options.start)}, {before.nats_per_token:.3f} nats per token of the same text |\n"
+    card = Path(options.start) / "README.md"
+    made = re.search(
+        r"^    (python -m demos\.tinystories\.train .*)$", card.read_text() if card.is_file() else "", re.M
+    )
+    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "")
+
+
+def _started(start: str) -> str:
+    """What a card calls the model that another was trained on from."""
+    return "the first stage" if Path(start).is_dir() else start
 
 
 def _knows(trainer: Trainer, stored: Any) -> str:
@@ -110,7 +120,7 @@ def _knows(trainer: Trainer, stored: Any) -> str:
         area_table(stored),
     ]
     if options.start is not None:
-        parts += [f"\nThe same of {Path(options.start).name}:\n", area_table(load_model(options.start))]
+        parts += [f"\nThe same of {_started(options.start)}:\n", area_table(load_model(options.start))]
     return "\n".join(parts) + "\n\n"
 
 
