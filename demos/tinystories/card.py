@@ -92,12 +92,11 @@ def _start(trainer: Trainer) -> str:
     options, corpus = trainer.options, trainer.corpus
     if options.start is None:
         return ""
-    before = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars)
-    rows = f"| trained on from | {_started(options.start)}, {before.nats_per_token:.3f} nats per token of the same text |\n"
+    nats = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars).nats_per_token
+    rows = f"| trained on from | {_started(options.start)}, {nats:.3f} nats per token of the same text |\n"
     card = Path(options.start) / "README.md"
-    made = re.search(
-        r"^    (python -m demos\.tinystories\.train .*)$", card.read_text() if card.is_file() else "", re.M
-    )
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    made = re.search(r"^    (python -m demos\.tinystories\.train .*)$", text, re.M)
     return rows + (f"| which was made by | `{made[1]}` |\n" if made else "")
 
 
