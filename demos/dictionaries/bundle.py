@@ -100,7 +100,7 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def tuned_section(run: Path, before: Path) -> str:
+def tuned_section(run: Path, before: Path, teller: str) -> str:
     """What the card says of a training in two stages, from both stages' last checkpoints and logs."""
     first, second = (_last(folder) for folder in (before, run))
     train, tuned = first["state"]["train"], second["state"]["finetune"]
@@ -113,7 +113,7 @@ what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)
 {train["decay"]:.0%}; then {second["tokens"]:,} positions in {second["state"]["step"]:,} steps through the model: all
 layers replaced at once, on KL(clean || spliced) + {tuned["reconstruction"]} times the share of variance missed,
 learning rate {tuned["lr"]}. Half of the rows are the model's own training mix (see its card), half are stories that
-the model told itself at temperature 1: text that it has not learnt by heart. The figures above are of held-out text
+{teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -166,6 +166,7 @@ def bundle(
     dtype: str = "float16",
     text: Path | None = None,
     before: Path | None = None,
+    teller: str | None = None,
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
 
@@ -173,6 +174,8 @@ def bundle(
     ----------
     before
         The first training of coders that `run` has fine-tuned.
+    teller
+        The model whose samples these were trained on; None: their own.
 
     Raises
     ------
@@ -204,7 +207,7 @@ def bundle(
     everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        made = training_section(run) if before is None else tuned_section(run, before)
+        made = training_section(run) if before is None else tuned_section(run, before, teller or model.cfg.model_name)
         card.write(made + "".join(section for section in sections if section.strip() != made.strip()))
     return reports
 
@@ -214,13 +217,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
     parser.add_argument("--before", type=Path, help="folder of the first training of coders that RUN has fine-tuned")
+    parser.add_argument("--teller", help="model whose samples those were trained on (default: their own)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
     parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
-    for report in bundle(args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before).values():
+    for report in bundle(
+        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller
+    ).values():
         print(report)
 
 
