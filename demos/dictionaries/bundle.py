@@ -4,7 +4,7 @@
 
 What is measured are the files as they are stored. Each coder is judged alone; those that predict the blocks' outputs,
 and write dictionaries, are also judged with all layers replaced at once, each kind apart. Of coders that were
-fine-tuned, --before names the folder of the first training:
+fine-tuned, --before names the folders of the trainings before:
 
     python -m demos.dictionaries.bundle --run runs/writes-tuned --before runs/writes --text train.txt \\
         --valid valid.txt --to saes/pretrained/tinystories-told-4l
@@ -100,20 +100,24 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def tuned_section(run: Path, before: Path, teller: str) -> str:
-    """What the card says of a training in two stages, from both stages' last checkpoints and logs."""
-    first, second = (_last(folder) for folder in (before, run))
-    train, tuned = first["state"]["train"], second["state"]["finetune"]
+def tuned_section(run: Path, before: list[Path], teller: str) -> str:
+    """What the card says of a training in stages, from all stages' last checkpoints and logs."""
+    first, *tuned = (_last(folder) for folder in [*before, run])
+    train = first["state"]["train"]
+    through = "; ".join(
+        f"then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers replaced"
+        f" at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share of variance"
+        f" missed, learning rate {stage['state']['finetune']['lr']}"
+        for stage in tuned
+    )
     return f"""
 ## Training of the write dictionaries
 
 Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}; then {second["tokens"]:,} positions in {second["state"]["step"]:,} steps through the model: all
-layers replaced at once, on KL(clean || spliced) + {tuned["reconstruction"]} times the share of variance missed,
-learning rate {tuned["lr"]}. Half of the rows are the model's own training mix (see its card), half are stories that
-{teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
+{train["decay"]:.0%}; {through}. Half of the rows are the model's own training mix (see its card), half are stories
+that {teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -165,7 +169,7 @@ def bundle(
     model_name: str | None = None,
     dtype: str = "float16",
     text: Path | None = None,
-    before: Path | None = None,
+    before: list[Path] | None = None,
     teller: str | None = None,
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
@@ -173,7 +177,7 @@ def bundle(
     Parameters
     ----------
     before
-        The first training of coders that `run` has fine-tuned.
+        The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
     teller
         The model whose samples these were trained on; None: their own.
 
@@ -216,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
-    parser.add_argument("--before", type=Path, help="folder of the first training of coders that RUN has fine-tuned")
+    parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
     parser.add_argument("--teller", help="model whose samples those were trained on (default: their own)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
