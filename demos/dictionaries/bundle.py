@@ -104,10 +104,10 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
     """What the card says of a training in stages, from all stages' last checkpoints and logs."""
     first, *tuned = (_last(folder) for folder in [*before, run])
     train = first["state"]["train"]
-    through = "; ".join(
-        f"then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers replaced"
-        f" at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share of variance"
-        f" missed, learning rate {stage['state']['finetune']['lr']}"
+    through = "".join(
+        f"; then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers"
+        f" replaced at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share of"
+        f" variance missed, learning rate {stage['state']['finetune']['lr']}"
         for stage in tuned
     )
     return f"""
@@ -116,7 +116,7 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
 Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}; {through}. Half of the rows are the model's own training mix (see its card), half are stories
+{train["decay"]:.0%}{through}. Half of the rows are the model's own training mix (see its card), half are stories
 that {teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
