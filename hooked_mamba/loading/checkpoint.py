@@ -14,9 +14,11 @@ from torch import Tensor
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.adapters import Adapter, merge_adapters
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
-from hooked_mamba.loading.gguf import find_tokenizer, gguf_file, open_gguf
+from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
+from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
 from hooked_mamba.loading.mlx import from_mlx, is_mlx
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
+from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin
 
@@ -50,9 +52,10 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored embedding (of the first tensor, if that is missing): that of the model."""
+        """The dtype of the stored embedding (of the first tensor, if that is missing); float32 of a quantised one."""
         name = "embed.weight" if "embed.weight" in self.state_dict else next(iter(self.state_dict))
-        return self.state_dict[name].dtype
+        with only_shapes():
+            return self.state_dict[name].dtype
 
 
 PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
