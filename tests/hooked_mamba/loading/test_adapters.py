@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from hooked_mamba import HookedMamba, load_model
 from hooked_mamba.cli.app import make_app
 from hooked_mamba.loading import CheckpointError
+from hooked_mamba.loading.support import SUPPORTED
 from tests.hooked_mamba.loading.adapter_files import embedding_factors, factors, merged, write_adapter
 from tests.hooked_mamba.loading.builders import assert_same, random_hf_model
-from tests.hooked_mamba.loading.folders import MAKERS, files_of, linears, write
+from tests.hooked_mamba.loading.folders import files_of, linears, write
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 MIXER = "backbone.layers.0.mixer"
@@ -52,7 +53,7 @@ def some_linears(family: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", SUPPORTED["PEFT LoRA"])
 def test_every_family_takes_one(family, dora, tmp_path):
     config, weights = files_of(family)
     adapter, expected = {}, dict(weights)
