@@ -28,7 +28,7 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
         Other bits or layouts, or a part that is missing or of another kind.
     """
     bits = setting(settings, ["bits"], (2, 4, 8))
-    layout = setting(settings, ["checkpoint_format"], ("gptq", "gptq_v2"), default="gptq")
+    layout = setting(settings, ["checkpoint_format", "format"], ("gptq", "gptq_v2"), default="gptq")
     size = whole(settings, ["group_size"], default=128)
     packed = Packed(weights)
     for module in packed.modules("qweight"):
