@@ -8,9 +8,11 @@ import torch
 from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.support import SUPPORTED
+from tests.hooked_mamba.hybrids import reference
 from tests.hooked_mamba.loading.adapter_files import factors, merged, write_adapter
 from tests.hooked_mamba.loading.folders import files_of, linears, write
 from tests.hooked_mamba.loading.packing import VARIANTS, WAYS, quantise
+from tests.hooked_mamba.tiny import relative
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -85,3 +87,31 @@ def test_other_methods_are_named(method, tmp_path):
         CheckpointError, match=rf"quantised by {method} .*not read here; read are bitsandbytes, gptq, awq"
     ):
         load_model(write(tmp_path, config, packed))
+
+
+HYBRIDS = ("Jamba", "Bamba", "Granite 4 H", "Nemotron-H", "Falcon-H1", "Zamba", "Zamba2", "LFM2")
+"""Families whose equations are written once more in float64 over the names that files have."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [*WAYS, "PEFT LoRA"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_logits_are_those_of_the_equations(family, way, tmp_path):
+    """To float32's rounding of the weights, the only one there is."""
+    modules = modules_of(family)
+    if way == "PEFT LoRA":
+        modules = [name for name in modules if ".experts." not in name and not name.endswith("dt_proj")]
+        config, packed = files_of(family)
+        adapter, plain = {}, dict(packed)
+        for module in modules:
+            made = factors(module, packed[f"{module}.weight"])
+            adapter |= made
+            plain[f"{module}.weight"] = merged(packed[f"{module}.weight"], *made.values(), 5 / 3)
+        options = {"adapter": write_adapter(tmp_path / "a", adapter, target_modules=modules)}
+    else:
+        config, packed, plain, _ = quantise(WAYS[way], *files_of(family), modules)
+        options = {}
+    model = load_model(write(tmp_path / "base", config, packed), dtype="float64", **options)
+    tokens = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = reference.forward(config, {n: v.double().numpy() for n, v in plain.items()}, tokens.numpy()).logits
+    assert relative(model(tokens), expected) < 1e-5
