@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from hooked_mamba.config import ModelConfig
-from hooked_mamba.loading.adapters import Adapter, merge_adapters
+from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
-from hooked_mamba.loading.quantised import dequantised
+from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import LazyState
 from hooked_mamba.loading.tensor_files import open_bin

@@ -1,3 +1,1 @@
 """Quantised checkpoints: what their packed tensors stand for, in float32, one weight at a time."""
-
-from hooked_mamba.loading.quantised.read import dequantised as dequantised

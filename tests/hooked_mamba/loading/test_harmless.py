@@ -7,7 +7,7 @@ import torch
 
 from hooked_mamba import HookedMamba, Mamba2Config
 from hooked_mamba.loading.hf_fields import limit_of
-from hooked_mamba.loading.quantised import dequantised
+from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tying import drop_tied
