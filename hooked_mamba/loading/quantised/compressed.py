@@ -53,6 +53,13 @@ def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"quantization_config in config.json has format={form!r} of compressed-tensors, and only"
                 f" {', '.join(filter(None, FORMATS))} are read here: load the checkpoint that it was made from"
             )
+    sparse = settings.get("sparsity_config") or {}
+    if settings.get("transform_config") or sparse.get("format", "dense") != "dense":
+        name = "transform_config" if settings.get("transform_config") else "sparsity_config"
+        raise CheckpointError(
+            f"quantization_config in config.json has a {name}, by which stored weights are turned or left out, and it is"
+            " not read here: load the checkpoint that it was made from"
+        )
     found = [dict(group.get("weights") or {}) for group in groups.values()]
     kept = [
         {name: one.get(name) for name in ("num_bits", "strategy", "group_size", "block_structure")} for one in found

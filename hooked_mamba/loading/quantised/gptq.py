@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.loading.quantised.packed import Packed, setting, unpack, whole
-from hooked_mamba.loading.tables import LazyState
+from hooked_mamba.loading.tables import CheckpointError, LazyState
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -30,6 +30,12 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
     bits = setting(settings, ["bits"], (2, 4, 8))
     layout = setting(settings, ["checkpoint_format", "format"], ("gptq", "gptq_v2"), default="gptq")
     size = whole(settings, ["group_size"], default=128)
+    changed = [rule for rule in settings.get("dynamic") or () if not str(rule).startswith("-:")]
+    if changed:
+        raise CheckpointError(
+            f"quantization_config in config.json packs some layers otherwise (dynamic: {changed[0]!r}), and one way for"
+            " all is read here: load the checkpoint that it was made from"
+        )
     packed = Packed(weights)
     for module in packed.modules("qweight"):
         keys = {part: f"{module}.{part}" for part in PARTS}

@@ -227,6 +227,24 @@ def test_an_archive_and_the_class_and_the_command_line(mamba, tmp_path):
     assert "neither an existing folder nor a hub id" in result.output
 
 
+def test_an_adapter_on_the_hub(mamba, tmp_path, monkeypatch):
+    """Its config and its weights are fetched, and nothing else."""
+    import huggingface_hub
+
+    base, weights = mamba
+    made = factors(f"{MIXER}.in_proj", weights[f"{MIXER}.in_proj.weight"])
+    write_adapter(tmp_path / "a", made, layers_to_transform=[0])
+    asked = []
+
+    def snapshot(repo_id, revision, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(tmp_path / "a")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_model(base, adapter="owner/lora").cfg.n_layers == 2
+    assert asked[1:] == [("owner/lora", ["adapter_model.safetensors"])]
+
+
 def test_an_adapter_is_no_model(mamba, tmp_path):
     folder = write_adapter(tmp_path / "a", {"lm_head.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"an adapter of PEFT, not a model: load_model\('some/base', adapter='"):

@@ -177,6 +177,15 @@ QUANTISED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a layout for one kernel": (
         "GPTQ", settings(checkpoint_format="marlin"), r"checkpoint_format='marlin', and only 'gptq', 'gptq_v2' is read",
     ),
+    "some layers otherwise": (
+        "GPTQ", settings(dynamic={"-:.*lm_head": {}, "+:.*in_proj": {"bits": 8}}), r"layers otherwise \(dynamic: '\+:",
+    ),
+    "turned weights": (
+        "compressed-tensors", settings(transform_config={"config_groups": {"R1": {}}}), r"json has a transform_config",
+    ),
+    "weights left out": (
+        "compressed-tensors", settings(sparsity_config={"format": "sparse-24-bitmask"}), r"json has a sparsity_config",
+    ),
     "no scales": ("GPTQ", packed(scales=None), r"in_proj\.scales is missing: without it .*in_proj cannot be"),
     "words of 64 bits": (
         "GPTQ", packed(qweight=lambda t: t.long()), r"in_proj\.qweight@ is int64, expected int32",
