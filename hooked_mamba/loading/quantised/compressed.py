@@ -57,8 +57,8 @@ def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("transform_config") or sparse.get("format", "dense") != "dense":
         name = "transform_config" if settings.get("transform_config") else "sparsity_config"
         raise CheckpointError(
-            f"quantization_config in config.json has a {name}, by which stored weights are turned or left out, and it is"
-            " not read here: load the checkpoint that it was made from"
+            f"quantization_config in config.json has a {name}, by which stored weights are turned or left out, and it"
+            " is not read here: load the checkpoint that it was made from"
         )
     found = [dict(group.get("weights") or {}) for group in groups.values()]
     kept = [

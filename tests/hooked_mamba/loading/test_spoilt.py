@@ -86,7 +86,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no method": (about(peft_type=...), r"adapter_config\.json has no peft_type"),
     "PiSSA": (about(init_lora_weights="pissa_niter_4"), r"init_lora_weights='pissa_niter_4', which changes the base"),
     "aLoRA": (about(alora_invocation_tokens=[3]), r"alora_invocation_tokens=\[3\]: this adapter acts only behind"),
-    "experts": (about(target_parameters=["experts.up"]), r"target_parameters=\['experts\.up'\]: .* is on bare"),
+    "bare parameters": (about(target_parameters=["A_log"]), r"target_parameters=\['A_log'\], and only experts'"),
     "a field from the future": (about(use_magic=True), r"has use_magic=True, which is not known here"),
     "a rank of 0": (about(r=0), r"adapter_config\.json has r=0, expected a number above 0"),
     "alpha in words": (about(lora_alpha="five"), r"has lora_alpha='five', expected a number above 0"),
