@@ -155,7 +155,7 @@ def attribute(
         codes={i: coded.codes for i, coded in frozen.coded.items()},
         **vars(Parts.joined(pieces, order, frozen.length, nodes or {})),
     )
-    if unexplained == "refuse" and frozen.rule.name == "none" and frozen.rule.sums:
+    if unexplained == "refuse" and frozen.rule.sums:
         _check_sum(frozen, found)
     return found
 
