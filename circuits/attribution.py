@@ -19,7 +19,7 @@ from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Parts
 from circuits.points import PointDescent, by_depth, stays
-from circuits.targets import Target, chosen_targets
+from circuits.targets import Covector, Target, chosen_targets
 from hooked_mamba.frozen.run import Part
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
@@ -156,7 +156,7 @@ def attribute(
         **vars(Parts.joined(pieces, order, frozen.length, nodes or {})),
     )
     if unexplained == "refuse" and frozen.rule.sums:
-        _check_sum(frozen, found)
+        _check_sum(frozen, found, covectors)
     return found
 
 
@@ -166,8 +166,14 @@ def require_sums(frozen: FrozenModel, targets: Sequence[Target]) -> None:
         attribute(frozen, targets=targets, keep_heads=False)
 
 
-def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
-    rounding = torch.finfo(frozen.model.embed.weight.dtype).eps ** 0.5 * found.size
+def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector]) -> None:
+    eps = torch.finfo(frozen.model.embed.weight.dtype).eps
+    # What cancels within a product is in no part: a target far below its factors is rounding itself.
+    rows = found.rows.tolist()
+    factors = [
+        _stream(frozen, c)[row, c.position].norm() * c.vector.norm() for c, row in zip(covectors, rows, strict=True)
+    ]
+    rounding = eps**0.5 * found.size + 1000 * eps * torch.stack(factors)
     wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
     if not wrong:
         return
@@ -180,6 +186,18 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
         " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts"
         " as they are with unexplained='keep'"
     )
+
+
+def _stream(frozen: FrozenModel, covector: Covector) -> Float[Tensor, "b l e"]:
+    """What the run had where a target is read."""
+    stream, part = covector.stream, covector.layer
+    if stream == "resid":
+        return frozen.resid(int(part))
+    if stream == "in":
+        return frozen.entering(part)
+    if stream == "out":
+        return frozen.out(*frozen.branch_of(part))
+    return frozen.chain(part).values.get(stream, frozen.chain(part).u)
 
 
 def attribute_heads(

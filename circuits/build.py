@@ -105,10 +105,12 @@ def build_graph(
         places = [i for i in places if keep.features[(at := columns[i]).part][at.position, at.index]]
     candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
+    # Few at a time while the budget is small: what is behind a feature is seen only once the feature is traced.
+    step = batch if keep is not None else min(batch, max(1, max_features // 8))
     traced = 0
     while traced < max_features and len(candidates):
         reach = rows.reach(effects, weight)[candidates]
-        order = reach.argsort(descending=True, stable=True)[: min(batch, max_features - traced)]
+        order = reach.argsort(descending=True, stable=True)[: min(step, max_features - traced)]
         order = order if keep is not None else order[reach[order] > 0]
         best = candidates[order].tolist()
         if not best:
