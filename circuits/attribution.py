@@ -20,7 +20,7 @@ from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Parts
 from circuits.points import PointDescent, by_depth, stays
 from circuits.targets import Covector, Target, chosen_targets
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder

@@ -29,7 +29,7 @@ from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.row_nodes import ENDS, RowNodes
 from circuits.targets import Feature, Logit, Target, Unit, chosen_targets
-from hooked_mamba.frozen.run import Part, in_order
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 
 def build_graph(
@@ -152,8 +152,11 @@ def _choose_heads(
     if not layers or count < 1:
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
-    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
+    given = {part: branch_of(part)[1] for i in range(frozen.n_layers) for part in frozen.given_parts(i)}
+    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers if i not in given}
     units = {i: frozen.chain(i).by_unit(effects, found.rows) for i, effects in of_layer.items()}
+    units |= {i: found.carried[name].unsqueeze(-1) for i, name in given.items() if name in found.carried}
+    layers = [i for i in layers if i in units]
     weight = weight.to(found.target.device)
     size = [torch.einsum("n,nle->le", weight, units[i].abs()) for i in layers]
     sizes = torch.cat([part.flatten() for part in size])

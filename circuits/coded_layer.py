@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Place, Run, in_order, out_site, part_of, u_site
+from hooked_mamba.frozen.places import Part, Place, in_order, out_site, part_of, u_site
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.renamed import warn_renamed

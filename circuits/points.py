@@ -18,7 +18,7 @@ from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Conv, Mix, Rows
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 
 STARTS = ("resid", "in", "u")
 """Streams at which covectors may start."""

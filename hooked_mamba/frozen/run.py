@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,51 +20,26 @@ from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
+from hooked_mamba.frozen.places import (
+    Part,
+    Place,
+    Stream,
+    branch_of,
+    frozen_sites,
+    norm_name,
+    out_site,
+    output_sites,
+    part_of,
+    u_site,
+)
 from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
-from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
-
-Stream = Literal["resid", "in", "out", "y", "u", "p"]
-"""The residual stream entering a layer (n_layers: the final norm's input), the stream that one branch's norm reads, the
-branch's output alone, or a node of its chain: what its scan gives, the value u that enters its memory, or the input p
-of its convolution."""
-
-
-Part = int | str
-"""A branch of a block: the number of its layer if it is a mixer, else as in "3.mlp"."""
-
-
-def part_of(layer: int, branch: str) -> Part:
-    """What a branch is called: the number of its layer for a mixer, with the branch's name for others."""
-    return layer if branch == "mixer" else f"{layer}.{branch}"
-
-
-def branch_of(part: Part) -> tuple[int, str]:
-    """(layer, branch) of a part."""
-    layer, _, branch = str(part).partition(".")
-    return int(layer), branch or "mixer"
-
-
-def in_order(part: Part) -> tuple[int, str]:
-    """What parts are sorted by: a block's mixer first, its other branches by name."""
-    layer, branch = branch_of(part)
-    return layer, "" if branch == "mixer" else branch
-
-
-class Place(NamedTuple):
-    """A stream of a run."""
-
-    stream: Stream
-    layer: Part
-    """Of "resid" the number of the layer, of all others the part."""
-    normed: bool = False
-    """Whether it is read through the layer's (or the part's) norm."""
 
 
 class Run:
@@ -308,12 +283,33 @@ class Run:
         return other
 
     def chain(self, part: Part) -> Chain:
-        """One branch as an affine map of the stream that its norm reads."""
+        """One branch as an affine map of the stream that its norm reads; of "0.v_first" what makes this value."""
         if part not in self._chains:
             layer, name = self.branch_of(part)
+            if name not in self.model.block(layer).branches:
+                self._chains[part] = self.giving(layer, name).up_to_u()
+                return self._chains[part]
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def given_parts(self, layer: int) -> list[Part]:
+        """The values that a block makes for layers above it, as parts: "0.v_first"."""
+        return [f"{layer}.{name}" for part in self.parts(layer) for name in self.chain(part).gives]
+
+    def giving(self, layer: int, name: str) -> Chain:
+        """The branch of a block that makes a value for layers above it.
+
+        Raises
+        ------
+        KeyError
+            None does.
+        """
+        for part in self.parts(layer):
+            if name in self.chain(part).gives:
+                return self.chain(part)
+        there = [*self.model.block(layer).branches, *(str(part).partition(".")[2] for part in self.given_parts(layer))]
+        raise KeyError(f"block {layer} has no branch {name!r}; it has {', '.join(there)}")
 
     def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
         """A value that one layer made for several above it.
@@ -443,52 +439,6 @@ class Run:
             " norm.hook_out or a branch's output of a block (mixer.hook_out_proj), or the value that enters a mixer's"
             " memory (mixer.hook_x, hook_v)"
         )
-
-
-def frozen_sites(model: HookedModel, layer: int) -> list[str]:
-    """The sites of one block that its branches' affine maps are made of."""
-    block, at = model.block(layer), f"blocks.{layer}."
-    names = [f"{at}hook_resid_pre"]
-    names += [f"{at}hook_mixer_in"] if block.beside else [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
-    names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
-    for name, branch in block.branches.items():
-        names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
-        names.append(out_site(model, layer, name))
-    return list(dict.fromkeys(names))
-
-
-def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
-    """The site of what a branch adds to the stream."""
-    block = model.block(layer)
-    return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
-
-
-def output_sites(model: HookedModel, layer: int, branch: str) -> tuple[str, ...]:
-    """Sites at which a branch's whole output stands: that of what it adds to the stream, and its own where no factor
-    and no norm lie between the two."""
-    block, written = model.block(layer), out_site(model, layer, branch)
-    if block.out_scales.get(branch) not in (None, 1) or block.norm_after:
-        return (written,)
-    return written, f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
-
-
-def u_site(branch: Branch) -> str | None:
-    """The own name of the site of the value that enters a branch's memory (of an MLP, of its neurons)."""
-    return branch.places.get("u") if branch.frozen_sites else None
-
-
-def site_of(model: HookedModel, part: Part, node: str) -> str:
-    """The site of a branch's output ("out") or of a node of its chain."""
-    layer, name = branch_of(part)
-    if node == "out":
-        return out_site(model, layer, name)
-    return f"blocks.{layer}.{name}.{model.block(layer).branches[name].site_at(node)}"
-
-
-def norm_name(model: HookedModel, layer: int, branch: str) -> str:
-    """The norm of a block that a branch reads the stream through: "norm", "norm2", ..."""
-    block = model.block(layer)
-    return next(norm for norm, stage in zip(block.norm_names, block.stages, strict=True) if branch in stage)
 
 
 def frozen_branch(

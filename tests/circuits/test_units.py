@@ -20,7 +20,7 @@ from circuits import (
 from circuits.integrated import node_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
-from hooked_mamba.frozen.run import out_site
+from hooked_mamba.frozen.places import out_site
 from hooked_mamba.model.hybrid import HookedHybrid
 from tests.circuits.test_writes import EXACT, MANY, built
 from tests.circuits.writes import writer
@@ -42,6 +42,7 @@ def test_edges_are_what_removal_changes(kind):
     graph = build_graph(frozen, targets, max_heads=120)
     assert float(graph.residual().abs().max()) < EXACT
     branches = {name for layer in range(model.cfg.n_layers) for name in model.block(layer).branches}
+    branches |= {"v_first"} if kind == "rwkv7" else set()
     heads = [i for i, node in enumerate(graph.nodes) if node.kind == "head"]
     assert {graph.nodes[i].branch for i in heads} == branches
     assert len({node.label for node in graph.nodes}) == len(graph)
@@ -201,3 +202,30 @@ def test_what_is_refused():
     mamba, text = built("mamba")
     with pytest.raises(ValueError, match="in layer 1 the value itself decides what is written and read: use CutHead"):
         frozen_effects(FrozenModel(mamba, text), ScaleUnit(1, 0), Logit(3))
+
+
+@torch.no_grad()
+def test_the_value_that_rwkv_hands_on():
+    """A node, and an edit of what later layers take of it; layer 0's own value stays."""
+    model, tokens = built("rwkv7")
+    frozen = FrozenModel(model, tokens, units=["v_first"])
+    graph = build_graph(frozen, Logit(3))
+    nodes = [node for node in graph.nodes if node.kind == "head"]
+    assert [node.label.partition("@")[0] for node in nodes] == ["v_first0[0]"] * len(nodes)
+    found = attribute(FrozenModel(model, tokens), targets=Logit(3)).carried["v_first"][0]
+    weights = graph.weights[0, graph.where("head")]
+    assert torch.allclose(weights, found[[node.position for node in nodes]], atol=EXACT)
+    with intervened(model, ScaleUnit("0.v_first", 0, 2, 0.5)):
+        _, changed = model.run_with_cache(tokens)
+    _, cache = model.run_with_cache(tokens)
+    for site, same in (("hook_v", True), ("hook_v_first", False)):
+        mine, theirs = (c[f"blocks.0.mixer.{site}"] for c in (changed, cache))
+        assert torch.equal(mine, theirs) == same
+    assert torch.equal(changed["blocks.0.mixer.hook_v_first"][:, 2], 0.5 * cache["blocks.0.mixer.hook_v_first"][:, 2])
+    everything = Keep.everything(frozen)
+    everything.heads["0.v_first"][2] = False
+    with only(frozen, everything):
+        _, without = model.run_with_cache(tokens)
+    assert not without["blocks.0.mixer.hook_v_first"][:, 2].any()
+    with pytest.raises(IndexError, match=r"unit 1 of 0\.v_first is out of range: it is one"):
+        frozen_effects(frozen, ScaleUnit("0.v_first", 1), Logit(3))

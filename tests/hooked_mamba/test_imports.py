@@ -35,7 +35,7 @@ STRATA = (
     {"activation_cache"},
     {"model"},
     {"models", "site_tables", "model_hash"},
-    {"frozen.beginning"},
+    {"frozen.beginning", "frozen.places"},
     {"frozen.run"},
     {"analysis"},
     {"patching", "utils", "verification"},
