@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from circuits.coded_layer import LayerMode
 from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
-from circuits.parts import Parts
+from circuits.parts import Deferred, Parts
 from circuits.points import PointDescent, by_depth, stays
 from circuits.targets import Covector, Target, chosen_targets
 from hooked_mamba.frozen.places import Part
@@ -93,7 +94,7 @@ def attribute(
     targets: Target | Sequence[Any] = (),
     *,
     mode: LayerMode | Mapping[Part, LayerMode] | None = None,
-    keep_heads: bool = True,
+    keep_heads: bool | None = None,
     nodes: Mapping[Part, Float[Tensor, "l U"]] | None = None,
     batch: int = 64,
     unexplained: Literal["refuse", "keep"] = "refuse",
@@ -110,7 +111,8 @@ def attribute(
     targets
         One or several; each is traced on every row of the batch.
     keep_heads
-        Whether heads are kept: n l E numbers per layer.
+        Whether heads are kept: twice n l E numbers per layer. None: yes; of a run that recomputes (long prompts) they
+        are formed, by one more way down, when they are first read.
     nodes
         Part -> 1 at the units (source; channel, attention head, neuron or expert) that are nodes of their own: paths
         end there, so that `heads` holds direct effects and `node_heads` counts them into the total.
@@ -128,6 +130,8 @@ def attribute(
     if unexplained not in ("refuse", "keep"):
         raise ValueError(f"unexplained must be 'refuse' or 'keep', got {unexplained!r}")
     frozen, chosen = frozen_of(model, prompt, coders, mode, **run), chosen_targets(targets)
+    deferred = keep_heads is None and frozen.recomputes
+    keep_heads = not deferred if keep_heads is None else keep_heads
     with torch.no_grad():
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
         rows = frozen.rows_of(len(chosen))
@@ -155,6 +159,11 @@ def attribute(
         codes={i: coded.codes for i, coded in frozen.coded.items()},
         **vars(Parts.joined(pieces, order, frozen.length, nodes or {})),
     )
+    if deferred:
+        again = cache(
+            partial(attribute, frozen, targets=chosen, keep_heads=True, nodes=nodes, batch=batch, unexplained="keep")
+        )
+        found.heads, found.token_heads = Deferred(lambda: again().heads), Deferred(lambda: again().token_heads)
     if unexplained == "refuse" and frozen.rule.sums:
         _check_sum(frozen, found, covectors)
     return found
@@ -171,9 +180,10 @@ def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector
     # What cancels within a product is in no part: a target far below its factors is rounding itself.
     rows = found.rows.tolist()
     factors = [
-        _stream(frozen, c)[row, c.position].norm() * c.vector.norm() for c, row in zip(covectors, rows, strict=True)
+        float(_stream(frozen, c)[row, c.position].norm() * c.vector.norm())
+        for c, row in zip(covectors, rows, strict=True)
     ]
-    rounding = eps**0.5 * found.size + 1000 * eps * torch.stack(factors)
+    rounding = eps**0.5 * found.size + 1000 * eps * found.size.new_tensor(factors)
     wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
     if not wrong:
         return

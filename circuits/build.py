@@ -137,8 +137,8 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
             raise ValueError(f"importance must be {len(targets)} numbers, none negative, got {list(given)}")
         weight = torch.tensor(list(given), dtype=frozen.dtype)
     elif all(isinstance(t, Logit) and t.minus is None for t in targets):
-        p = frozen.logits[0].softmax(-1)
-        weight = torch.stack([p[frozen.column(t.position, 0), frozen.token_id(t.token)] for t in targets])
+        at = [frozen.logits_at(0, frozen.column(t.position, 0)).softmax(-1) for t in targets]
+        weight = torch.stack([p[frozen.token_id(t.token)] for p, t in zip(at, targets, strict=True)])
     else:
         weight = torch.ones(len(targets), dtype=frozen.dtype)
     return (weight / weight.sum()).cpu()
@@ -157,6 +157,8 @@ def _choose_heads(
     units = {i: frozen.chain(i).by_unit(effects, found.rows) for i, effects in of_layer.items()}
     units |= {i: found.carried[name].unsqueeze(-1) for i, name in given.items() if name in found.carried}
     layers = [i for i in layers if i in units]
+    if not layers:
+        return {}
     weight = weight.to(found.target.device)
     size = [torch.einsum("n,nle->le", weight, units[i].abs()) for i in layers]
     sizes = torch.cat([part.flatten() for part in size])
@@ -221,7 +223,7 @@ def _token_of(frozen: FrozenModel, target: Any) -> dict[str, Any]:
     if not isinstance(target, Logit):
         return {}
     token = frozen.token_id(target.token)
-    p = frozen.logits[0, frozen.column(target.position, 0)].softmax(-1)[token]
+    p = frozen.logits_at(0, frozen.column(target.position, 0)).softmax(-1)[token]
     return {"token": token, "probability": float(p)}
 
 

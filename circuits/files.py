@@ -10,12 +10,14 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from circuits.graph import KINDS, Graph, Node
 from circuits.influence import influence, scores
@@ -23,6 +25,8 @@ from saes.durable import write_file
 
 FORMAT = 1
 """Of graph.json."""
+
+TENSORS = ("weights", "remainder", "importance")
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(Node)}
 
@@ -37,7 +41,14 @@ def save_graph(graph: Graph, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(graph, name).contiguous() for name in ("weights", "remainder", "importance")}
+    text, tensors = graph_parts(graph)
+    write_file(folder / "weights.safetensors", save_tensors(tensors))
+    write_file(folder / "graph.json", text.encode())
+    return folder
+
+
+def graph_parts(graph: Graph) -> tuple[str, dict[str, Tensor]]:
+    """A graph as the text of graph.json and the tensors of weights.safetensors."""
     about = {
         "format": FORMAT,
         "nodes": [dataclasses.asdict(node) for node in graph.nodes],
@@ -46,9 +57,7 @@ def save_graph(graph: Graph, folder: str | Path) -> Path:
         "supernodes": {name: list(members) for name, members in graph.supernodes.items()},
     }
     text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "weights.safetensors", save_tensors(tensors))
-    write_file(folder / "graph.json", text.encode())
-    return folder
+    return text, {name: getattr(graph, name).contiguous() for name in TENSORS}
 
 
 def load_graph(folder: str | Path) -> Graph:
@@ -70,10 +79,21 @@ def load_graph(folder: str | Path) -> Graph:
         tensors = load_tensors((folder / "weights.safetensors").read_bytes())
     except Exception as error:
         raise ValueError(f"{folder} holds no readable graph ({type(error).__name__}: {error})") from None
+    return graph_of(about, tensors, folder)
+
+
+def graph_of(about: Any, tensors: Mapping[str, Tensor], folder: Path) -> Graph:
+    """A graph from what :func:`graph_parts` made of it, checked; `folder` is for messages.
+
+    Raises
+    ------
+    ValueError
+        It says what cannot be; says which and what.
+    """
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{folder / 'graph.json'}: format is {found!r}, expected {FORMAT}")
-    for name in ("weights", "remainder", "importance"):
+    for name in TENSORS:
         if name not in tensors:
             raise ValueError(f"{folder / 'weights.safetensors'} lacks {name!r}; it has {sorted(tensors)}")
         if not bool(torch.isfinite(tensors[name]).all()):

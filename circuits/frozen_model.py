@@ -52,6 +52,8 @@ class FrozenModel(Run):
         Branches whose units may be nodes ("mixer", "attn", "mlp", "moe", RWKV-7's "v_first"): channels and attention
         heads at their sources, neurons, experts, values handed to later layers. All others pass everything. None: all;
         by a `selection`, mixers alone.
+    recompute
+        Whether the inside of blocks is computed again instead of kept; see :class:`~hooked_mamba.frozen.run.Run`.
 
     Raises
     ------
@@ -71,10 +73,11 @@ class FrozenModel(Run):
         initial_state: ModelState | None = None,
         selection: Selection = "none",
         units: Collection[str] | None = None,
+        recompute: bool | None = None,
     ) -> None:
         self.rule = rule_of(selection)
         self.units = None if units is None else frozenset(units)
-        super().__init__(model, input, attention_mask=attention_mask, initial_state=initial_state)
+        super().__init__(model, input, attention_mask=attention_mask, initial_state=initial_state, recompute=recompute)
         if not isinstance(coders, SparseCoder | Mapping | str):
             coders = list(coders)
         self.coded = CodedLayer.of_all(self, named_coders(coders).values() if coders else (), mode)

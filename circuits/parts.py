@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ class Parts:
 
     embeddings: Float[Tensor, "n l"]
     """What each token's embedding adds."""
-    heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    heads: MutableMapping[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what the scan's term of source s and channel e adds: ub_s u_s."""
-    token_heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    token_heads: MutableMapping[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what token s adds through all taps of channel e; with the convolution's bias they sum as heads do.
     In split layers the local part, which the features stand for, is left out."""
     experts: dict[Part, Float[Tensor, "n l X"]] = field(default_factory=dict)
@@ -71,6 +73,12 @@ class Parts:
 def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: int) -> Tensor:
     """Rows of several tensors at their places; zeros where one is shorter than its places, or than the width."""
     there = next(piece for piece in pieces if piece is not None)
+    if (
+        len(pieces) == 1
+        and places[0].tolist() == list(range(len(there)))
+        and (there.ndim == 1 or len(there[0]) == width)
+    ):
+        return there  # without a copy: heads of a long prompt are large
     sizes = (width, *there.shape[2:]) if there.ndim > 1 else ()
     whole = there.new_zeros(sum(len(place) for place in places), *sizes)
     for piece, place in zip(pieces, places, strict=True):
@@ -78,3 +86,14 @@ def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: 
             seen = whole if piece.ndim == 1 else whole[:, : piece.shape[1]]
             seen[place[: len(piece)].to(whole.device)] = piece
     return whole
+
+
+class Deferred(UserDict[Part, Tensor]):
+    """Heads that are formed when they are first read: what attribution leaves out where memory is short."""
+
+    def __init__(self, form: Callable[[], Mapping[Part, Tensor]]) -> None:
+        self._form = form
+
+    @cached_property
+    def data(self) -> dict[Part, Tensor]:  # type: ignore[override]
+        return dict(self._form())

@@ -70,7 +70,7 @@ class Logit:
         position, n = run.column(self.position, row), run.n_layers
         direction = self.of(run.unembedding, run, row)
         vector = run.behind_norm(n, direction, (row, position))
-        value = self.of(run.logits[row, position].to(run.dtype), run, row)
+        value = self.of(run.logits_at(row, position).to(run.dtype), run, row)
         return Covector("resid", n, position, vector, run.norm_offset(n, direction), value)
 
     def of(self, logits: Float[Tensor, "... V"], run: Run, row: int = 0) -> Float[Tensor, "..."]:
@@ -113,7 +113,7 @@ def top_logits(run: Run, p: float | int = 0.95, most: int = 10, position: int = 
     """
     if not 0 < p <= 1 or most < 1:
         raise ValueError(f"p must be above 0 and at most 1, and most at least 1; got p={p}, most={most}")
-    probabilities = run.logits[row, run.column(position, row)].softmax(-1)
+    probabilities = run.logits_at(row, run.column(position, row)).softmax(-1)
     best = probabilities.topk(min(most, len(probabilities)))
     count = int((best.values.cumsum(0) < p).sum()) + 1
     return [Logit(_named(run, int(token)), position) for token in best.indices[:count]]

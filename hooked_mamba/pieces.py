@@ -82,6 +82,18 @@ class Pieces:
                     f" {_short(self.about.get(key))}. Choose another folder, or remove that one"
                 )
 
+    @classmethod
+    def opened(cls, folder: str | Path) -> Pieces:
+        """The pieces that a folder holds, whatever they are of.
+
+        Raises
+        ------
+        PiecesError
+            It holds none.
+        """
+        found = _read_json(Path(folder) / WORK)
+        return cls(folder, found, world=World())
+
     @property
     def complete(self) -> bool:
         """Whether every piece is done and listed in the manifest."""

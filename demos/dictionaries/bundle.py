@@ -4,7 +4,7 @@
 
 What is measured are the files as they are stored. Each coder is judged alone; those that predict the blocks' outputs,
 and write dictionaries, are also judged with all layers replaced at once, each kind apart. Of coders that were
-fine-tuned, --before names the folder of the first training:
+fine-tuned, --before names the folders of the trainings before:
 
     python -m demos.dictionaries.bundle --run runs/writes-tuned --before runs/writes --text train.txt \\
         --valid valid.txt --to saes/pretrained/tinystories-told-4l
@@ -100,20 +100,24 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def tuned_section(run: Path, before: Path) -> str:
-    """What the card says of a training in two stages, from both stages' last checkpoints and logs."""
-    first, second = (_last(folder) for folder in (before, run))
-    train, tuned = first["state"]["train"], second["state"]["finetune"]
+def tuned_section(run: Path, before: list[Path], teller: str) -> str:
+    """What the card says of a training in stages, from all stages' last checkpoints and logs."""
+    first, *tuned = (_last(folder) for folder in [*before, run])
+    train = first["state"]["train"]
+    through = "".join(
+        f"; then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers"
+        f" replaced at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share"
+        f" of variance missed, learning rate {stage['state']['finetune']['lr']}"
+        for stage in tuned
+    )
     return f"""
-## Training
+## Training of the write dictionaries
 
-These are write dictionaries: SAEs on the value that a token writes into a layer's memory (x of Mamba after its
+Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}; then {second["tokens"]:,} positions in {second["state"]["step"]:,} steps through the model: all
-layers replaced at once, on KL(clean || spliced) + {tuned["reconstruction"]} times the share of variance missed,
-learning rate {tuned["lr"]}. Half of the rows are the model's own training mix (see its card), half are stories that
-the model told itself at temperature 1: text that it has not learnt by heart. The figures above are of held-out text
+{train["decay"]:.0%}{through}. Half of the rows are the model's own training mix (see its card), half are stories
+that {teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -145,6 +149,19 @@ A MambaCoder reads one position and its block mixes many: most of what it misses
 """
 
 
+def kept_sections(to: Path) -> list[str]:
+    """What the card there says of the training of other coders, which a push leaves out."""
+    card = to / "README.md"
+    _, *sections = card.read_text(encoding="utf-8").split("\n## Training") if card.is_file() else [""]
+    return [f"\n## Training{section}" for section in sections]
+
+
+def kept_reports(to: Path) -> dict[str, Any]:
+    """The evaluation of other coders there."""
+    report = to / "evaluation.json"
+    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+
+
 def bundle(
     run: Path,
     valid: Path,
@@ -152,14 +169,17 @@ def bundle(
     model_name: str | None = None,
     dtype: str = "float16",
     text: Path | None = None,
-    before: Path | None = None,
+    before: list[Path] | None = None,
+    teller: str | None = None,
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
 
     Parameters
     ----------
     before
-        The first training of coders that `run` has fine-tuned.
+        The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
+    teller
+        The model whose samples these were trained on; None: their own.
 
     Raises
     ------
@@ -186,11 +206,13 @@ def bundle(
         for scores in report.coders:
             silent = scores.values["dead_share"] or 0.0
             metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
+    sections, everything = kept_sections(to), kept_reports(to)
     push(trained, to, dtype=dtype, metrics=metrics)
-    everything = {kind: report.to_dict() for kind, report in reports.items()}
+    everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        card.write(training_section(run) if before is None else tuned_section(run, before))
+        made = training_section(run) if before is None else tuned_section(run, before, teller or model.cfg.model_name)
+        card.write(made + "".join(section for section in sections if section.strip() != made.strip()))
     return reports
 
 
@@ -198,14 +220,17 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
-    parser.add_argument("--before", type=Path, help="folder of the first training of coders that RUN has fine-tuned")
+    parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
+    parser.add_argument("--teller", help="model whose samples those were trained on (default: their own)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
     parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
-    for report in bundle(args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before).values():
+    for report in bundle(
+        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller
+    ).values():
         print(report)
 
 

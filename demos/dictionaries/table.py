@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         "--of", nargs="+", action="append", required=True, metavar=("KIND", "FOLDER"),
         help="a kind, a folder of coders, and a word that their names hold",
     )  # fmt: skip
+    parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     lines: dict[str, list[Line]] = {}
     for kind, folder, *match in args.of:
         coders = coders_in(Path(folder), *match)
-        name = next(iter(coders.values())).cfg.model_name or ""
+        name = args.model or next(iter(coders.values())).cfg.model_name or ""
         model = load_model(name)
         lines.setdefault(name, []).append(measure(model, kind, coders, held_out_rows(model, args.valid)))
         print(table({name: lines[name][-1:]}).splitlines()[-1], flush=True)

@@ -32,7 +32,8 @@ class Mix(NamedTuple):
 TOLD, CUES = Mix(0.15, 8000), Mix(0.35, 3000, 12000)
 MIXES = {
     **dict.fromkeys(("tinystories-4l", "tinystories-mamba2-4l", "tinystories-hybrid-4l"), TOLD),
-    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-mamba2-4l", "tinystories-told-hybrid-4l"), CUES),
+    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-hybrid-4l"), CUES),
+    "tinystories-told-mamba2-4l": Mix(0.5, 3000, 24000),
 }
 """Bundled model -> the mix of its (last) training; a model that is not here saw real text alone."""
 

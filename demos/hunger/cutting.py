@@ -30,7 +30,7 @@ from saes import splice
 WORDS = 20
 """Words put into each of the ten frames with a cue: those of both halves, and of MORE as many as are lacking."""
 MORE = ("cereal", "chocolate", "pudding", "chicken", "turkey", "fish", "popcorn", "ham", "stew", "bacon")
-FEATURES = 400
+FEATURES = 1000
 """Features of a graph that are traced on, at most."""
 
 
@@ -61,11 +61,6 @@ def change(graph: Graph, cut: Bool[Tensor, " n"]) -> float:
         e = after
 
 
-def content(length: int, shared: int) -> range:
-    """Positions of a sentence's own words: behind the beginning of the text, before the end that all share."""
-    return range(1, length - shared)
-
-
 def measure(subject: Subject, concept: Concept) -> Found:
     """Predicted and real changes of the lead, sentence by sentence."""
     pairs = sentences(concept, min(WORDS, 2 * subject.options.words + 4))
@@ -76,9 +71,9 @@ def measure(subject: Subject, concept: Concept) -> Found:
     for pair in pairs:
         frozen = FrozenModel(subject.model, pair.cue, list(subject.coders.values()))
         graph = build_graph(frozen, Logit(concept.word, minus=concept.against), max_heads=0, max_features=FEATURES)
-        ids = [subject.model.to_tokens(text)[0].tolist() for text in (pair.cue, pair.swapped)]
+        ids = [subject.model.to_tokens(text, prepend_bos=False)[0].tolist() for text in (pair.cue, pair.swapped)]
         cue = pair.differing(*ids)
-        places = content(len(ids[0]), shared)
+        places = range(len(ids[0]) - shared)  # all but the end that all sentences share
         at = torch.tensor([node.position if node.kind == "feature" else -1 for node in graph.nodes])
         by_place = {p: change(graph, at == p) for p in places}
         rest = [p for p in places if p not in cue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -91,9 +92,17 @@ def _start(trainer: Trainer) -> str:
     options, corpus = trainer.options, trainer.corpus
     if options.start is None:
         return ""
-    before = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars)
-    name = Path(options.start).name
-    return f"| trained on from | {name}, {before.nats_per_token:.3f} nats per token of the same held-out text |\n"
+    nats = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars).nats_per_token
+    rows = f"| trained on from | {_started(options.start)}, {nats:.3f} nats per token of the same text |\n"
+    card = Path(options.start) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    made = re.search(r"^    (python -m demos\.tinystories\.train .*)$", text, re.M)
+    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "")
+
+
+def _started(start: str) -> str:
+    """What a card calls the model that another was trained on from."""
+    return "the first stage" if Path(start).is_dir() else start
 
 
 def _knows(trainer: Trainer, stored: Any) -> str:
@@ -110,7 +119,7 @@ def _knows(trainer: Trainer, stored: Any) -> str:
         area_table(stored),
     ]
     if options.start is not None:
-        parts += [f"\nThe same of {Path(options.start).name}:\n", area_table(load_model(options.start))]
+        parts += [f"\nThe same of {_started(options.start)}:\n", area_table(load_model(options.start))]
     return "\n".join(parts) + "\n\n"
 
 

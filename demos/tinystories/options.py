@@ -111,6 +111,8 @@ class Options:
         words = ["python -m demos.tinystories.train --text train.txt --valid valid.txt"]
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
+            if entry.name == "start" and value is not None and Path(value).is_dir():
+                value = f"runs/{self.name}-first/model"
             if value != entry.default and entry.name not in ("text", "valid", "out", "threads", "checkpoint_every"):
                 words.append(f"--{entry.name.replace('_', '-')} {value}")
         return " ".join([*words, f"--out runs/{self.name}"])

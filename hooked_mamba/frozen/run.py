@@ -19,6 +19,7 @@ from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.layerwise import WHOLE, Layerwise
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
 from hooked_mamba.frozen.places import (
     Part,
@@ -55,11 +56,15 @@ class Run:
         b l, for padded token ids.
     initial_state
         Memory to continue from; not together with padding.
+    recompute
+        True: what is inside a block is computed again, one block at a time, when it is read; that takes a tenth of the
+        memory and another forward pass for every time that covectors go down. None: where all of it would take more
+        than 1.5 GiB, and no function sits on a hook point.
 
     Raises
     ------
     ValueError
-        An initial state together with padding.
+        An initial state together with padding, or recompute=True although functions sit on hook points.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Run:
         *,
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
+        recompute: bool | None = None,
     ) -> None:
         self.model = model
         self.tokens, found = model.input_to_tokens(input)
@@ -83,16 +89,55 @@ class Run:
         self.before = initial_state if initial_state is not None else model.initial_state(self.tokens.shape[0])
         self.edited = tuple(str(point.name) for point in model.hook_points() if point.edited)
         """Sites on which functions sat when the run was made."""
-        names = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
-        names += [name for layer in range(self.n_layers) for name in frozen_sites(model, layer)]
-        with torch.no_grad():
-            logits, cache = model.run_with_cache(
-                self.tokens, names_filter=names, attention_mask=attention_mask, initial_state=initial_state
-            )
-        assert isinstance(cache, ActivationCache)  # return_cache_object is its default
-        self.cache: ActivationCache | Beginning = cache
-        self.logits: Float[Tensor, "b l V"] = logits.detach()
+        outside = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        names: dict[int | None, list[str]] = {None: outside}
+        names |= {layer: frozen_sites(model, layer) for layer in range(self.n_layers)}
+        self.cache: ActivationCache | Beginning | Layerwise
+        self._logits: Tensor | None = None
+        if self._recomputes(recompute, [name for some in names.values() for name in some]):
+            self.cache = Layerwise(model, self.tokens, names, attention_mask, initial_state)
+        else:
+            every = [name for some in names.values() for name in some]
+            with torch.no_grad():
+                logits, cache = model.run_with_cache(
+                    self.tokens, names_filter=every, attention_mask=attention_mask, initial_state=initial_state
+                )
+            assert isinstance(cache, ActivationCache)  # return_cache_object is its default
+            self.cache, self._logits = cache, logits.detach()
         self._chains: dict[Part, Chain] = {}
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the inside of blocks is computed again when it is read."""
+        return self._logits is None
+
+    def _recomputes(self, asked: bool | None, names: list[str]) -> bool:
+        if asked and self.edited:
+            raise ValueError(
+                f"recompute=True runs blocks again, and functions sit on {', '.join(self.edited[:3])}, which would run"
+                " again too: take them off, or leave recompute out"
+            )
+        if asked is not None or self.edited:
+            return bool(asked)
+        b, l = self.tokens.shape
+        itemsize = self.model.embed.weight.element_size()
+        return sum(self.model.site(name).nbytes(b, l, itemsize) for name in dict.fromkeys(names)) > WHOLE
+
+    @property
+    def logits(self) -> Float[Tensor, "b l V"]:
+        """What the model predicted; of a run that recomputes, formed anew each time (see :meth:`logits_at`)."""
+        if self._logits is not None:
+            return self._logits
+        with torch.no_grad():
+            return self.model.to_logits(self.cache[f"blocks.{self.n_layers - 1}.hook_resid_post"])
+
+    def logits_at(self, row: int, position: int) -> Float[Tensor, " V"]:
+        """The logits of one row at one position."""
+        if self._logits is not None:
+            return self._logits[row, position]
+        last = self.cache[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        with torch.no_grad():
+            return self.model.to_logits(last[row : row + 1, position : position + 1])[0, 0]
 
     # Shapes and names ----------------------------------------------------------------------------------------
 
@@ -276,7 +321,8 @@ class Run:
             return self
         other = copy.copy(self)
         other.cache = Beginning(self.cache, self.length, stop)
-        other.tokens, other.logits = self.tokens[:, :stop], self.logits[:, :stop]
+        other.tokens = self.tokens[:, :stop]
+        other._logits = None if self._logits is None else self._logits[:, :stop]
         other.mask = None if self.mask is None else self.mask[:, :stop]
         other._chains = {}
         vars(other).pop("final_norm", None)
@@ -289,13 +335,16 @@ class Run:
             if name not in self.model.block(layer).branches:
                 self._chains[part] = self.giving(layer, name).up_to_u()
                 return self._chains[part]
+            if isinstance(self.cache, Layerwise) and any(self.branch_of(other)[0] != layer for other in self._chains):
+                self._chains.clear()  # of one block only
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
 
     def given_parts(self, layer: int) -> list[Part]:
         """The values that a block makes for layers above it, as parts: "0.v_first"."""
-        return [f"{layer}.{name}" for part in self.parts(layer) for name in self.chain(part).gives]
+        branches = self.model.block(layer).branches.values()
+        return [part_of(layer, name) for branch in branches for name in branch.hands_on]
 
     def giving(self, layer: int, name: str) -> Chain:
         """The branch of a block that makes a value for layers above it.
@@ -442,7 +491,11 @@ class Run:
 
 
 def frozen_branch(
-    cache: ActivationCache | Beginning, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
+    cache: ActivationCache | Beginning | Layerwise,
+    layer: int,
+    name: str,
+    before: tuple[Tensor, ...] | None,
+    mask: Tensor | None,
 ) -> Chain:
     """One branch as an affine map, from a cache of its block's :func:`frozen_sites`."""
     model: Any = cache.model

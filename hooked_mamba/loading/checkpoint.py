@@ -15,6 +15,7 @@ from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.adapters import Adapter, merge_adapters
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf import find_tokenizer, gguf_file, open_gguf
+from hooked_mamba.loading.mlx import from_mlx, is_mlx
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin
@@ -118,6 +119,8 @@ def load_checkpoint(
     check_family(found.family, family, str(name_or_path))
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
+    if is_mlx(config, weights):
+        config, weights = from_mlx(config, weights)
     refuse_quantised(config, weights)
     if adapter is not None:
         tied = found.to_ours(config, weights)[0].tie_embeddings

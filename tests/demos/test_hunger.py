@@ -306,6 +306,30 @@ def test_a_cut_goes_on_along_the_graphs_edges():
     assert cutting.change(graph, torch.zeros(5, dtype=torch.bool)) == 0
 
 
+def test_the_real_cut_takes_the_latents_at_the_cue_and_nothing_else():
+    """One sentence alone, its latents' part taken out of each output by a hook."""
+    subject = Subject.load(f"{MODEL}/output", Options(**TINY))
+    pair = cutting.sentences(HUNGRY, 3)[4]
+    others = [cutting.sentences(HUNGRY, 3)[0], pair]
+    found = cutting.lead_change(subject, HUNGRY, others, [[3], [2, 3]])[1]
+    tokens = subject.model.to_tokens(pair.cue, prepend_bos=False)
+
+    def without(coder):
+        def hook(value, hook):
+            z = coder.encode(value[:, 2:4])
+            value = value.clone()
+            value[:, 2:4] -= coder.decode(z) - coder.decode(torch.zeros_like(z))
+            return value
+
+        return hook
+
+    hooks = [(coder.cfg.out_site, without(coder)) for coder in subject.coders.values()]
+    word, against = subject.token(" hungry"), subject.token(" sad")
+    ends = [subject.model(tokens)[0, -1], subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]]
+    before, after = (float(end[word] - end[against]) for end in ends)
+    assert float(found) == pytest.approx(after - before, abs=1e-3)
+
+
 def test_slope_and_correlation():
     x = torch.arange(5.0)
     assert cutting.slope(x, 3 - 2 * x) == pytest.approx(-2)

@@ -6,70 +6,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
-from hooked_mamba import HookedRWKV7, load_model
-from hooked_mamba.recurrent_config import RWKV7Config
-from tests.hooked_mamba.hybrids import tiny
+from hooked_mamba import load_model
+from tests.hooked_mamba.loading.families import CASES
 from tests.hooked_mamba.loading.gguf import converted
-from tests.hooked_mamba.recurrent import test_deltanet_families as deltanet
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 6}
-
-
-def _model(name: str, **fields: Any) -> Any:
-    config = getattr(transformers, f"{name}Config")(**(SMALL | fields))
-    return tiny.randomize(getattr(transformers, f"{name}ForCausalLM")(config).eval())
-
-
-def _nemotron(**fields: Any) -> Any:
-    return tiny.twin("nemotron", **fields)
-
-
-def _rwkv7() -> Any:
-    ranks = dict.fromkeys(("decay_rank", "rate_rank", "value_rank", "gate_rank"), 6)
-    cfg = RWKV7Config(d_model=32, n_layers=3, d_vocab=61, head_dim=8, d_mlp=48, **ranks)
-    model = HookedRWKV7(cfg, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    return model
-
-
-def _qwen(case: str) -> Any:
-    name, fields = deltanet.CASES[case]
-    if not hasattr(transformers, f"{name}ForCausalLM"):
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    everywhere = {"mlp_only_layers": []} if case == "qwen3_next" else {}  # experts, in every layer
-    with mock.patch.dict(deltanet.CASES, {case: (name, fields | everywhere)}):
-        return deltanet.theirs(case).float()
-
-
-CASES = {
-    "mamba": lambda: _model("Mamba", time_step_rank=5),
-    "mamba-bias": lambda: _model("Mamba", time_step_rank=5, use_bias=True, use_conv_bias=False),
-    "falcon-mamba": lambda: _model("FalconMamba", time_step_rank=5, tie_word_embeddings=False),
-    "mamba2": lambda: _model("Mamba2", num_heads=8, head_dim=8, n_groups=2),
-    "jamba": lambda: tiny.twin("jamba"),
-    "bamba": lambda: tiny.twin("bamba"),
-    "granite-moe": lambda: tiny.twin("granite-moe"),
-    "granite-dense": lambda: tiny.twin("granite-dense", position_embedding_type="nope"),
-    "nemotron-moe": lambda: _nemotron(layers_block_type=["mamba", "moe", "attention", "moe", "mamba"]),
-    "nemotron": lambda: _nemotron(layers_block_type=["mamba", "mlp", "attention", "mlp", "mamba"]),
-    "falcon-h1": lambda: tiny.twin("falcon"),
-    "falcon-h1-norm": lambda: tiny.twin("falcon-gate-first"),
-    "lfm2": lambda: tiny.twin("lfm2"),
-    "rwkv7": _rwkv7,
-    "qwen3-next": lambda: _qwen("qwen3_next"),
-    "qwen3.5": lambda: _qwen("qwen3_5"),
-    "qwen3.5-moe": lambda: _qwen("qwen3_5_moe"),
-}
 
 FOLDED = ("falcon-h1", "falcon-h1-norm")
 """Families whose factors the converter multiplies into weights: these weights are others, the logits are not."""
@@ -129,3 +73,12 @@ def test_weights_are_rounded_once(case: str, kind: str, folders: Callable[[str],
         else:
             assert torch.equal(weight, source) or torch.equal(weight, source.to(PLAIN[kind]).double()), name
     assert not weights
+
+
+@pytest.mark.parametrize(
+    "case", ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1", "nemotron-moe", "rwkv7", "qwen3.5"]
+)
+def test_written_as_a_folder_of_transformers(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    read = _read(converted.convert(folders(case), tmp_path / "model.gguf"), case)
+    read.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(_logits(load_model(tmp_path / "out", dtype="float64")), _logits(read))
