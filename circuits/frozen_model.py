@@ -184,10 +184,15 @@ class FrozenModel(Run):
         return super().behind_norm(layer, covectors, at, differentiated or self.rule.differentiates_norms)
 
     def behind_norm_of(
-        self, part: Part, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+        self,
+        part: Part,
+        covectors: Float[Tensor, "... d"],
+        at: Any,
+        differentiated: bool = False,
+        weighted: bool = True,
     ) -> Float[Tensor, "... d"]:
         """The same of a part's norm."""
-        return super().behind_norm_of(part, covectors, at, differentiated or self.rule.differentiates_norms)
+        return super().behind_norm_of(part, covectors, at, differentiated or self.rule.differentiates_norms, weighted)
 
     def reading(
         self, site: str, row: int, position: int, covector: Float[Tensor, " f"]

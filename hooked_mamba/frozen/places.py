@@ -42,6 +42,8 @@ class Place(NamedTuple):
     """Of "resid" the number of the layer, of all others the part."""
     normed: bool = False
     """Whether it is read through the layer's (or the part's) norm."""
+    weighted: bool = True
+    """Whether what is read has been multiplied with the norm's weight."""
 
 
 def frozen_sites(model: HookedModel, layer: int) -> list[str]:

@@ -242,7 +242,8 @@ class Run:
         if place.stream == "resid":
             return self.resid(int(place.layer))
         if place.stream == "in":
-            return self.entering(place.layer)
+            x = self.entering(place.layer)
+            return self.norm_of(place.layer, place.weighted).apply(x) if place.normed else x
         return self.out(*self.branch_of(place.layer))
 
     def norm(self, layer: int) -> Gain:
@@ -262,13 +263,18 @@ class Run:
         weight, _ = weights_of(self.model.unembed, "unembed")
         return scaled(weight.detach().t().to(self.dtype), self.model.logit_multiplier)
 
-    def norm_of(self, part: Part) -> Gain:
-        """w / scale of the norm that a part reads the stream through, as the block's norm gives it."""
+    def norm_of(self, part: Part, weighted: bool = True) -> Gain:
+        """w / scale of the norm that a part reads the stream through, or 1 / scale, as the block's norm gives it."""
         layer, name = self.branch_of(part)
         block, norm = self.model.block(layer), norm_name(self.model, layer, name)
         if block.norm_after:
             raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
-        return held_norm(getattr(block, norm), self.cache[f"blocks.{layer}.{norm}.hook_scale"])
+        scale = self.cache[f"blocks.{layer}.{norm}.hook_scale"]
+        held = held_norm(getattr(block, norm), scale)
+        if weighted:
+            return held
+        factor = (1 / scale).expand_as(held.factor)
+        return Centred(factor, torch.zeros_like(held.bias)) if isinstance(held, Centred) else Gain(factor)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -409,12 +415,19 @@ class Run:
         return self._behind(self.norm(layer), name, lambda: self.resid(layer), covectors, at, differentiated)
 
     def behind_norm_of(
-        self, part: Part, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+        self,
+        part: Part,
+        covectors: Float[Tensor, "... d"],
+        at: Any,
+        differentiated: bool = False,
+        weighted: bool = True,
     ) -> Float[Tensor, "... d"]:
-        """The same of the norm that a part reads the stream through."""
+        """The same of the norm that a part reads the stream through; `weighted`: its weight included."""
         layer, branch = self.branch_of(part)
         name = f"blocks.{layer}.{norm_name(self.model, layer, branch)}"
-        return self._behind(self.norm_of(part), name, lambda: self.entering(part), covectors, at, differentiated)
+        return self._behind(
+            self.norm_of(part, weighted), name, lambda: self.entering(part), covectors, at, differentiated
+        )
 
     def _behind(
         self, norm: Gain, name: str, entering: Callable[[], Tensor], covectors: Tensor, at: Any, differentiated: bool
@@ -433,7 +446,7 @@ class Run:
         if isinstance(place, Place):
             if not place.normed:
                 return covector.new_zeros(())
-            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer)
+            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer, place.weighted)
         else:
             norm = self.norm(place)
         return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
@@ -446,7 +459,7 @@ class Run:
         if place.normed and place.stream == "resid":
             covector = self.behind_norm(int(place.layer), covector, (row, position))
         elif place.normed:
-            covector = self.behind_norm_of(place.layer, covector, (row, position))
+            covector = self.behind_norm_of(place.layer, covector, (row, position), weighted=place.weighted)
         elif place.stream == "u":
             covector = self.chain(place.layer).on_lanes(covector)
         return place.stream, place.layer, covector
@@ -472,9 +485,10 @@ class Run:
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
-            if name.place in block.norm_names and name.hook == "hook_out" and not block.norm_after:
+            read = name.hook in ("hook_out", "hook_normalized") and not block.norm_after
+            if name.place in block.norm_names and read:
                 stage = block.stages[block.norm_names.index(name.place)]
-                return Place("in", part_of(name.layer, stage[0]), True)
+                return Place("in", part_of(name.layer, stage[0]), True, name.hook == "hook_out")
             if name.local in ("hook_resid_mid", "hook_mixer_in"):
                 return Place("in", part_of(name.layer, block.stages[-1][0]))
             for branch in block.branches:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from circuits import (
+    Feature,
     FrozenModel,
     Logit,
     ScaleUnit,
@@ -161,7 +162,8 @@ def test_a_circuit_of_a_hybrid_and_its_checks():
         FrozenModel(model, tokens, units=["attention"])
 
 
-def test_coders_on_other_branches_beside_units():
+@pytest.mark.parametrize("read", ["norm2.hook_out", "norm2.hook_normalized", "hook_resid_mid"])
+def test_coders_on_other_branches_beside_units(read):
     """A dictionary of an MLP's output, a write dictionary of attention, and heads, neurons and channels left."""
     model, tokens = built("falcon")
     assert isinstance(model, HookedHybrid)
@@ -171,7 +173,11 @@ def test_coders_on_other_branches_beside_units():
     d = model.cfg.d_model
     block = noisy(SparseCoder(sae_config("blocks.1.hook_mlp_out", d, 11, k=3), seed=3), 3)
     into = sae_config("blocks.0.hook_mlp_out", d, 11, k=3).replace(
-        in_site="blocks.0.norm2.hook_out", target="block", reads="normalized", apply_b_dec_to_input=False, skip=True
+        in_site=f"blocks.0.{read}",
+        target="block",
+        reads="resid" if "resid" in read else "normalized",
+        apply_b_dec_to_input=False,
+        skip=True,
     )
     transcoder = noisy(SparseCoder(into, seed=4), 4)
     coders = [block, transcoder, writer(model, "2.attn", seed=5)]
@@ -179,7 +185,12 @@ def test_coders_on_other_branches_beside_units():
     assert {part: coded.mode for part, coded in frozen.coded.items()} == {
         "0.mlp": "block", "1.mlp": "block", "2.attn": "write",
     }  # fmt: skip
-    targets = [Logit(3)]
+    targets = [Logit(3), Feature(transcoder, 2, 3)]
+    own = attribute(frozen, targets=targets[1])
+    assert own.residual.abs().max() < EXACT
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=into.in_site)
+        assert torch.allclose(own.target, transcoder.preact(cache[into.in_site][:, 3])[:, 2], atol=1e-12)
     graph = build_graph(frozen, targets, max_features=20, max_heads=20)
     assert float(graph.residual().abs().max()) < EXACT
     assert {node.part for node in graph.nodes if node.kind == "feature"} == {"0.mlp", "1.mlp", "2.attn"}
