@@ -20,8 +20,8 @@ from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.parts import Deferred, Parts
 from circuits.points import PointDescent, by_depth, stays
-from circuits.targets import Target, chosen_targets
-from hooked_mamba.frozen.run import Part
+from circuits.targets import Covector, Target, chosen_targets
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
@@ -164,8 +164,8 @@ def attribute(
             partial(attribute, frozen, targets=chosen, keep_heads=True, nodes=nodes, batch=batch, unexplained="keep")
         )
         found.heads, found.token_heads = Deferred(lambda: again().heads), Deferred(lambda: again().token_heads)
-    if unexplained == "refuse" and frozen.rule.name == "none" and frozen.rule.sums:
-        _check_sum(frozen, found)
+    if unexplained == "refuse" and frozen.rule.sums:
+        _check_sum(frozen, found, covectors)
     return found
 
 
@@ -175,8 +175,15 @@ def require_sums(frozen: FrozenModel, targets: Sequence[Target]) -> None:
         attribute(frozen, targets=targets, keep_heads=False)
 
 
-def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
-    rounding = torch.finfo(frozen.model.embed.weight.dtype).eps ** 0.5 * found.size
+def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector]) -> None:
+    eps = torch.finfo(frozen.model.embed.weight.dtype).eps
+    # What cancels within a product is in no part: a target far below its factors is rounding itself.
+    rows = found.rows.tolist()
+    factors = [
+        float(_stream(frozen, c)[row, c.position].norm() * c.vector.norm())
+        for c, row in zip(covectors, rows, strict=True)
+    ]
+    rounding = eps**0.5 * found.size + 1000 * eps * found.size.new_tensor(factors)
     wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
     if not wrong:
         return
@@ -189,6 +196,18 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
         " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts"
         " as they are with unexplained='keep'"
     )
+
+
+def _stream(frozen: FrozenModel, covector: Covector) -> Float[Tensor, "b l e"]:
+    """What the run had where a target is read."""
+    stream, part = covector.stream, covector.layer
+    if stream == "resid":
+        return frozen.resid(int(part))
+    if stream == "in":
+        return frozen.entering(part)
+    if stream == "out":
+        return frozen.out(*frozen.branch_of(part))
+    return frozen.chain(part).values.get(stream, frozen.chain(part).u)
 
 
 def attribute_heads(

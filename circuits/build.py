@@ -29,7 +29,7 @@ from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.row_nodes import ENDS, RowNodes
 from circuits.targets import Feature, Logit, Target, Unit, chosen_targets
-from hooked_mamba.frozen.run import Part, in_order
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 
 def build_graph(
@@ -105,10 +105,12 @@ def build_graph(
         places = [i for i in places if keep.features[(at := columns[i]).part][at.position, at.index]]
     candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
+    # Few at a time while the budget is small: what is behind a feature is seen only once the feature is traced.
+    step = batch if keep is not None else min(batch, max(1, max_features // 8))
     traced = 0
     while traced < max_features and len(candidates):
         reach = rows.reach(effects, weight)[candidates]
-        order = reach.argsort(descending=True, stable=True)[: min(batch, max_features - traced)]
+        order = reach.argsort(descending=True, stable=True)[: min(step, max_features - traced)]
         order = order if keep is not None else order[reach[order] > 0]
         best = candidates[order].tolist()
         if not best:
@@ -150,8 +152,13 @@ def _choose_heads(
     if not layers or count < 1:
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
-    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
+    given = {part: branch_of(part)[1] for i in range(frozen.n_layers) for part in frozen.given_parts(i)}
+    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers if i not in given}
     units = {i: frozen.chain(i).by_unit(effects, found.rows) for i, effects in of_layer.items()}
+    units |= {i: found.carried[name].unsqueeze(-1) for i, name in given.items() if name in found.carried}
+    layers = [i for i in layers if i in units]
+    if not layers:
+        return {}
     weight = weight.to(found.target.device)
     size = [torch.einsum("n,nle->le", weight, units[i].abs()) for i in layers]
     sizes = torch.cat([part.flatten() for part in size])

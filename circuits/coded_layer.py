@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Place, Run, in_order, out_site, part_of, u_site
+from hooked_mamba.frozen.places import Part, Place, in_order, out_site, part_of, u_site
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.renamed import warn_renamed
@@ -153,7 +154,8 @@ class CodedLayer:
         """What the skip makes of a change of the stream that the branch's norm reads."""
         if self.coder.W_skip is None:
             return 0.0
-        read = delta if self.coder.cfg.reads == "resid" else run.norm_of(self.part).of(rows).push(delta)
+        place = run.place_of(self.coder.cfg.in_site)
+        read = run.norm_of(self.part, place.weighted).of(rows).push(delta) if place.normed else delta
         return read @ self.coder.W_skip.detach().to(delta.dtype)
 
     def pull_skip(self, run: Run, V: Float[Tensor, "n l f"], rows: Rows) -> Tensor | None:
@@ -161,7 +163,8 @@ class CodedLayer:
         if self.coder.W_skip is None:
             return None
         below = V @ self.coder.W_skip.detach().to(V.dtype).t()
-        return below if self.coder.cfg.reads == "resid" else run.behind_norm_of(self.part, below, rows)
+        place = run.place_of(self.coder.cfg.in_site)
+        return run.behind_norm_of(self.part, below, rows, weighted=place.weighted) if place.normed else below
 
 
 def _mode(asked: str | None) -> str | None:

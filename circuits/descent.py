@@ -22,8 +22,8 @@ from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.places import Part, branch_of, part_of
 from hooked_mamba.frozen.routed import of_experts
-from hooked_mamba.frozen.run import Part
 
 SHARES = 8
 """How many parts a prompt is divided into, to find covectors that start close together."""
@@ -210,6 +210,9 @@ class Descent:
         n, l = 0, frozen.length
         zeros = parts.embeddings.new_zeros
         parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
+        for name in frozen.chain(part).gives:
+            if (given := self._nodes(part_of(branch_of(part)[0], name))) is not None:
+                parts.node_heads[part_of(branch_of(part)[0], name)] = zeros(n, int(given.sum()))
         if coded is None or frozen.is_split(part) or (part in self.read_out and coded.node == "out"):
             chain = frozen.chain(part)
             if chain.routing is not None:
@@ -253,13 +256,22 @@ class Descent:
         """What all layers above pull from the stream below through a value that this branch made for them."""
         chain = self.frozen.chain(part)
         below: Tensor | float = 0.0
+        layer = branch_of(part)[0]
         for name, node in chain.gives.items():
+            given, value = part_of(layer, name), chain.values[node]
+            below = below + self.from_inside(given, "u")
+            nodes = self._nodes(given)
             if name in self.carried:
                 covector = self.grown(self.carried.pop(name), len(self.rows))
-                self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
-                pulled = self.frozen.pull_u(part, covector, self.rows)
+                self.parts.carried[name] = (covector * value[self.rows]).sum(-1)
+                passing = covector if nodes is None else covector * (1 - nodes)
+                pulled = self.frozen.pull_u(part, passing, self.rows)
                 self.constants(part, pulled)
                 below = below + pulled.below
+            if nodes is not None:
+                none = value.new_zeros(len(self.rows), self.frozen.length)
+                effects = self.parts.carried.get(name, none)
+                self.parts.node_heads[given] = effects[:, nodes.nonzero(as_tuple=True)[0]]
         return below
 
     def constants(self, part: Part, pulled: Pulled) -> None:

@@ -19,7 +19,7 @@ from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
 from circuits.rules import Selection
 from circuits.targets import Logit, Metric, Target, chosen_targets, top_logits
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders

@@ -24,7 +24,7 @@ from circuits.influence import total_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
 from circuits.targets import Metric, Target
-from hooked_mamba.frozen.run import Part, site_of
+from hooked_mamba.frozen.places import Part, site_of
 
 TIE = 0.01
 """Shares nearer to each other than this count as equal."""

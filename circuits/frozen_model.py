@@ -16,7 +16,8 @@ from circuits.coded_layer import CodedLayer, LayerMode
 from circuits.rules import Rule, Selection, rule_of
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Run, Stream, branch_of, in_order
+from hooked_mamba.frozen.places import Part, Stream, branch_of, in_order
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.models import HookedModel
 from hooked_mamba.state import ModelState
 from saes.coder import SparseCoder
@@ -48,8 +49,9 @@ class FrozenModel(Run):
         What paths follow beside the value path: "none", "half", "shares" (or three shares of C, B and u), "gradient";
         see `circuits.rules`. All but "none" run blocks anew, and take no layers in mode "split".
     units
-        Branches whose units may be nodes ("mixer", "attn", "mlp", "moe"): channels and attention heads at their
-        sources, neurons, experts. All others pass everything. None: all; by a `selection`, mixers alone.
+        Branches whose units may be nodes ("mixer", "attn", "mlp", "moe", RWKV-7's "v_first"): channels and attention
+        heads at their sources, neurons, experts, values handed to later layers. All others pass everything. None: all;
+        by a `selection`, mixers alone.
     recompute
         Whether the inside of blocks is computed again instead of kept; see :class:`~hooked_mamba.frozen.run.Run`.
 
@@ -79,7 +81,9 @@ class FrozenModel(Run):
         if not isinstance(coders, SparseCoder | Mapping | str):
             coders = list(coders)
         self.coded = CodedLayer.of_all(self, named_coders(coders).values() if coders else (), mode)
-        branches = {name for layer in range(self.n_layers) for name in self.model.block(layer).branches}
+        layers = range(self.n_layers)
+        branches = {name for layer in layers for name in self.model.block(layer).branches}
+        branches |= {branch_of(part)[1] for layer in layers for part in self.given_parts(layer)}
         if unknown := (self.units or frozenset()) - branches:
             raise ValueError(f"units of {', '.join(sorted(unknown))}: the blocks have {', '.join(sorted(branches))}")
         split = [i for i in self.coded if self.is_split(i)]
@@ -117,7 +121,7 @@ class FrozenModel(Run):
         return [
             part
             for layer in range(self.n_layers)
-            for part in sorted(self.parts(layer), key=in_order)
+            for part in sorted([*self.parts(layer), *self.given_parts(layer)], key=in_order)
             if (part not in self.coded or self.is_split(part)) and (among is None or branch_of(part)[1] in among)
         ]
 
@@ -180,10 +184,15 @@ class FrozenModel(Run):
         return super().behind_norm(layer, covectors, at, differentiated or self.rule.differentiates_norms)
 
     def behind_norm_of(
-        self, part: Part, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+        self,
+        part: Part,
+        covectors: Float[Tensor, "... d"],
+        at: Any,
+        differentiated: bool = False,
+        weighted: bool = True,
     ) -> Float[Tensor, "... d"]:
         """The same of a part's norm."""
-        return super().behind_norm_of(part, covectors, at, differentiated or self.rule.differentiates_norms)
+        return super().behind_norm_of(part, covectors, at, differentiated or self.rule.differentiates_norms, weighted)
 
     def reading(
         self, site: str, row: int, position: int, covector: Float[Tensor, " f"]

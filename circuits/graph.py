@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part, branch_of, part_of
+from hooked_mamba.frozen.places import Part, branch_of, part_of
 
 Kind = Literal["target", "feature", "head", "error", "embed", "bias", "initial"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.keep import Keep, only
 from circuits.targets import Logit, Metric, chosen_targets
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.models import HookedModel
 
 

@@ -22,7 +22,8 @@ from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
 from hooked_mamba.analysis.captured import captured
-from hooked_mamba.frozen.run import Part, branch_of, frozen_branch, frozen_sites, in_order, site_of
+from hooked_mamba.frozen.places import Part, branch_of, frozen_sites, in_order, site_of
+from hooked_mamba.frozen.run import frozen_branch
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.points import HookPoint
 
@@ -128,9 +129,11 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         """Of a branch that moves nothing between positions: neurons, or those of the experts that this pass chose."""
         layer, name = branch_of(part)
         chain, mask = frozen.chain(part), keep.heads[part].to(u.dtype)
+        shape = u.shape[1:]
         usual: Tensor | float = 0.0
         if chain.routing is None:
-            usual = 0.0 if reference is None else reference.chain(part).u.mean(0).to(u.dtype)
+            mask = chain.of_units(mask).reshape(shape)
+            usual = 0.0 if reference is None else reference.chain(part).u.mean(0).to(u.dtype).reshape(shape)
         else:  # of an expert that others choose elsewhere there is no mean here
             chosen = cache[f"blocks.{layer}.{name}.hook_expert_indices"]
             mask = mask.expand(*chosen.shape[:-1], -1).gather(-1, chosen).unsqueeze(-1)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 
 Nodes = Mapping[Any, Float[Tensor, "l U"]]
 """Part -> 1 at the units (channels of mixers, attention heads, neurons, experts) that are nodes of their own."""

@@ -18,7 +18,7 @@ from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.linear import Conv, Mix, Rows
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 
 STARTS = ("resid", "in", "u")
 """Streams at which covectors may start."""
@@ -28,16 +28,19 @@ def stays(frozen: FrozenModel, covectors: list[Covector]) -> bool:
     """Whether all that is below these covectors keeps them at their positions."""
     if frozen.rule.name != "none" or any(covector.stream not in STARTS for covector in covectors):
         return False
+    if frozen.model.handed_on():
+        return False
     return all(_stays(frozen, part) for layer in range(frozen.n_layers) for part in frozen.parts(layer))
 
 
 def _stays(frozen: FrozenModel, part: Part) -> bool:
-    coded, chain = frozen.coded.get(part), frozen.chain(part)
-    shifts = reach(chain.between(until="p")) > 1 or bool(chain.takes or chain.gives)
-    if coded is not None and coded.node == "u":
-        return not shifts and chain.bypass is None and coded.coder.W_skip is None
+    coded = frozen.coded.get(part)
+    if coded is not None and coded.node == "out":
+        return coded.mode == "block"
+    chain = frozen.chain(part)
+    shifts = reach(chain.between(until="p")) > 1
     if coded is not None:
-        return coded.mode == "block" and not chain.takes and not chain.gives
+        return not shifts and chain.bypass is None and coded.coder.W_skip is None
     return chain.mix is None and not shifts and reach(chain.pieces) == 1
 
 

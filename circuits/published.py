@@ -40,7 +40,8 @@ from circuits.frozen_model import FrozenModel
 from circuits.rules import Rule
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Back, Gain, Mix, Rows
-from hooked_mamba.frozen.run import Part, Run
+from hooked_mamba.frozen.places import Part
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.renamed import renamed_in
 from saes.files.checks import nearest
 from saes.sparse import Codes

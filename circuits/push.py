@@ -18,7 +18,7 @@ from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
 from circuits.targets import Covector, Feature, Target, Unit, chosen_targets
 from hooked_mamba.frozen.chain import Shares
-from hooked_mamba.frozen.run import Part, Stream
+from hooked_mamba.frozen.places import Part, Stream, branch_of, part_of
 
 Inside = Callable[[int, Tensor, Tensor | float, bool], Tensor | float]
 """(layer, change of the stream entering its block, change of u by values of lower layers, whole) -> what edits inside
@@ -92,7 +92,10 @@ class Pushed:
         taken = self.taken[part] = self.take(part)
         if chain.gives:
             made = chain.push(delta, rows, until="u")[0] + taken
-            self.carried |= dict.fromkeys(chain.gives, made)  # heads that hold are those of this layer's own scan
+            for name in chain.gives:  # heads that hold are those of this layer's own scan
+                given = part_of(branch_of(part)[0], name)
+                self.entering[given], self.inner[given] = delta, made
+                self.carried[name] = made * changes.held.get(given, 1.0) + changes.heads.get(given, 0.0)
         coded = frozen.coded.get(part)
         bottom = frozen.resid(0)
         out = bottom.new_zeros(len(rows), *bottom.shape[1:]) + changes.outs.get(part, 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.attribution import Attribution
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Kind, Node
-from hooked_mamba.frozen.run import Part, branch_of, in_order
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 ENDS: tuple[Kind, ...] = ("embed", "error", "bias", "initial")
 """Kinds of nodes that nothing adds to."""

@@ -25,7 +25,8 @@ from hooked_mamba.analysis.captured import captured
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Run, norm_name
+from hooked_mamba.frozen.places import Part, norm_name
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.mixers.linear_form import hold
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import BranchState, Call, Padding

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part, Run, branch_of
-from hooked_mamba.frozen.run import Stream as Stream
+from hooked_mamba.frozen.places import Part, branch_of
+from hooked_mamba.frozen.places import Stream as Stream
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
 
@@ -219,9 +220,8 @@ def check_part(run: Run, part: Part) -> None:
     layer, branch = branch_of(part)
     if not 0 <= layer < run.n_layers:
         raise IndexError(f"layer {layer} is out of range: there are {run.n_layers}")
-    there = run.model.block(layer).branches
-    if branch not in there:
-        raise KeyError(f"block {layer} has no branch {branch!r}; it has {', '.join(there)}")
+    if branch not in run.model.block(layer).branches:
+        run.giving(layer, branch)
 
 
 @dataclass(frozen=True)

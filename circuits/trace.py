@@ -24,7 +24,7 @@ from circuits.paths import Path, Paths
 from circuits.published import EXACT, PathOptions, PublishedPulled, optioned
 from circuits.targets import Covector, Feature, Target
 from hooked_mamba.frozen.chain import Pulled
-from hooked_mamba.frozen.run import Part, branch_of, in_order
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 
 @dataclass(frozen=True)

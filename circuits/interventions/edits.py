@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, kept
-from hooked_mamba.frozen.run import Part, branch_of
+from hooked_mamba.frozen.places import Part, branch_of
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from hooked_mamba.renamed import renamed_in
@@ -89,7 +89,8 @@ class ScaleUnit:
     """What one unit of a branch passes on from some positions, times a factor. 0 takes it away.
 
     An attention head's values of these sources, for all that look at them (the pattern stays); a neuron; an expert (the
-    others' weights stay); a channel of a mixer whose value decides nothing else, with all that passes beside the state.
+    others' weights stay); a channel of a mixer whose value decides nothing else, with all that passes beside the state;
+    the value that RWKV-7's first layer hands to all others ("0.v_first", unit 0).
     """
 
     part: Part
@@ -172,6 +173,10 @@ def _check_unit(model: HookedModel, edit: ScaleUnit) -> None:
     layer, name = branch_of(edit.part)
     layer_list(model, layer)
     branches = model.block(layer).branches
+    if any(name in branch.hands_on for branch in branches.values()):
+        if edit.index:
+            raise IndexError(f"unit {edit.index} of {edit.part} is out of range: it is one")
+        return
     if name not in branches:
         raise ValueError(f"block {layer} has no branch {name!r}; it has {', '.join(branches)}")
     if branches[name].selection_reads == "u":

@@ -28,7 +28,7 @@ from circuits.push import Changes, Pushed, held_heads
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.analysis.cuts import Cut, Pass, StateChange, lost_reads, state_edits
 from hooked_mamba.frozen.chain import Chain
-from hooked_mamba.frozen.run import Place
+from hooked_mamba.frozen.places import Place
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.ops.interface import StateEdits
 from saes.coder import SparseCoder

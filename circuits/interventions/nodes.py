@@ -5,7 +5,7 @@ from __future__ import annotations
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Node
 from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature, ScaleUnit
-from hooked_mamba.frozen.run import in_order
+from hooked_mamba.frozen.places import in_order
 
 
 def edit_of(frozen: FrozenModel, node: Node) -> Intervention:

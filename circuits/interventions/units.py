@@ -13,7 +13,7 @@ from circuits.interventions.edits import ScaleUnit
 from circuits.interventions.parts import factors
 from hooked_mamba.analysis.captured import Padded, captured
 from hooked_mamba.analysis.columns import columns_before
-from hooked_mamba.frozen.run import branch_of, u_site
+from hooked_mamba.frozen.places import branch_of, given_site, u_site
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.models import HookedModel
 
@@ -22,8 +22,9 @@ from hooked_mamba.models import HookedModel
 def unit_hooks(model: HookedModel, edit: ScaleUnit, padded: Padded) -> Iterator[list[tuple[str, Any]]]:
     """The hooks of an edit, and what they look at in each pass."""
     layer, name = branch_of(edit.part)
-    branch: Any = model.block(layer).branches[name]
-    at, sizes = f"blocks.{layer}.{name}.", branch.sizes()
+    branches: Any = model.block(layer).branches
+    given = name not in branches
+    at, sizes = f"blocks.{layer}.{name}.", {} if given else branches[name].sizes()
 
     def shares(like: Tensor) -> Tensor:
         """The factor at each position of this call, b l."""
@@ -48,7 +49,7 @@ def unit_hooks(model: HookedModel, edit: ScaleUnit, padded: Padded) -> Iterator[
 
     def channel(value: Tensor, hook: HookPoint) -> Tensor:
         new = value.flatten(2).clone()
-        new[..., edit.index] *= shares(new[..., 0])
+        new[..., slice(None) if given else slice(edit.index, edit.index + 1)] *= shares(new[..., 0]).unsqueeze(-1)
         return new.reshape(value.shape)
 
     if "Q" in sizes:
@@ -57,4 +58,4 @@ def unit_hooks(model: HookedModel, edit: ScaleUnit, padded: Padded) -> Iterator[
         with captured(model, [f"{at}hook_expert_indices"]) as cache:
             yield [(f"{at}hook_expert_weights", weights)]
     else:
-        yield [(f"{at}{u_site(branch)}", channel)]
+        yield [(given_site(model, layer, name) if given else f"{at}{u_site(branches[name])}", channel)]

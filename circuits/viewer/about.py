@@ -6,7 +6,7 @@ from typing import Any
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 from saes.explorer.collect import collect
 from saes.explorer.data import FeatureData
 from saes.store.data import Text

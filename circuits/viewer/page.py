@@ -19,7 +19,7 @@ from circuits.faithfulness import Faithfulness
 from circuits.graph import Graph, Node
 from circuits.influence import influence, scores
 from circuits.paths import top_paths
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 from saes.explorer.data import FeatureData
 from saes.explorer.page import Page, as_json
 

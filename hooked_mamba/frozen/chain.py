@@ -207,6 +207,12 @@ class Chain:
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
 
+    def up_to_u(self) -> Chain:
+        """What makes u, as a branch of its own whose channels are one unit."""
+        at = self.nodes["u"]
+        nodes = {name: place for name, place in self.nodes.items() if place <= at}
+        return Chain(self.pieces[:at], nodes, self.path, self.values, takes=self.takes, unit=self.width)
+
     def followed_by(self, piece: Piece) -> Chain:
         """The same with a step behind its output."""
         return replace(self, pieces=(*self.pieces, piece))

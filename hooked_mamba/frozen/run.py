@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,51 +21,26 @@ from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
 from hooked_mamba.frozen.layerwise import WHOLE, Layerwise
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
+from hooked_mamba.frozen.places import (
+    Part,
+    Place,
+    Stream,
+    branch_of,
+    frozen_sites,
+    norm_name,
+    out_site,
+    output_sites,
+    part_of,
+    u_site,
+)
 from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.layers import weights_of
-from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
-
-Stream = Literal["resid", "in", "out", "y", "u", "p"]
-"""The residual stream entering a layer (n_layers: the final norm's input), the stream that one branch's norm reads, the
-branch's output alone, or a node of its chain: what its scan gives, the value u that enters its memory, or the input p
-of its convolution."""
-
-
-Part = int | str
-"""A branch of a block: the number of its layer if it is a mixer, else as in "3.mlp"."""
-
-
-def part_of(layer: int, branch: str) -> Part:
-    """What a branch is called: the number of its layer for a mixer, with the branch's name for others."""
-    return layer if branch == "mixer" else f"{layer}.{branch}"
-
-
-def branch_of(part: Part) -> tuple[int, str]:
-    """(layer, branch) of a part."""
-    layer, _, branch = str(part).partition(".")
-    return int(layer), branch or "mixer"
-
-
-def in_order(part: Part) -> tuple[int, str]:
-    """What parts are sorted by: a block's mixer first, its other branches by name."""
-    layer, branch = branch_of(part)
-    return layer, "" if branch == "mixer" else branch
-
-
-class Place(NamedTuple):
-    """A stream of a run."""
-
-    stream: Stream
-    layer: Part
-    """Of "resid" the number of the layer, of all others the part."""
-    normed: bool = False
-    """Whether it is read through the layer's (or the part's) norm."""
 
 
 class Run:
@@ -267,7 +242,8 @@ class Run:
         if place.stream == "resid":
             return self.resid(int(place.layer))
         if place.stream == "in":
-            return self.entering(place.layer)
+            x = self.entering(place.layer)
+            return self.norm_of(place.layer, place.weighted).apply(x) if place.normed else x
         return self.out(*self.branch_of(place.layer))
 
     def norm(self, layer: int) -> Gain:
@@ -287,13 +263,18 @@ class Run:
         weight, _ = weights_of(self.model.unembed, "unembed")
         return scaled(weight.detach().t().to(self.dtype), self.model.logit_multiplier)
 
-    def norm_of(self, part: Part) -> Gain:
-        """w / scale of the norm that a part reads the stream through, as the block's norm gives it."""
+    def norm_of(self, part: Part, weighted: bool = True) -> Gain:
+        """w / scale of the norm that a part reads the stream through, or 1 / scale, as the block's norm gives it."""
         layer, name = self.branch_of(part)
         block, norm = self.model.block(layer), norm_name(self.model, layer, name)
         if block.norm_after:
             raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
-        return held_norm(getattr(block, norm), self.cache[f"blocks.{layer}.{norm}.hook_scale"])
+        scale = self.cache[f"blocks.{layer}.{norm}.hook_scale"]
+        held = held_norm(getattr(block, norm), scale)
+        if weighted:
+            return held
+        factor = (1 / scale).expand_as(held.factor)
+        return Centred(factor, torch.zeros_like(held.bias)) if isinstance(held, Centred) else Gain(factor)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -354,14 +335,36 @@ class Run:
         return other
 
     def chain(self, part: Part) -> Chain:
-        """One branch as an affine map of the stream that its norm reads."""
+        """One branch as an affine map of the stream that its norm reads; of "0.v_first" what makes this value."""
         if part not in self._chains:
             layer, name = self.branch_of(part)
+            if name not in self.model.block(layer).branches:
+                self._chains[part] = self.giving(layer, name).up_to_u()
+                return self._chains[part]
             if isinstance(self.cache, Layerwise) and any(self.branch_of(other)[0] != layer for other in self._chains):
                 self._chains.clear()  # of one block only
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def given_parts(self, layer: int) -> list[Part]:
+        """The values that a block makes for layers above it, as parts: "0.v_first"."""
+        branches = self.model.block(layer).branches.values()
+        return [part_of(layer, name) for branch in branches for name in branch.hands_on]
+
+    def giving(self, layer: int, name: str) -> Chain:
+        """The branch of a block that makes a value for layers above it.
+
+        Raises
+        ------
+        KeyError
+            None does.
+        """
+        for part in self.parts(layer):
+            if name in self.chain(part).gives:
+                return self.chain(part)
+        there = [*self.model.block(layer).branches, *(str(part).partition(".")[2] for part in self.given_parts(layer))]
+        raise KeyError(f"block {layer} has no branch {name!r}; it has {', '.join(there)}")
 
     def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
         """A value that one layer made for several above it.
@@ -412,12 +415,19 @@ class Run:
         return self._behind(self.norm(layer), name, lambda: self.resid(layer), covectors, at, differentiated)
 
     def behind_norm_of(
-        self, part: Part, covectors: Float[Tensor, "... d"], at: Any, differentiated: bool = False
+        self,
+        part: Part,
+        covectors: Float[Tensor, "... d"],
+        at: Any,
+        differentiated: bool = False,
+        weighted: bool = True,
     ) -> Float[Tensor, "... d"]:
-        """The same of the norm that a part reads the stream through."""
+        """The same of the norm that a part reads the stream through; `weighted`: its weight included."""
         layer, branch = self.branch_of(part)
         name = f"blocks.{layer}.{norm_name(self.model, layer, branch)}"
-        return self._behind(self.norm_of(part), name, lambda: self.entering(part), covectors, at, differentiated)
+        return self._behind(
+            self.norm_of(part, weighted), name, lambda: self.entering(part), covectors, at, differentiated
+        )
 
     def _behind(
         self, norm: Gain, name: str, entering: Callable[[], Tensor], covectors: Tensor, at: Any, differentiated: bool
@@ -436,7 +446,7 @@ class Run:
         if isinstance(place, Place):
             if not place.normed:
                 return covector.new_zeros(())
-            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer)
+            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer, place.weighted)
         else:
             norm = self.norm(place)
         return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
@@ -449,7 +459,7 @@ class Run:
         if place.normed and place.stream == "resid":
             covector = self.behind_norm(int(place.layer), covector, (row, position))
         elif place.normed:
-            covector = self.behind_norm_of(place.layer, covector, (row, position))
+            covector = self.behind_norm_of(place.layer, covector, (row, position), weighted=place.weighted)
         elif place.stream == "u":
             covector = self.chain(place.layer).on_lanes(covector)
         return place.stream, place.layer, covector
@@ -475,9 +485,10 @@ class Run:
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
-            if name.place in block.norm_names and name.hook == "hook_out" and not block.norm_after:
+            read = name.hook in ("hook_out", "hook_normalized") and not block.norm_after
+            if name.place in block.norm_names and read:
                 stage = block.stages[block.norm_names.index(name.place)]
-                return Place("in", part_of(name.layer, stage[0]), True)
+                return Place("in", part_of(name.layer, stage[0]), True, name.hook == "hook_out")
             if name.local in ("hook_resid_mid", "hook_mixer_in"):
                 return Place("in", part_of(name.layer, block.stages[-1][0]))
             for branch in block.branches:
@@ -491,52 +502,6 @@ class Run:
             " norm.hook_out or a branch's output of a block (mixer.hook_out_proj), or the value that enters a mixer's"
             " memory (mixer.hook_x, hook_v)"
         )
-
-
-def frozen_sites(model: HookedModel, layer: int) -> list[str]:
-    """The sites of one block that its branches' affine maps are made of."""
-    block, at = model.block(layer), f"blocks.{layer}."
-    names = [f"{at}hook_resid_pre"]
-    names += [f"{at}hook_mixer_in"] if block.beside else [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
-    names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
-    for name, branch in block.branches.items():
-        names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
-        names.append(out_site(model, layer, name))
-    return list(dict.fromkeys(names))
-
-
-def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
-    """The site of what a branch adds to the stream."""
-    block = model.block(layer)
-    return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
-
-
-def output_sites(model: HookedModel, layer: int, branch: str) -> tuple[str, ...]:
-    """Sites at which a branch's whole output stands: that of what it adds to the stream, and its own where no factor
-    and no norm lie between the two."""
-    block, written = model.block(layer), out_site(model, layer, branch)
-    if block.out_scales.get(branch) not in (None, 1) or block.norm_after:
-        return (written,)
-    return written, f"blocks.{layer}.{branch}.{block.branches[branch].out_site}"
-
-
-def u_site(branch: Branch) -> str | None:
-    """The own name of the site of the value that enters a branch's memory (of an MLP, of its neurons)."""
-    return branch.places.get("u") if branch.frozen_sites else None
-
-
-def site_of(model: HookedModel, part: Part, node: str) -> str:
-    """The site of a branch's output ("out") or of a node of its chain."""
-    layer, name = branch_of(part)
-    if node == "out":
-        return out_site(model, layer, name)
-    return f"blocks.{layer}.{name}.{model.block(layer).branches[name].site_at(node)}"
-
-
-def norm_name(model: HookedModel, layer: int, branch: str) -> str:
-    """The norm of a block that a branch reads the stream through: "norm", "norm2", ..."""
-    block = model.block(layer)
-    return next(norm for norm, stage in zip(block.norm_names, block.stages, strict=True) if branch in stage)
 
 
 def frozen_branch(

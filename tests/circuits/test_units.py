@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from circuits import (
+    Feature,
     FrozenModel,
     Logit,
     ScaleUnit,
@@ -20,7 +21,7 @@ from circuits import (
 from circuits.integrated import node_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
-from hooked_mamba.frozen.run import out_site
+from hooked_mamba.frozen.places import out_site
 from hooked_mamba.model.hybrid import HookedHybrid
 from tests.circuits.test_writes import EXACT, MANY, built
 from tests.circuits.writes import writer
@@ -42,6 +43,7 @@ def test_edges_are_what_removal_changes(kind):
     graph = build_graph(frozen, targets, max_heads=120)
     assert float(graph.residual().abs().max()) < EXACT
     branches = {name for layer in range(model.cfg.n_layers) for name in model.block(layer).branches}
+    branches |= {"v_first"} if kind == "rwkv7" else set()
     heads = [i for i, node in enumerate(graph.nodes) if node.kind == "head"]
     assert {graph.nodes[i].branch for i in heads} == branches
     assert len({node.label for node in graph.nodes}) == len(graph)
@@ -160,7 +162,8 @@ def test_a_circuit_of_a_hybrid_and_its_checks():
         FrozenModel(model, tokens, units=["attention"])
 
 
-def test_coders_on_other_branches_beside_units():
+@pytest.mark.parametrize("read", ["norm2.hook_out", "norm2.hook_normalized", "hook_resid_mid"])
+def test_coders_on_other_branches_beside_units(read):
     """A dictionary of an MLP's output, a write dictionary of attention, and heads, neurons and channels left."""
     model, tokens = built("falcon")
     assert isinstance(model, HookedHybrid)
@@ -170,7 +173,11 @@ def test_coders_on_other_branches_beside_units():
     d = model.cfg.d_model
     block = noisy(SparseCoder(sae_config("blocks.1.hook_mlp_out", d, 11, k=3), seed=3), 3)
     into = sae_config("blocks.0.hook_mlp_out", d, 11, k=3).replace(
-        in_site="blocks.0.norm2.hook_out", target="block", reads="normalized", apply_b_dec_to_input=False, skip=True
+        in_site=f"blocks.0.{read}",
+        target="block",
+        reads="resid" if "resid" in read else "normalized",
+        apply_b_dec_to_input=False,
+        skip=True,
     )
     transcoder = noisy(SparseCoder(into, seed=4), 4)
     coders = [block, transcoder, writer(model, "2.attn", seed=5)]
@@ -178,7 +185,12 @@ def test_coders_on_other_branches_beside_units():
     assert {part: coded.mode for part, coded in frozen.coded.items()} == {
         "0.mlp": "block", "1.mlp": "block", "2.attn": "write",
     }  # fmt: skip
-    targets = [Logit(3)]
+    targets = [Logit(3), Feature(transcoder, 2, 3)]
+    own = attribute(frozen, targets=targets[1])
+    assert own.residual.abs().max() < EXACT
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=into.in_site)
+        assert torch.allclose(own.target, transcoder.preact(cache[into.in_site][:, 3])[:, 2], atol=1e-12)
     graph = build_graph(frozen, targets, max_features=20, max_heads=20)
     assert float(graph.residual().abs().max()) < EXACT
     assert {node.part for node in graph.nodes if node.kind == "feature"} == {"0.mlp", "1.mlp", "2.attn"}
@@ -201,3 +213,30 @@ def test_what_is_refused():
     mamba, text = built("mamba")
     with pytest.raises(ValueError, match="in layer 1 the value itself decides what is written and read: use CutHead"):
         frozen_effects(FrozenModel(mamba, text), ScaleUnit(1, 0), Logit(3))
+
+
+@torch.no_grad()
+def test_the_value_that_rwkv_hands_on():
+    """A node, and an edit of what later layers take of it; layer 0's own value stays."""
+    model, tokens = built("rwkv7")
+    frozen = FrozenModel(model, tokens, units=["v_first"])
+    graph = build_graph(frozen, Logit(3))
+    nodes = [node for node in graph.nodes if node.kind == "head"]
+    assert [node.label.partition("@")[0] for node in nodes] == ["v_first0[0]"] * len(nodes)
+    found = attribute(FrozenModel(model, tokens), targets=Logit(3)).carried["v_first"][0]
+    weights = graph.weights[0, graph.where("head")]
+    assert torch.allclose(weights, found[[node.position for node in nodes]], atol=EXACT)
+    with intervened(model, ScaleUnit("0.v_first", 0, 2, 0.5)):
+        _, changed = model.run_with_cache(tokens)
+    _, cache = model.run_with_cache(tokens)
+    for site, same in (("hook_v", True), ("hook_v_first", False)):
+        mine, theirs = (c[f"blocks.0.mixer.{site}"] for c in (changed, cache))
+        assert torch.equal(mine, theirs) == same
+    assert torch.equal(changed["blocks.0.mixer.hook_v_first"][:, 2], 0.5 * cache["blocks.0.mixer.hook_v_first"][:, 2])
+    everything = Keep.everything(frozen)
+    everything.heads["0.v_first"][2] = False
+    with only(frozen, everything):
+        _, without = model.run_with_cache(tokens)
+    assert not without["blocks.0.mixer.hook_v_first"][:, 2].any()
+    with pytest.raises(IndexError, match=r"unit 1 of 0\.v_first is out of range: it is one"):
+        frozen_effects(frozen, ScaleUnit("0.v_first", 1), Logit(3))

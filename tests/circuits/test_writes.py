@@ -42,7 +42,7 @@ from circuits.points import stays
 from circuits.push import frozen_changes
 from circuits.viewer import about_features, circuit_page
 from hooked_mamba.cli.app import make_app
-from hooked_mamba.frozen.run import part_of
+from hooked_mamba.frozen.places import part_of
 from hooked_mamba.models import load_model
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off

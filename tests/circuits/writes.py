@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part, branch_of, part_of, u_site
+from hooked_mamba.frozen.places import Part, branch_of, part_of, u_site
 from saes import CoderConfig, SparseCoder
 from tests.circuits.oracle import Off, Replay, array
 from tests.circuits.test_attribution import ARCHITECTURES

@@ -35,6 +35,7 @@ STRATA = (
     {"activation_cache"},
     {"model"},
     {"models", "site_tables", "model_hash"},
+    {"frozen.places"},
     {"frozen.layerwise"},
     {"frozen.beginning"},
     {"frozen.run"},
