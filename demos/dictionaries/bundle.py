@@ -106,8 +106,9 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
     train = first["state"]["train"]
     through = "".join(
         f"; then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers"
-        f" replaced at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share of"
-        f" variance missed, learning rate {stage['state']['finetune']['lr']}"
+        " replaced at once, on KL(clean || spliced) + "
+        f"{stage['state']['finetune']['reconstruction']} times the share of variance missed, learning rate"
+        f" {stage['state']['finetune']['lr']}"
         for stage in tuned
     )
     return f"""
