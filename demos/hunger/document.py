@@ -34,13 +34,14 @@ TOLD = """\
 
     {command}
 
-The [case study](case-study.md) failed on a model that does not know the story itself: its own lead of “ hungry” over “ sad”
-tells sentences with food from others with an area of 0.59. Within one frame it does so with 0.78 on average; but what
-the frame adds to the lead varies more than what the food does, because in the stories that it was told whole scenes
-(“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
-with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a sentence
-of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
-dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`), on a model that knows and on one of real text alone.
+The [case study](case-study.md) failed on a model that does not know the story itself: its own lead of “ hungry” over
+“ sad” tells sentences with food from others with an area of 0.59. Within one frame it does so with 0.78 on average; but
+what the frame adds to the lead varies more than what the food does, because in the stories that it was told whole
+scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
+with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
+sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
+dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`), on models that know and on one of real text
+alone.
 
 Everything below was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
