@@ -34,6 +34,8 @@ class Checkpoint:
     format: str
     """A name of :data:`~hooked_mamba.loading.registry.FORMATS`."""
     folder: Path
+    foreign: bool = False
+    """Whether the files are another library's (GGUF, MLX), which transformers does not read as what they are."""
     own_tokenizer: Callable[[], Any] | None = None
     """What makes the tokenizer that the weights' own file holds."""
 
@@ -109,12 +111,13 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
     check_family(found.family, family, str(name_or_path))
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
-    if is_mlx(config, weights):
+    foreign = is_mlx(config, weights)
+    if foreign:
         config, weights = from_mlx(config, weights)
     refuse_quantised(config, weights)
     cfg, state = found.to_ours(config, weights)
     folder = place if place.is_dir() else place.parent
-    return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder)
+    return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder, foreign)
 
 
 def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Checkpoint:
@@ -129,7 +132,7 @@ def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Chec
     except ValueError as error:  # of the config's own checks, which know of no file
         raise CheckpointError(f"{path}: {error}") from None
     cfg = dataclasses.replace(cfg, model_name=_name(name_or_path))
-    return Checkpoint(cfg, state, found.name, path.parent, own_tokenizer=lambda: find_tokenizer(keys))
+    return Checkpoint(cfg, state, found.name, path.parent, foreign=True, own_tokenizer=lambda: find_tokenizer(keys))
 
 
 def _name(name_or_path: str | Path) -> str:
