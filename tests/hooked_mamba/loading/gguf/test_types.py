@@ -55,7 +55,7 @@ def test_without_the_package_plain_files_load_and_quantised_ones_say_what_to_ins
 
 def test_weights_are_taken_over_as_they_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the peak of memory is one copy of the model, whatever the file holds."""
-    from tests.hooked_mamba.loading.gguf.small import SHAPES, mamba_file
+    from tests.hooked_mamba.loading.gguf.small import mamba_file
 
     made: list[torch.Tensor] = []
 
@@ -66,6 +66,7 @@ def test_weights_are_taken_over_as_they_were_made(tmp_path: Path, monkeypatch: p
     mark = types.fresh
     monkeypatch.setattr(types, "fresh", watched)
     model = load_model(mamba_file(tmp_path / "model.gguf", kind="Q8_0"))
-    kept = {p.data_ptr() for p in model.parameters()}
-    changed = ("conv1d.weight", "A_log")  # in another shape there, or computed from what is there
-    assert len(kept & {tensor.data_ptr() for tensor in made}) >= len(SHAPES) - len(changed)
+    places = {tensor.data_ptr() for tensor in made}
+    copied = {name for name, p in model.named_parameters() if p.data_ptr() not in places}
+    # In another shape there, computed from what is there, and in float16, as its rows of three are no whole block.
+    assert copied == {f"blocks.0.mixer.{name}" for name in ("conv1d.weight", "A_log", "dt_proj.weight")}
