@@ -1,7 +1,8 @@
-"""The models of one mixer a block: thin names over one stack."""
+"""The models with one mixer per block: thin subclasses of one stack."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,22 +46,23 @@ def load_model(
     device: str | torch.device | None = None,
     tokenizer: Any = None,
     device_map: Any = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> HookedModel:
     """The model of a bundled name, a folder or a hub id, of the class that its files call for.
 
     Parameters
     ----------
-    name_or_path, revision, dtype, device, tokenizer, device_map
+    name_or_path, revision, dtype, device, tokenizer, device_map, adapter
         As in :meth:`HookedModel.from_pretrained`. Each file is opened once.
 
     Raises
     ------
     CheckpointError
-        An unknown or unsupported format, or damaged files.
+        An unknown or unsupported format, damaged files, or an adapter of another kind or model.
     OSError
         The hub cannot be reached.
     """
-    checkpoint = loading.load_checkpoint(name_or_path, revision=revision)
+    checkpoint = loading.load_checkpoint(name_or_path, revision=revision, adapter=adapter)
     return MODELS[checkpoint.family].from_checkpoint(
         checkpoint, dtype=dtype, device=device, tokenizer=tokenizer, device_map=device_map
     )

@@ -15,6 +15,7 @@ from saes.features import feature_logits as feature_logits
 from saes.features import nearest_features as nearest_features
 from saes.loss import Losses as Losses
 from saes.loss_state import LossState as LossState
+from saes.placing import load_coder as load_coder
 from saes.reading import Activations as Activations
 from saes.reading import encode_on as encode_on
 from saes.report import Report as Report

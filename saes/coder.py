@@ -3,8 +3,8 @@
     z = act((s_in x - b_dec) W_enc + b_enc)          b_dec only with cfg.apply_b_dec_to_input
     y_hat = (z W_dec + b_dec + s_in x W_skip) / s_out      W_skip only with cfg.skip
 
-s_in and s_out are 1, except in the training of a coder with input_norm="scale"; :meth:`SparseCoder.fold` works them
-into the weights.
+s_in and s_out are 1, except while training a coder with input_norm="scale"; :meth:`SparseCoder.fold` folds them into
+the weights.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SparseCoder(CoderParameters):
         if isinstance(self.activation, TopK):
             pattern, pre = self.activation.select(self, rows, self.k, ordered=True)
             shape = (*leading, self.k)
-            return Codes(pre.relu().reshape(shape), pattern.indices.reshape(shape))
+            return Codes(self.activation.value(pre).reshape(shape), pattern.indices.reshape(shape))
         found = [self._active(run) for run in runs(rows, self.cfg.d_sae)]
         widest = max((values.shape[1] for values, _ in found), default=0)
         values, indices = (

@@ -13,12 +13,16 @@ import hooked_mamba.models  # noqa: F401  # what is declared is known once every
 from hooked_mamba.hooks.names import declared, is_declared, unalias
 from saes.saelens_names import CONFIG, advice
 
-Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka"]
+Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka", "abstopk", "groupmax"]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
 """TopK (Gao et al. 2024, arXiv:2406.04093), BatchTopK (Bussmann et al. 2024, arXiv:2412.06410), JumpReLU (Rajamanoharan
 et al. 2024, arXiv:2407.14435), standard ReLU with L1 (Bricken et al. 2023), gated (Rajamanoharan et al. 2024,
 arXiv:2404.16014), Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547)."""
+
+ONLY_READ: tuple[Architecture, ...] = ("abstopk", "groupmax")
+"""Architectures of other libraries' files that are not trained here: AbsTopK (arXiv:2510.00404) of SAELens, and
+sparsify's GroupMax."""
 
 NEEDS_K: tuple[Architecture, ...] = ("topk", "batchtopk", "matryoshka")
 """Architectures whose number of active latents is set, not learned."""
@@ -43,7 +47,7 @@ def _check_site(field: str, name: str) -> None:
 
 def _check_choices(values: Mapping[str, Any]) -> None:
     choices: dict[str, tuple] = {
-        "architecture": ARCHITECTURES,
+        "architecture": (*ARCHITECTURES, *ONLY_READ),
         "target": (None, "block", "local"),
         "reads": (None, "normalized", "resid"),
         "input_norm": ("none", "scale"),
@@ -128,9 +132,11 @@ class CoderConfig:
             )
 
     def _check_k(self) -> None:
-        if self.architecture in NEEDS_K:
+        if self.architecture in (*NEEDS_K, *ONLY_READ):
             if not isinstance(self.k, int) or isinstance(self.k, bool) or not 1 <= self.k <= self.d_sae:
                 raise ValueError(f"{self.architecture} needs k from 1 to d_sae={self.d_sae}, got {self.k!r}")
+            if self.architecture == "groupmax" and self.d_sae % self.k:
+                raise ValueError(f"groupmax needs a k that divides d_sae={self.d_sae}, got {self.k}")
         elif self.k is not None:
             raise ValueError(
                 f"{self.architecture} learns how many latents are active, so k must be None; got {self.k!r}"
@@ -212,7 +218,7 @@ def sae_config(
 ) -> CoderConfig:
     """The config of an SAE on a site of width d. `k` is used only by architectures that have one."""
     name = unalias(site)
-    k = k if architecture in NEEDS_K else None
+    k = k if architecture in (*NEEDS_K, *ONLY_READ) else None
     return CoderConfig(
         architecture=architecture, in_site=name, out_site=name, d_in=d, d_out=d, d_sae=d_sae, k=k, **fields
     )
@@ -240,7 +246,7 @@ def mambacoder_config(
         d_in=d_model,
         d_out=d_model,
         d_sae=d_sae,
-        k=k if architecture in NEEDS_K else None,
+        k=k if architecture in (*NEEDS_K, *ONLY_READ) else None,
         reads=reads,
         target=target,
         **fields,

@@ -36,7 +36,7 @@ def endpoint() -> str | None:
 
 
 def is_local(where: str | Path) -> bool:
-    """Whether a place is meant as a folder: a Path, one that is there, or a text that no hub id can be."""
+    """Whether a place means a folder: a Path, an existing folder, or a text that cannot be a hub id."""
     if isinstance(where, Path) or Path(where).expanduser().exists():
         return True
     return not HUB_ID.fullmatch(where)
@@ -61,7 +61,7 @@ def resolve(
     Raises
     ------
     CoderFileError
-        Nothing of that name, with the nearest there is; or several where one is meant.
+        Nothing has that name (the nearest is suggested), or several coders do.
     HubError
         The hub cannot be reached, or has no such repository or revision.
     """
@@ -124,7 +124,7 @@ def fetch(repo_id: str, subfolder: str | None = None, revision: str | None = Non
                 f"{repo_id!r} has no coder at its root and no {INDEX}; name its folder in the repository"
             )
         subfolder, revision = one_of(entries, repo_id), root.name  # the same commit
-    wanted = [subfolder] if subfolder.endswith(".safetensors") else [f"{subfolder}/{file}" for file in FILES]
+    wanted = [subfolder] if subfolder.endswith((".safetensors", ".pt")) else [f"{subfolder}/{file}" for file in FILES]
     root = snapshot(repo_id, [INDEX, *wanted], revision, token)
     if any((root / file).exists() for file in wanted):
         return root / subfolder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_mamba.hooks.names import unalias
-from saes.config import ARCHITECTURES, CoderConfig
+from saes.config import ARCHITECTURES, ONLY_READ, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object
 from saes.files.own import Metrics, Training, clean_metrics, clean_training
@@ -178,9 +178,10 @@ def search_entries(entries: Iterable[Entry], query: str = "", **wanted: Any) -> 
         if name not in FILTERS:
             raise TypeError(f"coders are not searched by {name!r}, but by {', '.join(FILTERS)}{nearest(name, FILTERS)}")
     architecture = wanted.get("architecture")
-    if architecture is not None and architecture not in ARCHITECTURES:
-        near = nearest(architecture, ARCHITECTURES)
-        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}{near}")
+    known = (*ARCHITECTURES, *ONLY_READ)
+    if architecture is not None and architecture not in known:
+        near = nearest(architecture, known)
+        raise ValueError(f"architecture must be one of {', '.join(known)}, got {architecture!r}{near}")
     words = query.lower().split()
     return [
         entry

@@ -17,6 +17,10 @@ _TRANSCODER = "MambaCoder with mambacoder_config(layer, d_model, d_sae)"
 _SPLICE = "with splice(model, coders, error=True)"
 
 
+def _names(name: str) -> list[str]:
+    return [f"{name}{end}" for end in ("SAE", "SAEConfig", "TrainingSAE", "TrainingSAEConfig")]
+
+
 def _family(name: str, use: str) -> dict[str, str]:
     return dict.fromkeys((f"{name}SAE", f"{name}SAEConfig"), use) | dict.fromkeys(
         (f"{name}TrainingSAE", f"{name}TrainingSAEConfig"), f"{use}; trained by train_sae"
@@ -30,9 +34,10 @@ TOP: dict[str, str] = {
     **_family("Gated", _OF.format("gated")),
     **_family("BatchTopK", _OF.format("batchtopk")),
     **_family("MatryoshkaBatchTopK", _OF.format("matryoshka")),
-    **_family("AbsTopK", "none: latents are never negative"),
-    **_family("Temporal", "none"),
-    **_family("MatchingPursuit", "none"),
+    **dict.fromkeys(("AbsTopKSAE", "AbsTopKSAEConfig"), _OF.format("abstopk")),
+    **dict.fromkeys(("AbsTopKTrainingSAE", "AbsTopKTrainingSAEConfig"), "none: such coders are read, not trained"),
+    **dict.fromkeys(_names("Temporal"), "none: a coder reads one position"),
+    **dict.fromkeys(_names("MatchingPursuit"), "none: latents are functions of x W_enc + b_enc"),
     "SAEConfig": "CoderConfig; sae_config(site, d, d_sae) makes one",
     "TrainingSAE": "SparseCoder, which is trained and used as one class",
     "TrainingSAEConfig": "CoderConfig for the coder and saes.training.TrainConfig for the training",

@@ -24,6 +24,9 @@ def cache(
     top: Annotated[int, typer.Option(help="Likeliest next tokens shown.", min=0)] = 5,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tensors to this safetensors file.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="Folder of a PEFT LoRA to merge into the model; repeatable.")
+    ] = None,
 ) -> None:
     """Read a text: every hook site with its shape, and the likeliest next tokens.
 
@@ -33,7 +36,7 @@ def cache(
 
     from hooked_mamba.models import load_model
 
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, adapter=adapter)
     text = sys.stdin.read() if text == "-" else text
     tokens = loaded.to_tokens(text)
     logits, values = loaded.run_with_cache(tokens, names_filter=site or None)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
-from hooked_mamba.loading.files import open_weights, resolve
+from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
+from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
 from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
 from hooked_mamba.loading.mlx import from_mlx, is_mlx
+from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState
@@ -59,32 +60,12 @@ class Checkpoint:
             return self.state_dict[name].dtype
 
 
-PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def refuse_quantised(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights in fewer bits than anything here computes with.
-
-    Raises
-    ------
-    CheckpointError
-        The config says that they are quantised, and they are.
-    """
-    given = config.get("quantization_config") or config.get("compression_config")
-    if not given:
-        return
-    packed = next((name for name in weights if weights[name].dtype not in PLAIN), None)
-    if packed is None:
-        return
-    how = given.get("quant_method", "an unnamed method") if isinstance(given, Mapping) else given
-    raise CheckpointError(
-        f"the weights of this checkpoint are quantised ({how}; {packed} is {weights[packed].dtype}), and hooks and"
-        " gradients need them in full precision: load the checkpoint that it was made from, or take them back with"
-        " transformers (AutoModelForCausalLM.from_pretrained(...).dequantize()) and give the model to from_hf"
-    )
-
-
-def load_checkpoint(name_or_path: str | Path, family: str | None = None, revision: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    name_or_path: str | Path,
+    family: str | None = None,
+    revision: str | None = None,
+    adapter: Adapter | None = None,
+) -> Checkpoint:
     """Find a checkpoint and map it to our names, whatever its format.
 
     Parameters
@@ -95,17 +76,24 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
         "mamba", "mamba2", "rwkv7" or "hybrid" to refuse the others; None takes any.
     revision
         Branch, tag or commit of a hub id.
+    adapter
+        A folder or hub id of PEFT's with a LoRA of this checkpoint, which is merged, or several.
 
     Raises
     ------
     CheckpointError
-        An unknown or unsupported format, the other family, or damaged files.
+        An unknown or unsupported format, the other family, damaged files, or an adapter of another kind or model.
     OSError
         The hub cannot be reached.
     """
     place = resolve(name_or_path, revision)
     packed = gguf_file(place)
     if packed is not None:
+        if adapter is not None:
+            raise CheckpointError(
+                f"{packed}: PEFT's adapters name the tensors of Hugging Face checkpoints, which a GGUF file renames and"
+                " permutes: give the adapter with the checkpoint that the GGUF file was made from"
+            )
         return _from_gguf(packed, family, name_or_path)
     found, config = detect_folder(place)
     check_family(found.family, family, str(name_or_path))
@@ -114,7 +102,11 @@ def load_checkpoint(name_or_path: str | Path, family: str | None = None, revisio
     foreign = is_mlx(config, weights)
     if foreign:
         config, weights = from_mlx(config, weights)
-    refuse_quantised(config, weights)
+    else:
+        weights = dequantised(config, weights)
+    if adapter is not None:
+        tied = found.to_ours(config, weights)[0].tie_embeddings
+        config, weights = merge_adapters(config, weights, adapter, adapter_folder, tied)
     cfg, state = found.to_ours(config, weights)
     folder = place if place.is_dir() else place.parent
     return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder, foreign)

@@ -22,6 +22,8 @@ WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pyto
 LONE_FILES = (".pth", ".gguf")
 """Endings of files that hold a whole model."""
 
+ADAPTER_PATTERNS = [["adapter_model.safetensors"], ["adapter_model.bin"]]
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
 """A GGUF file of a hub repository, which may hold the same weights many times in other precisions."""
@@ -58,7 +60,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     bundled = ", ".join(bundled_names()) or "none"
     one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
     if one_file is not None:
-        return _fetched(one_file[1], revision, bundled, lambda fetch: fetch([one_file[2]])) / one_file[2]
+        return _fetched(one_file[1], revision, lambda fetch: fetch([one_file[2]])) / one_file[2]
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
             "is a file; expected its folder, or a .pth or .gguf file"
@@ -66,14 +68,34 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
             else "is neither an existing folder nor a hub id"
         )
         raise CheckpointError(f"{name!r} {what}. Checkpoints that come with the package: {bundled}")
-    return _download(name, revision, bundled)
+    return _download(name, revision, WEIGHT_PATTERNS)
+
+
+def adapter_folder(name_or_path: str | Path) -> Path:
+    """The folder of an adapter: a local one, or a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        Neither.
+    OSError
+        The hub cannot be reached.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{name!r} is a file; expected the adapter's folder, {folder.parent}")
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"adapter {name!r} is neither an existing folder nor a hub id")
+    return _download(name, None, ADAPTER_PATTERNS)
 
 
 Fetch = Callable[[list[str]], Path]
 """Patterns of file names -> the folder with these files."""
 
 
-def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
+def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Path:
     """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set).
 
     Raises
@@ -86,11 +108,11 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
 
     def whole(fetch: Fetch) -> Path:
         folder = fetch(CONFIG_PATTERNS)
-        for patterns in WEIGHT_PATTERNS:
+        for patterns in kinds:
             fetch(patterns)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 return folder
-        names = _gguf_files(repo_id, revision)
+        names = _gguf_files(repo_id, revision) if kinds is WEIGHT_PATTERNS else []
         if len(names) > 1:
             raise CheckpointError(
                 f"{repo_id!r} holds several GGUF files: {', '.join(names)}; name one of them, as in"
@@ -98,7 +120,7 @@ def _download(repo_id: str, revision: str | None, bundled: str) -> Path:
             )
         return fetch(names) if names else folder
 
-    return _fetched(repo_id, revision, bundled, whole)
+    return _fetched(repo_id, revision, whole)
 
 
 def _gguf_files(repo_id: str, revision: str | None) -> list[str]:
@@ -111,7 +133,7 @@ def _gguf_files(repo_id: str, revision: str | None) -> list[str]:
         return []
 
 
-def _fetched(repo_id: str, revision: str | None, bundled: str, of: Callable[[Fetch], Path]) -> Path:
+def _fetched(repo_id: str, revision: str | None, of: Callable[[Fetch], Path]) -> Path:
     """What `of` does with the hub's client, whose errors say what needs no network."""
     from huggingface_hub import snapshot_download
 
@@ -128,7 +150,7 @@ def _fetched(repo_id: str, revision: str | None, bundled: str, of: Callable[[Fet
         raise OSError(
             f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
-            f"Checkpoints that need no network: {bundled}"
+            f"Checkpoints that need no network: {', '.join(bundled_names()) or 'none'}"
         ) from None
 
 

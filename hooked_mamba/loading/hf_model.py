@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hooked_mamba.config import Mamba2Config, ModelConfig
 from hooked_mamba.hybrid_config import HybridConfig
+from hooked_mamba.loading.live import refuse_wrapped
 from hooked_mamba.loading.registry import check_family, detect, format_for
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.weights import Shape, check_shapes
@@ -34,8 +35,9 @@ def from_hf_model(hf_model: Any, family: str | None = None) -> tuple[ModelConfig
     Raises
     ------
     CheckpointError
-        An unsupported model, or the other family.
+        An unsupported model, the other family, or one with adapters, compiled or quantised.
     """
+    refuse_wrapped(hf_model)
     if not hasattr(hf_model, "config") or not hasattr(hf_model.config, "to_dict"):
         raise CheckpointError(f"expected a transformers model with a config, got {type(hf_model).__name__}")
     config = dict(hf_model.config.to_dict())

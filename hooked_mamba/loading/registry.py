@@ -224,6 +224,11 @@ def detect_folder(folder: Path) -> tuple[Format, dict[str, Any]]:
         config = read_json(folder / "params.json")
     elif has_config:
         config = read_json(folder / "config.json")
+    elif (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise CheckpointError(
+            f"{folder} is an adapter of PEFT, not a model: load_model({base!r}, adapter={str(folder)!r})"
+        )
     else:
         present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise CheckpointError(f"{folder} has no config.json and no params.json; found {present}")

@@ -8,6 +8,7 @@ from saes.activations.batchtopk import BatchTopK
 from saes.activations.gated import Gated
 from saes.activations.jumprelu import JumpReLU
 from saes.activations.matryoshka import Matryoshka
+from saes.activations.signed import AbsTopK, GroupMax
 from saes.activations.standard import Standard
 from saes.activations.topk import TopK
 from saes.config import Architecture
@@ -19,4 +20,6 @@ ACTIVATIONS: dict[Architecture, Activation] = {
     "standard": Standard(),
     "gated": Gated(),
     "matryoshka": Matryoshka(),
+    "abstopk": AbsTopK(),
+    "groupmax": GroupMax(),
 }

@@ -79,7 +79,7 @@ def runs(x: Float[Tensor, "n d"], F: int) -> Iterator[Tensor]:
 
 
 class Activation:
-    """One architecture. Each of the six has its own file in this folder."""
+    """One architecture. Each that is trained has its own file in this folder."""
 
     def setup(self, coder: CoderParameters) -> None:
         """Give the coder the parameters and buffers that depend on the architecture."""
@@ -90,7 +90,7 @@ class Activation:
         return coder.b_enc
 
     def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
-        """Latents of pre-activations after training."""
+        """Latents from pre-activations, as at inference."""
         raise TypeError(f"{type(self).__name__} does not implement infer")
 
     def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:

@@ -37,10 +37,20 @@ def topk(pre: Float[Tensor, "n F"], k: int, ordered: bool = False) -> tuple[Floa
 class TopK(Activation):
     """cfg.k latents per example, fewer where fewer are positive."""
 
+    def choose(
+        self, pre: Float[Tensor, "n F"], k: int, ordered: bool = False
+    ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """The pre-activations that are kept and their columns; `ordered`: largest first."""
+        return topk(pre, k, ordered)
+
+    def value(self, pre: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Latents of the pre-activations that are kept."""
+        return pre.relu()
+
     def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """Dense latents."""
-        values, indices = topk(pre, coder.k)
-        return torch.zeros_like(pre).scatter(1, indices, values.relu())
+        values, indices = self.choose(pre, coder.k)
+        return torch.zeros_like(pre).scatter(1, indices, self.value(values))
 
     def select(
         self, coder: CoderParameters, x: Float[Tensor, "n d"], k: int, ordered: bool = False
@@ -48,7 +58,7 @@ class TopK(Activation):
         """The entries of the k largest, and their pre-activations with gradients."""
         with torch.no_grad():
             pre = (affine(run, coder.W_enc, self.bias(coder)) for run in runs(x, coder.cfg.d_sae))
-            found = [topk(run, k, ordered) for run in pre]
+            found = [self.choose(run, k, ordered) for run in pre]
             values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
         pattern = Pattern.of_codes(indices, coder.cfg.d_sae)
         return pattern, self.with_gradient(coder, x, pattern, values.flatten())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.tables import LazyState
-from hooked_mamba.loading.tensor_files import open_safetensors, read_json, some
+from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, read_json, some
 from saes.options import RepeatedKeyError, unique_keys
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -62,6 +62,10 @@ class Hints:
     model_name: str | None = None
     norm_factor: float | int | None = None
     """What a SAELens coder with normalize_activations="expected_average_only_in" multiplies its input by."""
+    apply_b_dec_to_input: bool | None = None
+    """Whether b_dec is subtracted from the input, of a `.pt` file, which does not say so; None: no."""
+    place: Callable[[object, int, str, Path], str] | None = None
+    """(what the file says, width, "in_site" or "out_site", file) -> the site in a model; see `saes.placing`."""
 
     def __post_init__(self) -> None:
         factor = self.norm_factor
@@ -124,6 +128,16 @@ def open_tensors(path: Path) -> LazyState:
     """The tensors of a safetensors file, mapped, none read yet."""
     try:
         return open_safetensors(plain_file(path))
+    except CoderFileError:
+        raise
+    except CheckpointError as error:
+        raise CoderFileError(str(error)) from None
+
+
+def open_archive(path: Path) -> LazyState:
+    """The tensors of a PyTorch archive, read without running what may be in it."""
+    try:
+        return open_bin(plain_file(path))
     except CoderFileError:
         raise
     except CheckpointError as error:

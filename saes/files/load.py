@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from saes.config import CoderConfig
-from saes.files.checks import CoderFileError, Hints, file_metadata, open_tensors, plain_file, read_object
+from saes.files.checks import (
+    CoderFileError,
+    Hints,
+    file_metadata,
+    open_archive,
+    open_tensors,
+    plain_file,
+    read_object,
+)
+from saes.files.jumprelu_pt import read_jumprelu
 from saes.files.own import KEY, Metrics, Training, read_own
 from saes.files.recurrentlens import read_recurrentlens
 from saes.files.saelens import read_foreign
@@ -20,12 +29,15 @@ from saes.files.sparsify import read_sparsify
 
 C = TypeVar("C", bound=nn.Module)
 
-Format = Literal["hooked_mamba", "saelens", "sparsify", "recurrentlens"]
+Format = Literal["hooked_mamba", "saelens", "sparsify", "recurrentlens", "jumprelu.pt"]
 
 SINGLE = "sae.safetensors"
 """sparsify's weights beside a cfg.json; recurrentlens' file without one."""
 
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npz", ".npy")
+ARCHIVES = (".pt", ".pth")
+"""Of tensors alone, read as such; what else is in one is refused."""
+
+PICKLES = (".bin", ".pkl", ".pickle", ".ckpt", ".npz", ".npy")
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,12 @@ def open_coder(path: str | Path, **hints: Any) -> Opened:
     try:
         known = Hints(**hints)
     except TypeError:
-        fields = ", ".join(Hints.__dataclass_fields__)
+        fields = ", ".join(name for name in Hints.__dataclass_fields__ if name != "place")
         raise TypeError(f"unknown options {', '.join(sorted(hints))}: a coder is loaded with {fields}") from None
     path = Path(path).expanduser()
     opened = _open(path, known)
+    if known.apply_b_dec_to_input is not None and opened.format != "jumprelu.pt":
+        raise CoderFileError(f"apply_b_dec_to_input= is for .pt files, {path} is of {opened.format}; leave it out")
     if known.norm_factor is not None and opened.format != "saelens":
         raise CoderFileError(f"norm_factor= is for SAELens' coders, {path} is of {opened.format}; leave it out")
     return opened
@@ -85,6 +99,8 @@ def _with(
 
 
 def _open_file(path: Path, hints: Hints) -> Opened:
+    if path.suffix in ARCHIVES:
+        return Opened(*_with("jumprelu.pt", *read_jumprelu(open_archive(path), hints, path)))
     if path.suffix in PICKLES:
         raise CoderFileError(f"{path} may contain code and is not read; expected safetensors (a folder, or one file)")
     if path.name in (CONFIG, WEIGHTS):
@@ -115,15 +131,17 @@ def load(path: str | Path, cls: type[C], *, device: str = "cpu", **hints: Any) -
     Parameters
     ----------
     path
-        A directory that :func:`saes.files.save` or SAELens wrote, one of sparsify's, or recurrentlens' file.
+        A directory that :func:`saes.files.save` or SAELens wrote, one of sparsify's, recurrentlens' file, or a JumpReLU
+        as a `.pt` file of W_enc, b_enc, W_dec, b_dec and threshold.
     cls
         SparseCoder, or SAE or MambaCoder, which refuse the other kind.
     device
         Where to put it.
     **hints
-        k, in_site, out_site, target, reads, model_name, norm_factor: what other libraries' files do not say or name
-        otherwise. The k of a recurrentlens TopK must be given, the factor of a SAELens coder with normalised input, and
-        sites that no Mamba model has. Our own files say all of this, and what is given must agree.
+        k, in_site, out_site, target, reads, model_name, norm_factor, apply_b_dec_to_input: what other libraries' files
+        do not say or name otherwise. The k of a recurrentlens TopK must be given, the factor of a SAELens coder with
+        normalised input, sites that no model here has, and the site of a `.pt` file. Our own files say all of this,
+        and what is given must agree.
 
     Returns
     -------

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saes.config import ARCHITECTURES, CoderConfig
+from saes.config import ARCHITECTURES, ONLY_READ, CoderConfig
 from saes.files.checks import CoderFileError, Hints, check_tensors, dtype_name, field, nearest
 from saes.files.sites import coder_config
 
@@ -25,14 +25,23 @@ VERSION = "6.0.0"
 """Of SAELens, whose format this is."""
 
 READ = {
-    **{name: name for name in ("standard", "topk", "jumprelu", "gated", "batchtopk")},
+    **{name: name for name in ("standard", "topk", "abstopk", "jumprelu", "gated", "batchtopk")},
     "matryoshka_batchtopk": "batchtopk",
     **{"transcoder": "standard", "skip_transcoder": "standard"},
     **{"jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu"},
 }
 """Architectures of SAELens that can be read, and what they are here."""
 
-WRITTEN_AS = {name: "jumprelu" if name in ("batchtopk", "matryoshka") else name for name in ARCHITECTURES}
+REFUSED = {
+    "matching_pursuit": "chooses one latent after the other, each by what those before it left over, so that latents"
+    " are no function of x W_enc + b_enc",
+    "temporal": "reads other positions of the text by attention, and a coder here reads one",
+}
+"""Architectures of SAELens that no coder here computes, and why."""
+
+WRITTEN_AS = {
+    name: "jumprelu" if name in ("batchtopk", "matryoshka") else name for name in (*ARCHITECTURES, *ONLY_READ)
+}
 
 _IN_OLD_FILES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 _OF_THE_MODEL = ("model_name", "hook_name", "hook_name_out", "hook_head_index")
@@ -71,9 +80,9 @@ def config_of(cfg: CoderConfig, dtype: str) -> dict[str, Any]:
             "hook_name": cfg.in_site,
         },
     }
-    if name == "topk":
+    if name in ("topk", "abstopk"):
         config |= {"rescale_acts_by_decoder_norm": False}
-    if cfg.architecture == "topk":
+    if cfg.architecture in ("topk", "abstopk", "groupmax"):
         config |= {"k": cfg.k}
     if "transcoder" in name:
         config["d_out"] = cfg.d_out
@@ -157,6 +166,10 @@ def read_foreign(
     """
     config = modern(config, where)
     name = field(config, "architecture", str, where)
+    if name in REFUSED:
+        raise CoderFileError(
+            f"{where} has architecture {name!r}, which {REFUSED[name]}. Such a coder can only be used in SAELens"
+        )
     if name not in READ:
         raise CoderFileError(
             f"{where} has architecture {name!r}, expected one of {', '.join(READ)}{nearest(name, READ)}"
@@ -172,7 +185,7 @@ def read_foreign(
     if not isinstance(apply, bool):
         raise CoderFileError(f"{where} has apply_b_dec_to_input={apply!r}, expected true or false")
     k = hints.k
-    if k is None and READ[name] in ("topk", "batchtopk"):
+    if k is None and READ[name] in ("topk", "abstopk", "batchtopk"):
         number = config.get("k")  # a BatchTopK's may be a float there
         if isinstance(number, float) and number.is_integer():
             config = {**config, "k": int(number)}
@@ -264,7 +277,7 @@ def _foreign_weights(
     rescale = config.get("rescale_acts_by_decoder_norm", trained)
     if not isinstance(rescale, bool):
         raise CoderFileError(f"{where} has rescale_acts_by_decoder_norm={rescale!r}, expected true or false")
-    if rescale and cfg.architecture in ("topk", "batchtopk"):
+    if rescale and cfg.architecture in ("topk", "abstopk", "batchtopk"):
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in state.items()}
         norm = wide["W_dec"].norm(dim=1)
         if bool((norm == 0).any()):

@@ -1,13 +1,13 @@
 """Import of sparsify's directories: `cfg.json` and `sae.safetensors`, one directory a hook point, named after it.
 
-A TopK: encoder.weight [F, d], encoder.bias, W_dec [F, d], b_dec, W_skip [d, d] with a skip connection, from input to
-output. An SAE's input is centred by b_dec, a transcoder's is not. SAEs read a module's output, transcoders its input.
+A TopK or GroupMax: encoder.weight [F, d], encoder.bias, W_dec [F, d], b_dec, W_skip [d, d] with a skip connection, from
+input to output. An SAE's input is centred by b_dec, a transcoder's is not. SAEs read a module's output,
+transcoders its input.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,18 @@ from torch import Tensor
 
 from saes.config import CoderConfig
 from saes.files.checks import CoderFileError, Hints, check_tensors, field
+from saes.files.modules import ModulePath
 from saes.files.sites import coder_config
 
-_LAYER = re.compile(r"(?:backbone\.|model\.)?layers[._]([0-9]{1,4})((?:\.\w+)*)")
 
-OUTPUTS = {
-    "": "hook_resid_post",
-    ".mixer": "mixer.hook_out_proj",
-    ".mixer.out_proj": "mixer.hook_out_proj",
-    ".mixer.in_proj": "mixer.hook_in_proj",
-    ".norm": "norm.hook_out",
-}
-"""Our site of the output of a module within a block."""
-
-TOP = {"embed_tokens": "hook_embed", "embeddings": "hook_embed", "norm_f": "ln_final.hook_out"}
-
-
-def _sites(folder: str, transcode: bool) -> tuple[str | None, str | None]:
-    """Our names of what a hook point's module reads and gives, as far as a coder can be on it."""
-    found = _LAYER.fullmatch(folder)
-    if found is None:
-        return (None, None) if transcode else (TOP.get(folder.removeprefix("backbone.")),) * 2
-    block, module = f"blocks.{int(found[1])}.", found[2]
-    if transcode:
-        return (f"{block}norm.hook_out", f"{block}mixer.hook_out_proj") if module == ".mixer" else (None, None)
-    site = OUTPUTS.get(module)
-    return (None, None) if site is None else (block + site, block + site)
+def _sites(folder: str, transcode: bool) -> tuple[str, str]:
+    """What a hook point's module reads and gives: our names of a transcoder's, else the folder's own."""
+    found = ModulePath.parse(folder)
+    if not transcode:
+        return folder, folder
+    if found is None or found.layer is None or found.parts != ("mixer",):
+        return f"the input of {folder}", folder
+    return f"blocks.{found.layer}.norm.hook_out", f"blocks.{found.layer}.mixer.hook_out_proj"
 
 
 def read_sparsify(
@@ -52,11 +38,11 @@ def read_sparsify(
     Raises
     ------
     CoderFileError
-        For activation functions other than TopK, hook points that are no site of ours, or files that do not fit.
+        For other activation functions, hook points that are no site of ours, or files that do not fit.
     """
     activation = config.get("activation", "topk")
-    if activation != "topk":
-        raise CoderFileError(f"{where} has activation={activation!r}; expected 'topk'")
+    if activation not in ("topk", "groupmax"):
+        raise CoderFileError(f"{where} has activation={activation!r}; expected 'topk' or 'groupmax'")
     for name in ("signed", "transcode", "skip_connection"):
         if not isinstance(config.get(name, False), bool):
             raise CoderFileError(f"{where} has {name}={config[name]!r}, expected true or false")
@@ -74,10 +60,10 @@ def read_sparsify(
         dataclasses.replace(hints, k=k),
         where,
         transcoder=transcode,
-        found_in=read or where.parent.name,
-        found_out=given or where.parent.name,
+        found_in=read,
+        found_out=given,
         found_model=None,
-        architecture="topk",
+        architecture=activation,
         d_in=d_in,
         d_out=d_in,
         d_sae=d_sae,

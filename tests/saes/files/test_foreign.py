@@ -203,7 +203,9 @@ def test_half_precision_is_read_as_float32(tmp_path):
 
 def test_sites_of_other_models_must_be_named(tmp_path):
     folder = saelens(tmp_path / "c", weights("b_enc"), "standard", metadata={"hook_name": "blocks.5.hook_attn_in"})
-    with pytest.raises(CoderFileError, match=r"names the site 'blocks.5.hook_attn_in', which no Mamba.*give in_site="):
+    with pytest.raises(
+        CoderFileError, match=r"names the site 'blocks.5.hook_attn_in', which no model here.*give in_site="
+    ):
         SparseCoder.load(folder)
     assert SparseCoder.load(folder, in_site="blocks.5.mixer.hook_y_gated").cfg.layer == 5
     with pytest.raises(CoderFileError, match="target='block' is for MambaCoders"):

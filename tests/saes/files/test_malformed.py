@@ -253,7 +253,7 @@ def test_thresholds_that_differ_where_there_is_one(tmp_path):
 
 SAELENS = {
     "no architecture": ("standard", {"architecture": ...}, "lacks architecture"),
-    "an unknown architecture": ("standard", {"architecture": "temporal"}, "architecture 'temporal', expected one of"),
+    "an unknown architecture": ("standard", {"architecture": "nonsense"}, "architecture 'nonsense', expected one of"),
     "no d_sae": ("standard", {"d_sae": ...}, "lacks d_sae"),
     "a d_in in words": ("standard", {"d_in": "six"}, "d_in='six', expected a positive integer"),
     "a d_sae of 0": ("standard", {"d_sae": 0}, "d_sae=0, expected a positive integer"),
@@ -264,10 +264,10 @@ SAELENS = {
     "an unknown dtype": ("standard", {"dtype": "float7"}, r"dtype in .*cfg\.json must .*got 'float7'; nearest"),
     "a dtype that is a number": ("standard", {"dtype": 32}, "dtype=32, expected a text"),
     "a layer that no model has": (
-        "standard", {"metadata__hook_name": "blocks.999999999999.hook_resid_post"}, "which no Mamba model",
+        "standard", {"metadata__hook_name": "blocks.999999999999.hook_resid_post"}, "which no model here",
     ),
-    "a layer with leading zeros": ("standard", {"metadata__hook_name": "blocks.01.hook_resid_post"}, "no Mamba model"),
-    "a layer in other digits": ("standard", {"metadata__hook_name": "blocks.\u0661.hook_resid_post"}, "no Mamba model"),
+    "a layer with leading zeros": ("standard", {"metadata__hook_name": "blocks.01.hook_resid_post"}, "no model here"),
+    "a layer in other digits": ("standard", {"metadata__hook_name": "blocks.\u0661.hook_resid_post"}, "no model here"),
     "a hook name of 2 MB": ("standard", {"metadata__hook_name": "x" * 2**21}, r"names the site 'xxx.*left out"),
     "a model name of 2 MB": ("standard", {"metadata__model_name": "x" * 2**21}, "model_name of 2,097,152 characters"),
     "an architecture of 2 MB": ("standard", {"architecture": "x" * 2**21}, "architecture of 2,097,152 characters"),
@@ -287,7 +287,7 @@ SAELENS = {
     "centring in words": ("standard", {"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input='no', expected"),
     "metadata that is a text": ("standard", {"metadata": "x", "sae_lens_version": "6.0"}, "metadata='x', expected"),
     "an odd version": ("standard", {"metadata__sae_lens_version": "six"}, "sae_lens_version='six', expected a version"),
-    "no hook": ("standard", {"metadata__hook_name": ...}, "names the site None, which no Mamba model"),
+    "no hook": ("standard", {"metadata__hook_name": ...}, "names the site None, which no model here"),
     "thresholds missing": ("jumprelu", {}, "missing threshold"),
     "a gated without its gate": ("gated", {}, "missing b_gate, b_mag, r_mag"),
     "a transcoder without d_out": ("transcoder", {"apply_b_dec_to_input": False}, "lacks d_out"),
@@ -387,7 +387,7 @@ def test_of_recurrentlens_thresholds_beyond_float32(tmp_path):
 
 
 SPARSIFY = {
-    "groups": ({"activation": "groupmax"}, "activation='groupmax'; expected 'topk'"),
+    "groups": ({"activation": "relu"}, "activation='relu'; expected 'topk' or 'groupmax'"),
     "either sign": ({"signed": True}, "latents of either sign"),
     "no k": ({"k": ...}, "lacks k"),
     "a k of 0": ({"k": 0}, "k=0, expected a positive integer"),
@@ -396,7 +396,7 @@ SPARSIFY = {
     "a skip that is not there": ({"skip_connection": True}, "missing W_skip"),
     "num_latents in words": ({"num_latents": "many"}, "num_latents='many', expected a positive integer"),
     "no width": ({"num_latents": 0, "expansion_factor": ...}, "lacks expansion_factor"),
-    "a transcoder of a block": ({"transcode": True}, "names the site 'layers.3', which no Mamba"),
+    "a transcoder of a block": ({"transcode": True}, "names the site 'the input of layers.3', which no"),
 }
 
 
@@ -407,6 +407,29 @@ def test_of_sparsify(tmp_path, case):
     change(folder, **changes)
     with pytest.raises(CoderFileError, match=message):
         SparseCoder.load(folder)
+
+
+ARCHIVES = {
+    "no threshold": ({"threshold": None}, "sae.pt does not hold this coder's tensors: missing threshold"),
+    "one more": ({"b_gate": torch.zeros(F)}, "sae.pt does not hold this coder's tensors: unexpected 'b_gate'"),
+    "a vector for W_enc": ({"W_enc": torch.zeros(6)}, r"W_enc in .*sae.pt has shape \[6\], expected d x F"),
+    "W_dec lying down": ({"W_dec": torch.zeros(6, F)}, r"W_dec in .*sae.pt has shape \[6, 16\], expected \[16, 6\]"),
+    "a threshold for all": ({"threshold": torch.tensor(0.1)}, r"threshold in .*sae.pt has shape \[\], expected \[16\]"),
+    "whole numbers": (
+        {"b_dec": torch.zeros(6, dtype=torch.int32)},
+        "b_dec in .*sae.pt has dtype int32, expected one of",
+    ),
+    "an infinity": ({"b_enc": torch.full((F,), INF)}, "b_enc in .*sae.pt has 16 of 16 numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_of_an_archive(case, tmp_path):
+    changes, said = ARCHIVES[case]
+    W = weights("b_enc", "threshold") | changes
+    torch.save({name: value for name, value in W.items() if value is not None}, tmp_path / "sae.pt")
+    with pytest.raises(CoderFileError, match=said):
+        SparseCoder.load(tmp_path / "sae.pt", in_site="blocks.0.hook_resid_post")
 
 
 def test_what_is_no_coder_at_all(tmp_path):
@@ -423,8 +446,13 @@ def test_what_is_no_coder_at_all(tmp_path):
     with pytest.raises(CoderFileError, match="is one file of a coder; give its folder"):
         SparseCoder.load(inner / "cfg.json")
     torch.save({}, tmp_path / "sae.pt")
-    with pytest.raises(CoderFileError, match="may contain code and is not read"):
+    with pytest.raises(
+        CoderFileError, match="does not hold this coder's tensors: missing W_dec, W_enc, b_dec, b_enc, thr"
+    ):
         SparseCoder.load(tmp_path / "sae.pt")
+    torch.save({}, tmp_path / "sae.ckpt")
+    with pytest.raises(CoderFileError, match="may contain code and is not read"):
+        SparseCoder.load(tmp_path / "sae.ckpt")
 
 
 def test_links_within_the_hub_clients_cache_are_followed(tmp_path):

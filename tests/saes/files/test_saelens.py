@@ -53,6 +53,7 @@ def theirs_of(sae_lens, architecture: str):
     """One of SAELens' own, with random values everywhere."""
     name = {
         "topk": "TopK",
+        "abstopk": "AbsTopK",
         "jumprelu": "JumpReLU",
         "standard": "Standard",
         "gated": "Gated",
@@ -62,7 +63,7 @@ def theirs_of(sae_lens, architecture: str):
     name |= {"jumprelu_skip_transcoder": "JumpReLUSkipTranscoder"}
     kind = name[architecture]
     transcoder = "Transcoder" in kind
-    options = {"k": 3} if architecture == "topk" else {}
+    options = {"k": 3} if "topk" in architecture else {}
     if transcoder:
         options |= {"d_out": 12, "apply_b_dec_to_input": False}
     suffix = "" if transcoder else "SAE"
@@ -79,7 +80,7 @@ def theirs_of(sae_lens, architecture: str):
 
 
 @pytest.mark.parametrize("architecture", [
-    "standard", "topk", "jumprelu", "gated", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "standard", "topk", "abstopk", "jumprelu", "gated", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
 ])  # fmt: skip
 def test_we_read_what_it_writes(sae_lens, tmp_path, architecture):
@@ -90,6 +91,45 @@ def test_we_read_what_it_writes(sae_lens, tmp_path, architecture):
     assert int((z != 0).sum()) > 0
     assert torch.allclose(back.encode(X), z, rtol=1e-5, atol=1e-5)
     assert torch.allclose(back(X), theirs(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [
+    "standard", "topk", "abstopk", "jumprelu", "gated", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+])  # fmt: skip
+def test_in_float64_to_rounding(sae_lens, tmp_path, architecture):
+    theirs = theirs_of(sae_lens, architecture).double()
+    theirs.cfg.dtype, theirs.dtype = "float64", torch.float64
+    theirs.save_model(tmp_path / "c")
+    x, back = X.double(), SparseCoder.load(tmp_path / "c")
+    assert back.dtype == torch.float64
+    assert float((back.encode(x) - theirs.encode(x)).abs().max()) < 1e-13
+    assert float((back(x) - theirs(x)).abs().max()) < 1e-12
+
+
+def test_what_we_cannot_say_is_refused_by_name(sae_lens, tmp_path):
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    from saes.files.saelens import READ, REFUSED
+
+    assert set(SAE_CLASS_REGISTRY) <= set(READ) | set(REFUSED)
+    cfg = sae_lens.MatchingPursuitSAEConfig(d_in=12, d_sae=40)
+    cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae_lens.MatchingPursuitSAE(cfg).save_model(tmp_path / "c")
+    with pytest.raises(ValueError, match="'matching_pursuit', which chooses one latent after the other"):
+        SparseCoder.load(tmp_path / "c")
+
+
+def test_a_path_of_modules_is_found_in_the_model(sae_lens, tmp_path):
+    from hooked_mamba import load_model
+    from saes import load_coder
+
+    theirs = theirs_of(sae_lens, "jumprelu")
+    theirs.cfg.metadata.hook_name = "backbone.layers.2.mixer"
+    theirs.save_model(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"does not have with that width; give in_site="):
+        load_coder(tmp_path / "c", load_model("tinystories-4l"))
+    assert SparseCoder.load(tmp_path / "c").cfg.in_site == "blocks.2.mixer.hook_out_proj"
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])

@@ -10,11 +10,14 @@ from saes import SparseCoder
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
 @pytest.mark.parametrize(("transcode", "skip"), [(False, False), (True, False), (True, True)])
-def test_we_read_what_it_writes(tmp_path, monkeypatch, transcode, skip):
+def test_we_read_what_it_writes(tmp_path, monkeypatch, transcode, skip, activation):
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # read when it is imported
     sparsify = pytest.importorskip("sparsify")
-    cfg = sparsify.SparseCoderConfig(num_latents=40, k=5, transcode=transcode, skip_connection=skip)
+    cfg = sparsify.SparseCoderConfig(
+        num_latents=40, k=5, activation=activation, transcode=transcode, skip_connection=skip
+    )
     theirs = sparsify.SparseCoder(12, cfg)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
