@@ -26,6 +26,7 @@ from circuits.interventions import ScaleEmbedding as ScaleEmbedding
 from circuits.interventions import ScaleError as ScaleError
 from circuits.interventions import ScaleFeature as ScaleFeature
 from circuits.interventions import ScaleState as ScaleState
+from circuits.interventions import ScaleUnit as ScaleUnit
 from circuits.interventions import SetFeature as SetFeature
 from circuits.interventions import SetState as SetState
 from circuits.interventions import edit_of as edit_of
@@ -40,6 +41,7 @@ from circuits.targets import Channel as Channel
 from circuits.targets import Direction as Direction
 from circuits.targets import Feature as Feature
 from circuits.targets import Logit as Logit
+from circuits.targets import Unit as Unit
 from circuits.targets import top_logits as top_logits
 from circuits.trace import Trace as Trace
 from circuits.trace import trace_paths as trace_paths

@@ -6,8 +6,9 @@ of them at a time; memory is linear in the length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 from circuits.coded_layer import LayerMode
 from circuits.descent import Descent, alike, until
 from circuits.frozen_model import FrozenModel, frozen_of
-from circuits.parts import Parts
-from circuits.points import PointDescent, stays
-from circuits.targets import Target, chosen_targets
-from hooked_mamba.frozen.run import Part
+from circuits.parts import Deferred, Parts
+from circuits.points import PointDescent, by_depth, stays
+from circuits.targets import Covector, Target, chosen_targets
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
@@ -44,8 +45,8 @@ class Attribution(Parts):
     """The numbers as the run had them."""
     offset: Float[Tensor, " n"]
     """Biases between the target and the stream it reads, such as a coder's b_enc."""
-    codes: dict[int, Codes]
-    """Layer -> which latents `features` speaks of, b l k."""
+    codes: dict[Part, Codes]
+    """Part -> which latents `features` speaks of, b l k."""
 
     @property
     def total(self) -> Float[Tensor, " n"]:
@@ -92,9 +93,9 @@ def attribute(
     prompt: str | Sequence[Any] | Tensor | None = None,
     targets: Target | Sequence[Any] = (),
     *,
-    mode: LayerMode | dict[int, LayerMode] | None = None,
-    keep_heads: bool = True,
-    nodes: dict[int, Float[Tensor, "l E"]] | None = None,
+    mode: LayerMode | Mapping[Part, LayerMode] | None = None,
+    keep_heads: bool | None = None,
+    nodes: Mapping[Part, Float[Tensor, "l U"]] | None = None,
     batch: int = 64,
     unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,
@@ -110,10 +111,11 @@ def attribute(
     targets
         One or several; each is traced on every row of the batch.
     keep_heads
-        Whether heads are kept: n l E numbers a layer.
+        Whether heads are kept: twice n l E numbers per layer. None: yes; of a run that recomputes (long prompts) they
+        are formed, by one more way down, when they are first read.
     nodes
-        Layer -> 1 at the channels (source, channel) that are nodes of their own: paths end there, so that `heads` holds
-        direct effects and `node_heads` counts them into the total.
+        Part -> 1 at the units (source; channel, attention head, neuron or expert) that are nodes of their own: paths
+        end there, so that `heads` holds direct effects and `node_heads` counts them into the total.
     batch
         Covectors that go down together.
     unexplained
@@ -128,11 +130,14 @@ def attribute(
     if unexplained not in ("refuse", "keep"):
         raise ValueError(f"unexplained must be 'refuse' or 'keep', got {unexplained!r}")
     frozen, chosen = frozen_of(model, prompt, coders, mode, **run), chosen_targets(targets)
+    deferred = keep_heads is None and frozen.recomputes
+    keep_heads = not deferred if keep_heads is None else keep_heads
     with torch.no_grad():
         covectors = [target.covector(frozen, row) for target in chosen for row in range(frozen.batch)]
         rows = frozen.rows_of(len(chosen))
         read_out = {c.layer for c in covectors if c.stream == "out"}
-        order, points = alike(covectors, frozen, batch), not nodes and stays(frozen, covectors)
+        points = not nodes and stays(frozen, covectors)
+        order = by_depth(covectors, batch) if points else alike(covectors, frozen, batch)
         pieces, beginnings = [], {frozen.length: frozen}
         for places in order:
             mine = [covectors[i] for i in places]
@@ -154,8 +159,13 @@ def attribute(
         codes={i: coded.codes for i, coded in frozen.coded.items()},
         **vars(Parts.joined(pieces, order, frozen.length, nodes or {})),
     )
-    if unexplained == "refuse" and frozen.rule.name == "none" and frozen.rule.sums:
-        _check_sum(frozen, found)
+    if deferred:
+        again = cache(
+            partial(attribute, frozen, targets=chosen, keep_heads=True, nodes=nodes, batch=batch, unexplained="keep")
+        )
+        found.heads, found.token_heads = Deferred(lambda: again().heads), Deferred(lambda: again().token_heads)
+    if unexplained == "refuse" and frozen.rule.sums:
+        _check_sum(frozen, found, covectors)
     return found
 
 
@@ -165,8 +175,15 @@ def require_sums(frozen: FrozenModel, targets: Sequence[Target]) -> None:
         attribute(frozen, targets=targets, keep_heads=False)
 
 
-def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
-    rounding = torch.finfo(frozen.model.embed.weight.dtype).eps ** 0.5 * found.size
+def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector]) -> None:
+    eps = torch.finfo(frozen.model.embed.weight.dtype).eps
+    # What cancels within a product is in no part: a target far below its factors is rounding itself.
+    rows = found.rows.tolist()
+    factors = [
+        float(_stream(frozen, c)[row, c.position].norm() * c.vector.norm())
+        for c, row in zip(covectors, rows, strict=True)
+    ]
+    rounding = eps**0.5 * found.size + 1000 * eps * found.size.new_tensor(factors)
     wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
     if not wrong:
         return
@@ -179,6 +196,18 @@ def _check_sum(frozen: FrozenModel, found: Attribution) -> None:
         " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts"
         " as they are with unexplained='keep'"
     )
+
+
+def _stream(frozen: FrozenModel, covector: Covector) -> Float[Tensor, "b l e"]:
+    """What the run had where a target is read."""
+    stream, part = covector.stream, covector.layer
+    if stream == "resid":
+        return frozen.resid(int(part))
+    if stream == "in":
+        return frozen.entering(part)
+    if stream == "out":
+        return frozen.out(*frozen.branch_of(part))
+    return frozen.chain(part).values.get(stream, frozen.chain(part).u)
 
 
 def attribute_heads(

@@ -1,7 +1,8 @@
 """From a frozen run to a graph, within budgets.
 
-1. The targets are traced once, all paths through. Of layers that are mixers, the heads (layer, source, channel) with
-   the largest effects become nodes; all others stay part of the paths that pass them, so that sums are kept.
+1. The targets are traced once, all paths through. Of branches that no coder replaces, the units with the largest
+   effects become nodes, "heads": channels of mixers and attention heads at their sources, neurons, experts. All others
+   stay part of the paths that pass them, so that sums are kept.
 2. The targets are traced again, paths now ending at these heads; so are the heads.
 3. Of the features that have been found, those with the largest influence are traced, a batch at a time, until the
    budget is spent. What the others add is reported as each row's remainder.
@@ -27,7 +28,8 @@ from circuits.graph import Graph, Node
 from circuits.influence import influence
 from circuits.keep import Keep
 from circuits.row_nodes import ENDS, RowNodes
-from circuits.targets import Channel, Feature, Logit, Target, chosen_targets
+from circuits.targets import Feature, Logit, Target, Unit, chosen_targets
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 
 def build_graph(
@@ -51,7 +53,7 @@ def build_graph(
     targets
         What the graph explains.
     max_features, max_heads
-        How many features are traced, and how many heads of mixer and split layers are nodes.
+        How many features are traced, and how many heads (of branches that no coder replaces) are nodes.
     keep
         Exactly which are nodes instead, such as `node_effects(...).largest(200)`.
     batch
@@ -77,6 +79,7 @@ def build_graph(
     weight = _importance(frozen, chosen, importance)
     if keep is not None and any(m.dtype != torch.bool for part in (keep.heads, keep.features) for m in part.values()):
         raise ValueError("keep must be masks of True and False, one entry for each head and feature")
+    heads: dict[Part, Tensor]
     if keep is None:
         heads = _choose_heads(frozen, chosen, weight, max_heads, batch)
     else:
@@ -95,23 +98,25 @@ def build_graph(
     # More at once than go down together: those that start close together can then be found among them.
     for start in range(0, len(head_places), 4 * batch):
         here = [columns[i] for i in head_places[start : start + 4 * batch]]
-        found = trace([Channel(node.layer, node.index, node.position) for node in here])
+        found = trace([Unit(node.part, node.index, node.position) for node in here])
         rows.add(head_places[start : start + 4 * batch], *found)
     places = columns.of_kind("feature")
     if keep is not None:
-        places = [i for i in places if keep.features[(at := columns[i]).layer][at.position, at.index]]
+        places = [i for i in places if keep.features[(at := columns[i]).part][at.position, at.index]]
     candidates = torch.tensor(places, dtype=torch.long)
     bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
+    # Few at a time while the budget is small: what is behind a feature is seen only once the feature is traced.
+    step = batch if keep is not None else min(batch, max(1, max_features // 8))
     traced = 0
     while traced < max_features and len(candidates):
         reach = rows.reach(effects, weight)[candidates]
-        order = reach.argsort(descending=True, stable=True)[: min(batch, max_features - traced)]
+        order = reach.argsort(descending=True, stable=True)[: min(step, max_features - traced)]
         order = order if keep is not None else order[reach[order] > 0]
         best = candidates[order].tolist()
         if not best:
             break
         features = [
-            Feature(frozen.coded[node.layer].coder, node.index, node.position) for node in (columns[i] for i in best)
+            Feature(frozen.coded[node.part].coder, node.index, node.position) for node in (columns[i] for i in best)
         ]
         rows.add(best, *trace(features))
         left = torch.ones(len(candidates), dtype=torch.bool)
@@ -132,8 +137,8 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
             raise ValueError(f"importance must be {len(targets)} numbers, none negative, got {list(given)}")
         weight = torch.tensor(list(given), dtype=frozen.dtype)
     elif all(isinstance(t, Logit) and t.minus is None for t in targets):
-        p = frozen.logits[0].softmax(-1)
-        weight = torch.stack([p[frozen.column(t.position, 0), frozen.token_id(t.token)] for t in targets])
+        at = [frozen.logits_at(0, frozen.column(t.position, 0)).softmax(-1) for t in targets]
+        weight = torch.stack([p[frozen.token_id(t.token)] for p, t in zip(at, targets, strict=True)])
     else:
         weight = torch.ones(len(targets), dtype=frozen.dtype)
     return (weight / weight.sum()).cpu()
@@ -141,15 +146,21 @@ def _importance(frozen: FrozenModel, targets: list[Any], given: Sequence[float |
 
 def _choose_heads(
     frozen: FrozenModel, targets: list[Any], weight: Tensor, count: int, batch: int
-) -> dict[int, Float[Tensor, "l E"]]:
-    """Layer -> 1 at the heads that become nodes."""
-    layers = frozen.mixed_layers()
+) -> dict[Part, Float[Tensor, "l E"]]:
+    """Part -> 1 at the heads that become nodes."""
+    layers = frozen.open_parts()
     if not layers or count < 1:
         return {}
     found = attribute(frozen, targets=targets, batch=batch)
-    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers}
+    given = {part: branch_of(part)[1] for i in range(frozen.n_layers) for part in frozen.given_parts(i)}
+    of_layer = {i: found.token_heads[i] if i in frozen.coded else found.heads[i] for i in layers if i not in given}
+    units = {i: frozen.chain(i).by_unit(effects, found.rows) for i, effects in of_layer.items()}
+    units |= {i: found.carried[name].unsqueeze(-1) for i, name in given.items() if name in found.carried}
+    layers = [i for i in layers if i in units]
+    if not layers:
+        return {}
     weight = weight.to(found.target.device)
-    size = [torch.einsum("n,nle->le", weight, of_layer[i].abs()) for i in layers]
+    size = [torch.einsum("n,nle->le", weight, units[i].abs()) for i in layers]
     sizes = torch.cat([part.flatten() for part in size])
     best = sizes.topk(min(count, int((sizes > 0).sum()))).indices
     mask = torch.zeros_like(sizes)
@@ -198,8 +209,11 @@ def _assemble(
         "targets": [_token_of(frozen, target) for target in targets],
         "selection": frozen.rule.name,
         "shares": list(frozen.rule.shares) if frozen.rule.name == "shares" else None,
-        "modes": {str(i): (frozen.coded[i].mode if i in frozen.coded else "mixer") for i in range(top)},
-        "coders": {str(i): _plain(coded.coder.cfg.to_dict()) for i, coded in frozen.coded.items()},
+        "modes": {
+            str(part): (frozen.coded[part].mode if part in frozen.coded else "mixer")
+            for part in sorted({*range(top), *frozen.coded}, key=in_order)
+        },
+        "coders": {str(part): _plain(coded.coder.cfg.to_dict()) for part, coded in frozen.coded.items()},
     }
     return Graph((*first, *inner), weights, remainder, tokens, importance, about)
 
@@ -209,7 +223,7 @@ def _token_of(frozen: FrozenModel, target: Any) -> dict[str, Any]:
     if not isinstance(target, Logit):
         return {}
     token = frozen.token_id(target.token)
-    p = frozen.logits[0, frozen.column(target.position, 0)].softmax(-1)[token]
+    p = frozen.logits_at(0, frozen.column(target.position, 0)).softmax(-1)[token]
     return {"token": token, "probability": float(p)}
 
 

@@ -34,6 +34,10 @@ def circuit(
     selection: Annotated[
         str, typer.Option(help="What edges follow beside the value path: none, half, shares or gradient.")
     ] = "none",
+    units: Annotated[
+        list[str] | None,
+        typer.Option(help="Branches whose units may be nodes (mixer, attn, mlp, moe); may be repeated. Default: all."),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Check the circuit by intervening.")] = True,
 ) -> None:
     """Trace what a prediction is made of: a pruned graph, its checks, and a page to look at."""
@@ -53,12 +57,20 @@ def circuit(
     note_other_weights(coders, loaded, model)
     chosen = None if target is None else Logit(target, minus=minus)
     found = extract_circuit(
-        loaded, coders, prompt, chosen, budget, choose=choose, selection=selection, check=check, verbose=True
+        loaded,
+        coders,
+        prompt,
+        chosen,
+        budget,
+        choose=choose,
+        selection=selection,
+        units=units or None,
+        check=check,
+        verbose=True,
     )
     typer.echo(str(found))
-    report = None if found.report is None else str(found.report)
     features = about_features(found.frozen, found.graph, text, n_tokens=n_tokens)
-    page = circuit_page(found.graph, features=features, report=report).save(out)
+    page = circuit_page(found.graph, features=features, report=found.report).save(out)
     typer.echo(f"page: {page}")
     if graph is not None:
         typer.echo(f"graph: {save_graph(found.graph, graph)}")

@@ -3,13 +3,14 @@
 1. From the last layer down, and in each from its last stage down, the targets that start there join; V is the covector
    on the stream above.
 2. Each branch's share is read off: channels, or features and error.
-3. V' = V + what passes through the frozen branches is the covector on the stream below.
+3. V' = V + what passes through the frozen branches is the covector on the stream below. Through a branch whose output
+   (or whose write into memory) a coder replaces, nothing passes: paths end at its features.
 4. At the bottom V meets the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,8 @@ from circuits.frozen_model import FrozenModel
 from circuits.parts import Parts
 from circuits.targets import Covector, Stream
 from hooked_mamba.frozen.chain import Pulled
+from hooked_mamba.frozen.places import Part, branch_of, part_of
 from hooked_mamba.frozen.routed import of_experts
-from hooked_mamba.frozen.run import Part
 
 SHARES = 8
 """How many parts a prompt is divided into, to find covectors that start close together."""
@@ -51,7 +52,7 @@ class Descent:
     keep_heads
         Whether to keep what each channel adds.
     nodes
-        Layer -> 1 at channels where paths end.
+        Part -> 1 at units (channels, heads, neurons, experts) where paths end, l U.
     """
 
     def __init__(
@@ -59,9 +60,9 @@ class Descent:
         frozen: FrozenModel,
         covectors: list[Covector],
         rows: Int[Tensor, " n"],
-        read_out: set[int],
+        read_out: set[Part],
         keep_heads: bool,
-        nodes: dict[int, Float[Tensor, "l E"]],
+        nodes: Mapping[Part, Float[Tensor, "l U"]],
     ) -> None:
         self.frozen, self.covectors, self.rows = frozen, covectors, cast(Any, rows)
         self.all_rows, self.depths = rows, [depth(covector) for covector in covectors]
@@ -87,7 +88,7 @@ class Descent:
                 above = V
                 read = torch.zeros_like(V)  # on what the stage reads
                 for part in stage:
-                    read = read + self.below(part, above)
+                    read = self.join(read + self.below(part, above), "in", part)
                 V = above + read + self.beside(layer, read)
         V = self.join(self.grown(V, len(self.covectors)), "resid", 0)
         where = self.started(len(V))
@@ -128,7 +129,7 @@ class Descent:
             return 0.0
         v = side.into.pull(read).covector
         for part in reversed(side.parts):
-            v = self.below(part, v)
+            v = self.join(self.below(part, v), "in", part)
         below = side.split(v)
         above = self.at_embedding
         embedding = below.embedding
@@ -153,7 +154,11 @@ class Descent:
         """
         coded, rows, parts = self._coded(part), self.rows, self.parts
         nodes = self._nodes(part)
-        passing = None if nodes is None else 1 - nodes
+        passing = None if nodes is None else 1 - self.frozen.chain(part).of_units(nodes, rows)
+        if coded is not None and coded.node == "u":
+            pulled = self.frozen.pull_to_u(part, out, rows)
+            self.constants(part, pulled)
+            return pulled.below + self.read_off(coded, pulled.at["u"], rows)
         if coded is None:
             pulled = self.frozen.pull(part, out, rows, passing)
             self.keep(part, pulled)
@@ -163,7 +168,7 @@ class Descent:
         by_coder, by_mixer = out * ~mine[:, None, None], out * mine[:, None, None]
         below = torch.zeros_like(out)
         if self.frozen.is_split(part):
-            below = self.across(coded.layer, out, by_coder, nodes)
+            below = self.across(coded.part, out, by_coder, nodes)
         elif part in self.read_out:
             pulled = self.frozen.pull(part, by_mixer, rows, passing)
             below = pulled.below
@@ -171,11 +176,33 @@ class Descent:
         else:
             for constants in (parts.biases, parts.initial):
                 constants.setdefault(part, out.new_zeros(len(out)))
-        parts.features[coded.layer] = coded.feature_effects(by_coder, rows)
-        parts.coder_biases[coded.layer] = coded.bias_effect(by_coder)
-        parts.errors[coded.layer] = coded.error_effects(by_coder, rows)
-        skip = coded.pull_skip(self.frozen, by_coder, rows)
-        return below if skip is None else below + skip
+        return below + self.read_off(coded, by_coder, rows)
+
+    def spread(self, at_positions: Float[Tensor, "n l ..."]) -> Float[Tensor, "n l ..."]:
+        """Numbers at the positions that covectors have, at all positions: here they have all."""
+        return at_positions
+
+    def read_off(
+        self, coded: CodedLayer, V: Float[Tensor, "n l e"], rows: Any, whole: bool = False
+    ) -> Float[Tensor, "n l i"] | float:
+        """What features, error and b_dec add to covectors where the coder stands; what its skip passes is returned.
+
+        Parameters
+        ----------
+        whole
+            Whether the covectors are at all positions, whatever those on the stream are.
+        """
+        if coded.node == "u":
+            V = self.frozen.chain(coded.part).on_site(V, coded.coder.cfg.d_out)
+        features, errors = coded.feature_effects(V, rows), coded.error_effects(V, rows)
+        if not whole:
+            features, errors = self.spread(features), self.spread(errors)
+        found = {"features": features, "coder_biases": coded.bias_effect(V), "errors": errors}
+        for name, value in found.items():
+            there = getattr(self.parts, name)
+            there[coded.part] = there[coded.part] + value if coded.part in there else value
+        skip = coded.pull_skip(self.frozen, V, rows)
+        return 0.0 if skip is None else skip
 
     def nothing(self, part: Part) -> None:
         """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""
@@ -183,7 +210,10 @@ class Descent:
         n, l = 0, frozen.length
         zeros = parts.embeddings.new_zeros
         parts.biases[part], parts.initial[part] = zeros(n), zeros(n)
-        if coded is None or frozen.is_split(part) or part in self.read_out:
+        for name in frozen.chain(part).gives:
+            if (given := self._nodes(part_of(branch_of(part)[0], name))) is not None:
+                parts.node_heads[part_of(branch_of(part)[0], name)] = zeros(n, int(given.sum()))
+        if coded is None or frozen.is_split(part) or (part in self.read_out and coded.node == "out"):
             chain = frozen.chain(part)
             if chain.routing is not None:
                 parts.experts[part] = zeros(n, l, chain.routing.n_experts)
@@ -193,11 +223,11 @@ class Descent:
             if nodes is not None:
                 parts.node_heads[part] = zeros(n, int(nodes.sum()))
         if coded is not None:
-            parts.features[coded.layer] = zeros(n, l, coded.codes.values.shape[-1])
-            parts.coder_biases[coded.layer], parts.errors[coded.layer] = zeros(n), zeros(n, l)
+            parts.features[part] = zeros(n, l, coded.codes.values.shape[-1])
+            parts.coder_biases[part], parts.errors[part] = zeros(n), zeros(n, l)
 
     def across(
-        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, layer: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
         """A split layer's cross-token part, whose sources are tokens: paths end at p where channels are nodes."""
         chain, rows = self.frozen.chain(layer), self.rows
@@ -226,32 +256,49 @@ class Descent:
         """What all layers above pull from the stream below through a value that this branch made for them."""
         chain = self.frozen.chain(part)
         below: Tensor | float = 0.0
+        layer = branch_of(part)[0]
         for name, node in chain.gives.items():
+            given, value = part_of(layer, name), chain.values[node]
+            below = below + self.from_inside(given, "u")
+            nodes = self._nodes(given)
             if name in self.carried:
                 covector = self.grown(self.carried.pop(name), len(self.rows))
-                self.parts.carried[name] = (covector * chain.values[node][self.rows]).sum(-1)
-                pulled = self.frozen.pull_u(part, covector, self.rows)
+                self.parts.carried[name] = (covector * value[self.rows]).sum(-1)
+                passing = covector if nodes is None else covector * (1 - nodes)
+                pulled = self.frozen.pull_u(part, passing, self.rows)
                 self.constants(part, pulled)
                 below = below + pulled.below
+            if nodes is not None:
+                none = value.new_zeros(len(self.rows), self.frozen.length)
+                effects = self.parts.carried.get(name, none)
+                self.parts.node_heads[given] = effects[:, nodes.nonzero(as_tuple=True)[0]]
         return below
 
     def constants(self, part: Part, pulled: Pulled) -> None:
         """Add what biases and the memory before the first position give."""
+        self.add_constants(part, pulled.bias, pulled.initial)
+
+    def add_constants(self, part: Part, bias: Float[Tensor, " n"], initial: Float[Tensor, " n"]) -> None:
+        """The same of numbers."""
         parts = self.parts
-        parts.biases[part] = parts.biases[part] + pulled.bias if part in parts.biases else pulled.bias
-        parts.initial[part] = parts.initial[part] + pulled.initial if part in parts.initial else pulled.initial
+        parts.biases[part] = parts.biases[part] + bias if part in parts.biases else bias
+        parts.initial[part] = parts.initial[part] + initial if part in parts.initial else initial
 
     def keep(self, part: Part, pulled: Pulled) -> None:
         """Read a branch's share off."""
         chain, rows, nodes = self.frozen.chain(part), self.rows, self._nodes(part)
         if self.keep_heads:
-            self.parts.heads[part] = pulled.at["u"] * chain.u[rows]
-            self.parts.token_heads[part] = pulled.at["p"] * chain.p[rows]
+            self.parts.heads[part] = self.spread(pulled.at["u"] * chain.u[rows])
+            self.parts.token_heads[part] = self.spread(pulled.at["p"] * chain.p[rows])
         if chain.routing is not None:
-            self.parts.experts[part] = of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows)
+            self.parts.experts[part] = self.spread(of_experts(pulled.at["u"] * chain.u[rows], chain.routing, rows))
         if nodes is not None:
-            source, channel = nodes.nonzero(as_tuple=True)
-            self.parts.node_heads[part] = pulled.at["u"][:, source, channel] * chain.u[rows[:, None], source, channel]
+            source, index = nodes.nonzero(as_tuple=True)
+            if chain.unit == 1:
+                effects = pulled.at["u"][:, source, index] * chain.u[rows[:, None], source, index]
+            else:
+                effects = chain.by_unit(pulled.at["u"] * chain.u[rows], rows)[:, source, index]
+            self.parts.node_heads[part] = effects
         self.constants(part, pulled)
         self.carry(pulled)
 
@@ -265,6 +312,11 @@ class Descent:
         covector = like.new_zeros(len(self.rows), *like.shape[1:])
         for i in mine:
             covector[i, self.covectors[i].position] = self.covectors[i].vector
+        coded = self._coded(part)
+        if coded is not None and coded.node == "u" and node == "y":  # the features stand below
+            pulled = chain.pull(covector, self.rows, start="y", until="u")
+            self.constants(part, pulled)
+            return self.read_off(coded, pulled.at["u"], self.rows)
         if node == "u":
             pulled = self.frozen.pull_u(part, covector, self.rows)
         else:
@@ -274,10 +326,10 @@ class Descent:
         return pulled.below
 
     def _coded(self, part: Part) -> CodedLayer | None:
-        return self.frozen.coded.get(part) if isinstance(part, int) else None
+        return self.frozen.coded.get(part)
 
     def _nodes(self, part: Part) -> Tensor | None:
-        return self.nodes.get(part) if isinstance(part, int) else None
+        return self.nodes.get(part)
 
 
 def share(length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
 from circuits.rules import Selection
 from circuits.targets import Logit, Metric, Target, chosen_targets, top_logits
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.naming import Coders
@@ -55,11 +56,12 @@ def extract_circuit(
     target: Target | str | int | Sequence[Any] | None = None,
     budget: int = 200,
     *,
-    mode: LayerMode | dict[int, LayerMode] | None = None,
+    mode: LayerMode | Mapping[Part, LayerMode] | None = None,
     metric: Metric | None = None,
     reference: FrozenModel | Sequence[Any] | Tensor | None = None,
     choose: str = "influence",
     selection: Selection = "none",
+    units: Collection[str] | None = None,
     prune_nodes: float = 0.8,
     prune_edges: float = 0.98,
     check: bool = True,
@@ -79,15 +81,15 @@ def extract_circuit(
     budget
         Most features and heads in the pruned graph.
     metric
-        What the checks measure, from logits b l V to a number a row; None: the first target, if it is a logit.
+        What the checks measure, from logits b l V to a number per row; None: the first target, if it is a logit.
     reference
         Prompts of the same length for ablation and patching, see :func:`faithfulness`.
     choose
         How nodes are chosen. "influence": by their share of the graph's paths. "integrated": by what ablating them
         does to the metric in the real model (:func:`node_effects`), which sees selection and gates too; some then
         have no edge unless `selection` follows these.
-    selection
-        What paths follow, see :class:`FrozenModel`.
+    selection, units
+        What paths follow, and branches whose units may be nodes, see :class:`FrozenModel`.
     prune_nodes, prune_edges
         See :func:`prune`; the budget bounds the nodes as well. "integrated" prunes edges alone.
     check
@@ -103,10 +105,10 @@ def extract_circuit(
         raise ValueError(f"budget must be at least 1, got {budget}")
     if choose not in ("influence", "integrated"):
         raise ValueError(f"choose must be 'influence' or 'integrated', got {choose!r}")
-    frozen = FrozenModel(model, prompt, coders, mode, selection=selection)
+    frozen = FrozenModel(model, prompt, coders, mode, selection=selection, units=units)
     targets = _targets(frozen, target)
     if reference is not None and not isinstance(reference, FrozenModel):
-        reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode)
+        reference = FrozenModel(model, reference, [coded.coder for coded in frozen.coded.values()], mode, units=units)
     measure = metric or (_metric(frozen, targets[0]) if check or choose == "integrated" else None)
     if choose == "integrated":
         assert measure is not None  # made above

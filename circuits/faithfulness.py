@@ -24,7 +24,7 @@ from circuits.influence import total_effects
 from circuits.keep import Keep, only
 from circuits.push import frozen_changes
 from circuits.targets import Metric, Target
-from hooked_mamba.frozen.run import out_site
+from hooked_mamba.frozen.places import Part, site_of
 
 TIE = 0.01
 """Shares nearer to each other than this count as equal."""
@@ -173,8 +173,8 @@ def recovery(
     )
 
 
-def _parts(frozen: FrozenModel) -> list[tuple[str, int]]:
-    """All candidates in the order of :meth:`Keep.where`: (kind, layer)."""
+def _parts(frozen: FrozenModel) -> list[tuple[str, Part]]:
+    """All candidates in the order of :meth:`Keep.where`: (kind, part)."""
     empty = Keep.nothing(frozen)
     return [("head", i) for i in empty.heads] + [("feature", i) for i in empty.features]
 
@@ -187,13 +187,15 @@ def _largest(frozen: FrozenModel, scores: Float[Tensor, " m"], count: int) -> Ke
 
 
 def _sizes(frozen: FrozenModel) -> Float[Tensor, " m"]:
-    """|u| (|p| in split layers) of channels and latents of features."""
+    """|u| (|p| in split layers) of units, and latents of features."""
     found = []
     for kind, layer in _parts(frozen):
         if kind == "feature":
             found.append(frozen.latents(layer)[0])
         else:
-            found.append(frozen.channel_values(layer)[0])
+            values, chain = frozen.channel_values(layer)[0], frozen.chain(layer)
+            one_row = torch.zeros(1, dtype=torch.long, device=values.device)
+            found.append(values if chain.unit == 1 else chain.by_unit(values[None].square(), one_row)[0].sqrt())
     return torch.cat([part.abs().flatten() for part in found])
 
 
@@ -207,12 +209,17 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
         kept[hook.name] = value
         return value
 
-    def site_of(kind: str, layer: int) -> str:
+    def at(kind: str, part: Part) -> str:
         if kind == "feature":
-            return out_site(model, layer)
-        return f"blocks.{layer}.mixer.{model.mixer(layer).site_at(frozen.channels_at(layer))}"
+            return site_of(model, part, frozen.coded[part].node)
+        # A value that several heads share has one gradient; each head's own is that of what it mixes.
+        return site_of(model, part, "y" if shared(part) else frozen.channels_at(part))
 
-    names = dict.fromkeys(site_of(kind, layer) for kind, layer in _parts(frozen))
+    def shared(part: Part) -> bool:
+        chain = frozen.chain(part)
+        return chain.mix is not None and chain.unit > 1
+
+    names = dict.fromkeys(at(kind, part) for kind, part in _parts(frozen))
     with torch.enable_grad(), model.hooks([(name, watch) for name in names]):
         value = metric(model(frozen.tokens))[0]
         gradients = dict(
@@ -221,11 +228,18 @@ def _gradients(frozen: FrozenModel, metric: Metric) -> Float[Tensor, " m"]:
     found = []
     for kind, layer in _parts(frozen):
         if kind == "feature":
-            gradient = gradients[site_of(kind, layer)][0].to(frozen.dtype)
+            gradient = gradients[at(kind, layer)][0].flatten(1).to(frozen.dtype)
             found.append((gradient @ frozen.coded[layer].W_dec.to(frozen.dtype).t()) * frozen.latents(layer)[0])
         else:
-            at = site_of(kind, layer)
-            found.append((gradients[at] * kept[at].detach())[0].flatten(1)[:, : frozen.chain(layer).width])
+            site, chain = at(kind, layer), frozen.chain(layer)
+            one_row = torch.zeros(1, dtype=torch.long, device=frozen.tokens.device)
+            if shared(layer):
+                with torch.enable_grad():
+                    at_values = chain.scan.pull(gradients[site].flatten(2))[0]
+                effects = at_values * chain.u
+            else:
+                effects = (gradients[site] * kept[site].detach()).flatten(2)[..., : chain.width]
+            found.append(chain.by_unit(effects, one_row)[0])
     return torch.cat([part.flatten() for part in found])
 
 
@@ -241,27 +255,27 @@ def _turned_up(frozen: FrozenModel, graph: Graph, metric: Metric, seed: int) -> 
     own: list[float] = []
     partners: list[float] = []
     for node, _ in predicted:
-        coded = frozen.coded[node.layer]
+        coded = frozen.coded[node.part]
         norms = coded.W_dec.norm(dim=1)
-        used = (frozen.latents(node.layer)[0] != 0).sum(0)
+        used = (frozen.latents(node.part)[0] != 0).sum(0)
         alike = (norms - norms[node.index]).abs() + (used - used[node.index]).abs()
         alike[node.index] = torch.inf
         nearest = alike.topk(min(10, len(alike) - 1), largest=False).indices
         partner = int(nearest[torch.randint(len(nearest), (1,), generator=generator)])
         for index, effects in ((node.index, own), (partner, partners)):
             change = node.activation * coded.W_dec[index]
-            effects.append(_with_change(frozen, node.layer, node.position, change, metric) - base)
+            effects.append(_with_change(frozen, node.part, node.position, change, metric) - base)
     along = [effect * sign for effect, (_, sign) in zip(own, predicted, strict=True)]
     n = len(along)
     return TurnedUp(sum(along) / n, sum(x > 0 for x in along) / n, sum(map(abs, partners)) / n)
 
 
-def _with_change(frozen: FrozenModel, layer: int, position: int, change: Tensor, metric: Metric) -> float:
-    def add(out: Tensor, hook: Any) -> Tensor:
-        out[:, position] += change.to(out.dtype)
-        return out
+def _with_change(frozen: FrozenModel, part: Part, position: int, change: Tensor, metric: Metric) -> float:
+    def add(value: Tensor, hook: Any) -> Tensor:
+        value[:, position] += change.to(value.dtype).reshape(value.shape[2:])
+        return value
 
-    hooks = [(out_site(frozen.model, layer), add)]
+    hooks = [(site_of(frozen.model, part, frozen.coded[part].node), add)]
     return float(metric(frozen.model.run_with_hooks(frozen.tokens, fwd_hooks=hooks))[0])
 
 

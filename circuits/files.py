@@ -10,12 +10,14 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from circuits.graph import KINDS, Graph, Node
 from circuits.influence import influence, scores
@@ -23,6 +25,8 @@ from saes.durable import write_file
 
 FORMAT = 1
 """Of graph.json."""
+
+TENSORS = ("weights", "remainder", "importance")
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(Node)}
 
@@ -37,7 +41,14 @@ def save_graph(graph: Graph, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(graph, name).contiguous() for name in ("weights", "remainder", "importance")}
+    text, tensors = graph_parts(graph)
+    write_file(folder / "weights.safetensors", save_tensors(tensors))
+    write_file(folder / "graph.json", text.encode())
+    return folder
+
+
+def graph_parts(graph: Graph) -> tuple[str, dict[str, Tensor]]:
+    """A graph as the text of graph.json and the tensors of weights.safetensors."""
     about = {
         "format": FORMAT,
         "nodes": [dataclasses.asdict(node) for node in graph.nodes],
@@ -46,9 +57,7 @@ def save_graph(graph: Graph, folder: str | Path) -> Path:
         "supernodes": {name: list(members) for name, members in graph.supernodes.items()},
     }
     text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "weights.safetensors", save_tensors(tensors))
-    write_file(folder / "graph.json", text.encode())
-    return folder
+    return text, {name: getattr(graph, name).contiguous() for name in TENSORS}
 
 
 def load_graph(folder: str | Path) -> Graph:
@@ -70,10 +79,21 @@ def load_graph(folder: str | Path) -> Graph:
         tensors = load_tensors((folder / "weights.safetensors").read_bytes())
     except Exception as error:
         raise ValueError(f"{folder} holds no readable graph ({type(error).__name__}: {error})") from None
+    return graph_of(about, tensors, folder)
+
+
+def graph_of(about: Any, tensors: Mapping[str, Tensor], folder: Path) -> Graph:
+    """A graph from what :func:`graph_parts` made of it, checked; `folder` is for messages.
+
+    Raises
+    ------
+    ValueError
+        It says what cannot be; says which and what.
+    """
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{folder / 'graph.json'}: format is {found!r}, expected {FORMAT}")
-    for name in ("weights", "remainder", "importance"):
+    for name in TENSORS:
         if name not in tensors:
             raise ValueError(f"{folder / 'weights.safetensors'} lacks {name!r}; it has {sorted(tensors)}")
         if not bool(torch.isfinite(tensors[name]).all()):
@@ -96,6 +116,11 @@ def _node(values: dict[str, Any]) -> Node:
             raise ValueError(f"a node has no field {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
     if values.get("kind") not in KINDS:
         raise ValueError(f"a node's kind must be one of {', '.join(KINDS)}, got {values.get('kind')!r}")
+    if values.get("at", "out") not in ("out", "u"):
+        raise ValueError(f"a node's at must be 'out' or 'u', got {values['at']!r}")
+    for name in ("name", "branch"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"a node's {name} must be a text, got {values[name]!r}")
     for name in ("layer", "position", "index"):
         if not isinstance(values.get(name, 0), int) or isinstance(values.get(name, 0), bool):
             raise ValueError(f"a node's {name} must be an integer, got {values[name]!r}")
@@ -215,23 +240,30 @@ def _layer_name(node: Node) -> str:
 def _index(graph: Graph, node: Node) -> int:
     """What stands between layer and position in a node's id: a latent, a token, -1 for an error; for kinds that
     circuit-tracer has not, numbers that no other node of the layer has."""
+    other = _other_branches(graph).index(node.branch) + 1 if node.branch != "mixer" else 0
     if node.kind == "feature":
-        return node.index
+        return node.index + other * 100_000_000
     if node.kind == "error":
-        return -1
+        return -1 - other
     tokens = graph.about.get("tokens", [])
     if node.kind == "embed" and node.position < len(tokens):
         return int(tokens[node.position])
     if node.kind == "target" and "token" in (known := _target(graph, node)):
         same = [other.index for other in graph.nodes if _target(graph, other).get("token") == known["token"]]
         return int(known["token"]) if node.index == min(same) else 10_000_000 * len(KINDS) + node.index
-    return KINDS.index(node.kind) * 10_000_000 + node.index
+    return KINDS.index(node.kind) * 10_000_000 + node.index + other * 100_000_000
+
+
+def _other_branches(graph: Graph) -> list[str]:
+    """Names of branches beside mixers: theirs have one kind of layer, so that these get numbers of their own."""
+    return sorted({node.branch for node in graph.nodes} - {"mixer"})
 
 
 def _feature_number(graph: Graph, node: Node) -> int:
     """`feature`: of a latent its layer and index as one number (Cantor's pairing), of an embedding its position."""
     if node.kind == "feature":
-        return (node.layer + node.index) * (node.layer + node.index + 1) // 2 + node.index
+        index = _index(graph, node)
+        return (node.layer + index) * (node.layer + index + 1) // 2 + index
     return node.position if node.kind == "embed" else _index(graph, node)
 
 

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_mamba.frozen.places import Part, branch_of, part_of
+
 Kind = Literal["target", "feature", "head", "error", "embed", "bias", "initial"]
 
 KINDS: tuple[Kind, ...] = ("target", "feature", "head", "error", "embed", "bias", "initial")
@@ -38,23 +40,47 @@ class Node:
     """Of a feature: how active it was."""
     name: str = ""
     """A target's own label, or what somebody called a feature."""
+    branch: str = "mixer"
+    """Which branch of the block: "mixer", "attn", "mlp", "moe"."""
+    at: Literal["out", "u"] = "out"
+    """Of a feature or an error, where its coder stands: the branch's output, or the value that enters its memory."""
+
+    @property
+    def part(self) -> Part:
+        """The branch as the rest of the package names it: a mixer's layer, or as in "3.mlp"."""
+        return part_of(self.layer, self.branch)
 
     @property
     def label(self) -> str:
-        """As in `block1[3498]@5`, `mixer0[920]@3`, `embed0@3`."""
+        """As in `block1[3498]@5`, `write1[17]@2`, `mixer0[920]@3`, `attn2[5]@1`, `embed0@3`."""
         if self.kind == "target":
             return self.name
         place = "" if self.position < 0 else f"@{self.position}"
         if self.kind == "embed":
             return f"embed0{place}"
-        word = {"feature": "block", "head": "mixer"}.get(self.kind, self.kind)
         index = f"[{self.index}]" if self.kind in ("feature", "head") else ""
-        return f"{word}{self.layer if self.layer >= 0 else ''}{index}{place}"
+        return f"{self._word}{index}{place}"
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
-        """What tells it from all others of a graph."""
-        return self.kind, self.layer, self.position, self.index
+    def _word(self) -> str:
+        layer, own = self.layer if self.layer >= 0 else "", self.branch == "mixer"
+        if self.kind == "feature":
+            return feature_word(self.part, self.at)
+        if self.kind == "head":
+            return f"{self.branch}{layer}"
+        return f"{self.kind}{layer}{'' if own else f'.{self.branch}'}"
+
+    @property
+    def key(self) -> tuple[str, Part, int, int]:
+        """What tells it from all others of a graph: kind, part, position and index."""
+        return self.kind, self.part, self.position, self.index
+
+
+def feature_word(part: Part, at: str) -> str:
+    """What a branch's features are called: "block1", "write1", "attn2.write", "mlp2.block"."""
+    layer, branch = branch_of(part)
+    word = "write" if at == "u" else "block"
+    return f"{word}{layer}" if branch == "mixer" else f"{branch}{layer}.{word}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,7 @@ class Graph:
         """A mask of the nodes of some kinds."""
         return torch.tensor([node.kind in kinds for node in self.nodes])
 
-    def find(self, key: tuple[str, int, int, int]) -> int:
+    def find(self, key: tuple[str, Part, int, int]) -> int:
         """A node's number by its key.
 
         Raises

@@ -19,6 +19,7 @@ from torch import Tensor
 from circuits.frozen_model import FrozenModel, frozen_of
 from circuits.keep import Keep, only
 from circuits.targets import Logit, Metric, chosen_targets
+from hooked_mamba.frozen.places import Part
 from hooked_mamba.models import HookedModel
 
 
@@ -118,12 +119,12 @@ def _embedding_gradients(
 class NodeEffects:
     """What keeping each node does to a metric, in the real model."""
 
-    heads: dict[int, Float[Tensor, "l E"]]
-    """Layer -> at each (source, channel)."""
-    features: dict[int, Float[Tensor, "l F"]]
-    """Layer -> at each (position, feature)."""
-    errors: dict[int, Float[Tensor, " l"]]
-    """Layer -> what the coder misses, at each position."""
+    heads: dict[Part, Float[Tensor, "l U"]]
+    """Part -> at each (source, unit): channel, attention head, neuron, expert."""
+    features: dict[Part, Float[Tensor, "l F"]]
+    """Part -> at each (position, feature)."""
+    errors: dict[Part, Float[Tensor, " l"]]
+    """Part -> what the coder misses, at each position."""
     whole: float
     """The metric with everything kept."""
     none: float
@@ -174,7 +175,7 @@ def node_effects(
     sums = [torch.zeros_like(kinds[kind][layer], dtype=frozen.dtype) for kind, layer in places]
 
     def by_kind(values: list[Tensor]) -> Keep:
-        parts: tuple[dict[int, Tensor], ...] = ({}, {}, {})
+        parts: tuple[dict[Part, Tensor], ...] = ({}, {}, {})
         for (kind, layer), value in zip(places, values, strict=True):
             parts[kind][layer] = value
         return Keep(*parts)

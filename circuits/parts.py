@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part
 
-Nodes = Mapping[Any, Float[Tensor, "l E"]]
-"""Layer -> 1 at the channels that are nodes of their own."""
+Nodes = Mapping[Any, Float[Tensor, "l U"]]
+"""Part -> 1 at the units (channels of mixers, attention heads, neurons, experts) that are nodes of their own."""
 
 
 @dataclass(kw_only=True)
@@ -22,21 +24,21 @@ class Parts:
 
     embeddings: Float[Tensor, "n l"]
     """What each token's embedding adds."""
-    heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    heads: MutableMapping[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what the scan's term of source s and channel e adds: ub_s u_s."""
-    token_heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    token_heads: MutableMapping[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
     """Layer -> what token s adds through all taps of channel e; with the convolution's bias they sum as heads do.
     In split layers the local part, which the features stand for, is left out."""
     experts: dict[Part, Float[Tensor, "n l X"]] = field(default_factory=dict)
     """Layer ("3.moe") -> what each expert adds at each position, 0 where it was not chosen; sums over its neurons."""
     node_heads: dict[Part, Float[Tensor, "n m"]] = field(default_factory=dict)
-    """Layer -> what the channels add that are nodes of their own, in the order of their (source, channel). In split
-    layers the source is the token."""
-    features: dict[int, Float[Tensor, "n l k"]] = field(default_factory=dict)
+    """Part -> what the units add that are nodes of their own, in the order of their (source, unit). In split layers the
+    source is the token."""
+    features: dict[Part, Float[Tensor, "n l k"]] = field(default_factory=dict)
     """Layer -> what the active latents add."""
-    coder_biases: dict[int, Float[Tensor, " n"]] = field(default_factory=dict)
+    coder_biases: dict[Part, Float[Tensor, " n"]] = field(default_factory=dict)
     """Layer -> b_dec."""
-    errors: dict[int, Float[Tensor, "n l"]] = field(default_factory=dict)
+    errors: dict[Part, Float[Tensor, "n l"]] = field(default_factory=dict)
     """Layer -> what the coder misses, at each position."""
     carried: dict[str, Float[Tensor, "n l"]] = field(default_factory=dict)
     """Name of a value that one layer makes for several above it (RWKV-7's "v_first") -> what they take of it, at each
@@ -71,6 +73,12 @@ class Parts:
 def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: int) -> Tensor:
     """Rows of several tensors at their places; zeros where one is shorter than its places, or than the width."""
     there = next(piece for piece in pieces if piece is not None)
+    if (
+        len(pieces) == 1
+        and places[0].tolist() == list(range(len(there)))
+        and (there.ndim == 1 or len(there[0]) == width)
+    ):
+        return there  # without a copy: heads of a long prompt are large
     sizes = (width, *there.shape[2:]) if there.ndim > 1 else ()
     whole = there.new_zeros(sum(len(place) for place in places), *sizes)
     for piece, place in zip(pieces, places, strict=True):
@@ -78,3 +86,14 @@ def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: 
             seen = whole if piece.ndim == 1 else whole[:, : piece.shape[1]]
             seen[place[: len(piece)].to(whole.device)] = piece
     return whole
+
+
+class Deferred(UserDict[Part, Tensor]):
+    """Heads that are formed when they are first read: what attribution leaves out where memory is short."""
+
+    def __init__(self, form: Callable[[], Mapping[Part, Tensor]]) -> None:
+        self._form = form
+
+    @cached_property
+    def data(self) -> dict[Part, Tensor]:  # type: ignore[override]
+        return dict(self._form())

@@ -204,7 +204,7 @@ def _first(i: int, n: int) -> tuple[bool, ...]:
 
 
 def _swaps(frozen: FrozenModel, target: Target, jobs: list[tuple[int, int, int]], by_layer: bool) -> dict[Any, Tensor]:
-    """Steps of both orders, one row a job, one column a step of the part."""
+    """Steps of both orders, one row a job, one column per step of the part."""
     tokens = frozen.tokens.repeat(len(jobs), 1)
     for row, (_, t, other) in enumerate(jobs):
         tokens[row, t] = other

@@ -40,7 +40,8 @@ from circuits.frozen_model import FrozenModel
 from circuits.rules import Rule
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Back, Gain, Mix, Rows
-from hooked_mamba.frozen.run import Part, Run
+from hooked_mamba.frozen.places import Part
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.renamed import renamed_in
 from saes.files.checks import nearest
 from saes.sparse import Codes
@@ -158,7 +159,7 @@ class Published(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> PublishedPulled:
         chain = run.chain(part)
         share: Tensor | int = 1 if through is None else through
@@ -183,10 +184,16 @@ def optioned(frozen: FrozenModel, options: PathOptions) -> FrozenModel:
     Raises
     ------
     ValueError
-        The run follows a `selection`, which has no such choices.
+        The run follows a `selection`, or has a write dictionary, which have no such choices.
     """
     if frozen.rule.name != "none":
         raise ValueError(f"a run with selection {frozen.rule.name!r} has no preset: give one with selection 'none'")
+    written = [coded.part for coded in frozen.coded.values() if coded.node == "u"]
+    if written:
+        raise ValueError(
+            f"layer {written[0]} is read through a write dictionary, which the published method has not: trace without"
+            " a preset"
+        )
     coded = frozen.coded
     if options.acts == "preact":
         coded = {layer: AllLatents.of(frozen, coded) for layer, coded in frozen.coded.items()}

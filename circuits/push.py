@@ -16,9 +16,9 @@ from torch import Tensor
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph, Node
-from circuits.targets import Covector, Feature, Target, chosen_targets
+from circuits.targets import Covector, Feature, Target, Unit, chosen_targets
 from hooked_mamba.frozen.chain import Shares
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part, Stream, branch_of, part_of
 
 Inside = Callable[[int, Tensor, Tensor | float, bool], Tensor | float]
 """(layer, change of the stream entering its block, change of u by values of lower layers, whole) -> what edits inside
@@ -32,12 +32,12 @@ class Changes:
     rows: Int[Tensor, " n"]
     streams: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
     """Layer -> added to the stream entering it; 0: to the embeddings."""
-    heads: dict[int, Float[Tensor, "n l E"]] = field(default_factory=dict)
-    """Layer -> added to u, in split layers to p."""
-    outs: dict[int, Float[Tensor, "n l d"]] = field(default_factory=dict)
-    """Layer -> added to its output."""
-    held: dict[int, Float[Tensor, "l E"]] = field(default_factory=dict)
-    """Layer -> 0 at heads that hold their value, 1 elsewhere."""
+    heads: dict[Part, Float[Tensor, "n l E"]] = field(default_factory=dict)
+    """Part -> added to u (also where a coder stands in its place), in split layers to p."""
+    outs: dict[Part, Float[Tensor, "n l d"]] = field(default_factory=dict)
+    """Part -> added to its output."""
+    held: dict[Part, Float[Tensor, "l E"]] = field(default_factory=dict)
+    """Part -> 0 at heads that hold their value, 1 elsewhere."""
     inside: Inside | None = None
 
 
@@ -58,12 +58,14 @@ class Pushed:
         delta = bottom.new_zeros(len(changes.rows), *bottom.shape[1:])
         self.streams: dict[int, Tensor] = {}
         """Layer -> of the stream entering it; n_layers: after the last block."""
-        self.inner: dict[int, Tensor] = {}
-        """Layer -> of u, in split layers of p, as the stream below makes it."""
+        self.inner: dict[Part, Tensor] = {}
+        """Part -> of u, in split layers of p, as the stream below makes it."""
         self.carried: dict[str, Tensor] = {}
         """Name -> of a value that a layer made for those above it."""
         self.taken: dict[Part, Tensor | float] = {}
         """Part -> of u, by such values of layers below."""
+        self.entering: dict[Part, Tensor] = {}
+        """Part -> of the stream that its norm reads."""
         for layer in range(frozen.n_layers):
             delta = self.streams[layer] = delta + changes.streams.get(layer, 0.0)
             for stage in frozen.stages(layer):
@@ -86,15 +88,21 @@ class Pushed:
         """What a branch makes of a change of the stream that its stage reads."""
         frozen, changes, rows = self.frozen, self.changes, self.changes.rows
         chain = frozen.chain(part)
+        self.entering[part] = delta
         taken = self.taken[part] = self.take(part)
         if chain.gives:
             made = chain.push(delta, rows, until="u")[0] + taken
-            self.carried |= dict.fromkeys(chain.gives, made)  # heads that hold are those of this layer's own scan
-        if not isinstance(part, int):
-            return chain.push(delta, rows)[0] + self.from_taken(part)
+            for name in chain.gives:  # heads that hold are those of this layer's own scan
+                given = part_of(branch_of(part)[0], name)
+                self.entering[given], self.inner[given] = delta, made
+                self.carried[name] = made * changes.held.get(given, 1.0) + changes.heads.get(given, 0.0)
         coded = frozen.coded.get(part)
-        out: Tensor | float = changes.outs.get(part, 0.0)
-        if coded is None:
+        bottom = frozen.resid(0)
+        out = bottom.new_zeros(len(rows), *bottom.shape[1:]) + changes.outs.get(part, 0.0)
+        if coded is not None and coded.node == "u":
+            self.inner[part] = chain.push(delta, rows, until="u")[0] + taken
+            out = out + chain.push(self.written(part, delta), rows, start="u")[0]
+        elif coded is None:
             passed, met = chain.push(delta, rows, *self._here(part))
             out, self.inner[part] = out + passed + self.from_taken(part), met["u"] + taken
         elif frozen.is_split(part):
@@ -103,11 +111,20 @@ class Pushed:
             held, added = changes.held.get(part), changes.heads.get(part)
             p = p if held is None else p * held
             out = out + chain.push_across(p if added is None else p + added, rows) + self.from_taken(part)
-        if coded is not None:
-            out = out + coded.push_skip(delta, chain.norm.factor[rows])
-        if changes.inside is not None:
+        elif part in changes.heads:  # a write is changed, and the coder stands at the output
+            out = out + chain.push(changes.heads[part], rows, start="u")[0]
+        if coded is not None and coded.node == "out":
+            out = out + coded.push_skip(frozen, delta, rows)
+        if changes.inside is not None and isinstance(part, int):
             out = out + changes.inside(part, delta, taken, False)
-        return out  # type: ignore[return-value]  # a coder's skip or a mixer gave a tensor
+        return out
+
+    def written(self, part: Part, delta: Float[Tensor, "n l i"]) -> Float[Tensor, "n l E"]:
+        """The change of u where a coder stands in its place: what is changed from outside, and the coder's skip."""
+        coded, chain = self.frozen.coded[part], self.frozen.chain(part)
+        skip = coded.push_skip(self.frozen, delta, self.changes.rows)
+        none = chain.u.new_zeros(len(self.changes.rows), *chain.u.shape[1:])
+        return none + self.changes.heads.get(part, 0.0) + (chain.of_site(skip) if isinstance(skip, Tensor) else skip)
 
     def take(self, part: Part) -> Tensor | float:
         """What values that lower layers made add to a branch's u."""
@@ -122,12 +139,12 @@ class Pushed:
         if not isinstance(taken, Tensor):
             return taken
         held = None
-        if isinstance(part, int) and not self.frozen.is_split(part):
+        if not self.frozen.is_split(part):
             held = self.changes.held.get(part)
         taken = taken if held is None else taken * held
         return self.frozen.chain(part).push(taken, self.changes.rows, start="u", until=until)[0]
 
-    def _here(self, layer: int) -> tuple[Shares | None, Mapping[str, Tensor] | None]:
+    def _here(self, layer: Part) -> tuple[Shares | None, Mapping[str, Tensor] | None]:
         """Shares and additions at u."""
         held, added = self.changes.held.get(layer), self.changes.heads.get(layer)
         return None if held is None else {"u": held}, None if added is None else {"u": added}
@@ -137,20 +154,31 @@ class Pushed:
 
         A mixer's output is read as the mixer's own, whether or not a coder stands in its place.
         """
-        layer, changes = covector.layer, self.changes
-        stream = self.streams[layer]
-        if covector.stream == "out":
-            out = self.frozen.chain(layer).push(stream, changes.rows, *self._here(layer))[0] + self.from_taken(layer)
-            stream = out if changes.inside is None else out + changes.inside(layer, stream, self.taken[layer], True)
-        elif covector.stream != "resid":
-            known = layer in self.inner and covector.stream == self.frozen.channels_at(layer)
-            stream = self.inner[layer] if known else self._at(layer, covector.stream, stream)
-        return stream[:, covector.position] @ covector.vector
+        return self.of(covector.stream, covector.layer)[:, covector.position] @ covector.vector
 
-    def _at(self, layer: int, node: str, stream: Float[Tensor, "n l d"]) -> Float[Tensor, "n l E"]:
-        """The change at a node within a branch."""
-        value = self.frozen.chain(layer).push(stream, self.changes.rows, until=node)[0]
-        return value if node == "p" else value + self.from_taken(layer, node)
+    def of(self, stream: Stream, part: Part) -> Float[Tensor, "n l e"]:
+        """The change of a stream."""
+        frozen, changes = self.frozen, self.changes
+        if stream == "resid":
+            return self.streams[int(part)]
+        entering = self.entering[part]
+        if stream == "in":
+            return entering
+        if stream != "u" and stream != "p" and frozen.is_written(part):  # what is read is read of the features' writes
+            until = None if stream == "out" else stream
+            found = frozen.chain(part).push(self.written(part, entering), changes.rows, start="u", until=until)[0]
+            if stream == "out" and changes.inside is not None and isinstance(part, int):
+                found = found + changes.inside(part, entering, self.taken[part], False)
+            return found
+        if stream == "out":
+            out = frozen.chain(part).push(entering, changes.rows, *self._here(part))[0] + self.from_taken(part)
+            if changes.inside is not None and isinstance(part, int):
+                out = out + changes.inside(part, entering, self.taken[part], True)
+            return out
+        if part in self.inner and stream == frozen.channels_at(part):
+            return self.inner[part]
+        value = frozen.chain(part).push(entering, changes.rows, until=stream)[0]
+        return value if stream == "p" else value + self.from_taken(part, stream)
 
 
 @torch.no_grad()
@@ -190,23 +218,25 @@ def frozen_changes(
     changes = frozen.resid(0).new_zeros(len(removed), len(graph))
     for i, node in enumerate(graph.nodes):
         if node.kind == "head":
-            changes[:, i] = pushed.inner[node.layer][:, node.position, node.index]
+            changes[:, i] = pushed.read(Unit(node.part, node.index, node.position).covector(frozen, 0))
         elif node.kind in ("feature", "target"):
             read = chosen[node.index] if node.kind == "target" else _feature(frozen, node)
             changes[:, i] = pushed.read(read.covector(frozen, 0))
     return changes.to(graph.weights.device)
 
 
-def held_heads(frozen: FrozenModel, graph: Graph) -> dict[int, Float[Tensor, "l E"]]:
-    """Layer -> 0 at the heads that are nodes, 1 elsewhere."""
-    masks: dict[int, Tensor] = {}
+def held_heads(frozen: FrozenModel, graph: Graph) -> dict[Part, Float[Tensor, "l E"]]:
+    """Part -> 0 at the heads that are nodes, 1 elsewhere."""
+    masks: dict[Part, Tensor] = {}
     for node in graph.nodes:
         if node.kind == "head":
-            masks.setdefault(node.layer, torch.ones_like(frozen.chain(node.layer).u[0]))[node.position, node.index] = 0
+            chain = frozen.chain(node.part)
+            mask = masks.setdefault(node.part, torch.ones_like(chain.u[0]))
+            mask[node.position, chain.channels_of(node.index, 0, node.position)] = 0
     return masks
 
 
-def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[int, Tensor]) -> Changes:
+def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[Part, Tensor]) -> Changes:
     """One intervention for each node: it alone is taken away."""
     k, bottom = len(removed), frozen.resid(0)
     changes = Changes(torch.zeros(k, dtype=torch.long, device=frozen.tokens.device), held=held)
@@ -216,17 +246,23 @@ def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[int, 
             at = changes.streams.setdefault(0, empty.clone())
             at[i, node.position] = -frozen.resid(0)[0, node.position]
         elif node.kind == "head":
-            values = frozen.channel_values(node.layer)
-            at = changes.heads.setdefault(node.layer, values.new_zeros(k, *values.shape[1:]))
-            at[i, node.position, node.index] = -values[0, node.position, node.index]
+            values = frozen.channel_values(node.part)
+            at = changes.heads.setdefault(node.part, values.new_zeros(k, *values.shape[1:]))
+            channels = frozen.chain(node.part).channels_of(node.index, 0, node.position)
+            at[i, node.position, channels] = -values[0, node.position, channels]
         else:
-            coded, at = frozen.coded[node.layer], changes.outs.setdefault(node.layer, empty.clone())
-            if node.kind == "feature":
-                at[i, node.position] -= node.activation * coded.W_dec[node.index].to(at.dtype)
+            coded = frozen.coded[node.part]
+            feature = node.activation * coded.W_dec[node.index].to(empty.dtype)
+            change = feature if node.kind == "feature" else coded.error[0, node.position]
+            if coded.node == "u":
+                chain = frozen.chain(node.part)
+                at = changes.heads.setdefault(node.part, chain.u.new_zeros(k, *chain.u.shape[1:]))
+                change = chain.of_site(change)
             else:
-                at[i, node.position] -= coded.error[0, node.position]
+                at = changes.outs.setdefault(node.part, empty.clone())
+            at[i, node.position] -= change
     return changes
 
 
 def _feature(frozen: FrozenModel, node: Node) -> Feature:
-    return Feature(frozen.coded[node.layer].coder, node.index, node.position)
+    return Feature(frozen.coded[node.part].coder, node.index, node.position)

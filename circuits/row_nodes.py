@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +15,7 @@ from torch import Tensor
 from circuits.attribution import Attribution
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Kind, Node
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 ENDS: tuple[Kind, ...] = ("embed", "error", "bias", "initial")
 """Kinds of nodes that nothing adds to."""
@@ -20,14 +23,24 @@ ENDS: tuple[Kind, ...] = ("embed", "error", "bias", "initial")
 
 @dataclass(frozen=True)
 class Section:
-    """Columns of one kind and layer, side by side."""
+    """Columns of one kind and branch, side by side."""
 
     kind: Kind
-    layer: int
+    part: Part
     places: Int[Tensor, "m 2"]
     """Position and index of each."""
     activations: Float[Tensor, " m"] | None = None
     """Of features."""
+    at: Literal["out", "u"] = "out"
+    """Of features and errors, where their coder stands."""
+
+    def node(self, i: int) -> Node:
+        """One of them."""
+        layer, branch = branch_of(self.part)
+        position, index = self.places[i].tolist()
+        activation = 0.0 if self.activations is None else float(self.activations[i])
+        value = 0.0 if self.kind in ("feature", "head") else 1.0
+        return Node(self.kind, layer, position, index, value, activation, branch=branch, at=self.at)
 
 
 class RowNodes:
@@ -40,20 +53,21 @@ class RowNodes:
     frozen
         The run.
     heads
-        Layer -> 1 at channels that are nodes.
+        Part -> 1 at channels that are nodes.
     """
 
-    def __init__(self, frozen: FrozenModel, heads: dict[int, Tensor]) -> None:
+    def __init__(self, frozen: FrozenModel, heads: Mapping[Part, Tensor]) -> None:
         tokens = torch.stack([torch.arange(frozen.length), torch.zeros(frozen.length, dtype=torch.long)], 1)
         nowhere = torch.tensor([[-1, 0]])
         self.sections = [Section("embed", -1, tokens)]
-        self.sections += [Section("error", layer, tokens) for layer in sorted(frozen.coded)]
-        for layer, coded in sorted(frozen.coded.items()):
+        coders = [frozen.coded[part] for part in sorted(frozen.coded, key=in_order)]
+        self.sections += [Section("error", coded.part, tokens, at=coded.node) for coded in coders]
+        for coded in coders:
             values, indices = coded.codes.values[0].cpu(), coded.codes.indices[0].cpu()
             positions = torch.arange(frozen.length)[:, None].expand(indices.shape)
             places = torch.stack([positions, indices], -1).flatten(0, 1)
-            self.sections.append(Section("feature", layer, places, values.flatten()))
-        self.sections += [Section("head", layer, mask.nonzero().cpu()) for layer, mask in sorted(heads.items())]
+            self.sections.append(Section("feature", coded.part, places, values.flatten(), coded.node))
+        self.sections += [Section("head", part, heads[part].nonzero().cpu()) for part in sorted(heads, key=in_order)]
         self.sections += [Section("bias", -1, nowhere), Section("initial", -1, nowhere)]
         self.starts = [0, *accumulate(len(section.places) for section in self.sections)]
 
@@ -62,11 +76,7 @@ class RowNodes:
 
     def __getitem__(self, column: int) -> Node:
         i = bisect_right(self.starts, column) - 1
-        section, at = self.sections[i], column - self.starts[i]
-        position, index = section.places[at].tolist()
-        if section.activations is not None:
-            return Node(section.kind, section.layer, position, index, activation=float(section.activations[at]))
-        return Node(section.kind, section.layer, position, index, value=0.0 if section.kind == "head" else 1.0)
+        return self.sections[i].node(column - self.starts[i])
 
     def of_kind(self, kind: Kind) -> list[int]:
         """Columns of one kind; of features those that are active."""
@@ -81,9 +91,9 @@ class RowNodes:
     def rows(found: Attribution) -> Float[Tensor, "n m"]:
         """Effects of all columns on each target."""
         parts = [found.embeddings]
-        parts += [found.errors[i] for i in sorted(found.errors)]
-        parts += [found.features[i].flatten(1) for i in sorted(found.features)]
-        parts += [found.node_heads[i] for i in sorted(found.node_heads)]
+        parts += [found.errors[i] for i in sorted(found.errors, key=in_order)]
+        parts += [found.features[i].flatten(1) for i in sorted(found.features, key=in_order)]
+        parts += [found.node_heads[i] for i in sorted(found.node_heads, key=in_order)]
         constants = [found.offset, *found.coder_biases.values(), *found.biases.values()]
         bias = torch.stack(constants).sum(0)
         initial = torch.stack([torch.zeros_like(bias), *found.initial.values()]).sum(0)

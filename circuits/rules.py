@@ -14,6 +14,7 @@ by its value; hooks that the run had inside the branch must still be there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from hooked_mamba.analysis.captured import captured
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Rows
-from hooked_mamba.frozen.run import Part, Run, norm_name
+from hooked_mamba.frozen.places import Part, norm_name
+from hooked_mamba.frozen.run import Run
 from hooked_mamba.mixers.linear_form import hold
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import BranchState, Call, Padding
@@ -60,10 +62,16 @@ class Rule:
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         """Covectors on a branch's output as ones on the stream below; see :meth:`FrozenModel.pull`."""
         return run.chain(part).pull(V, rows, None if through is None else {"u": through})
+
+    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
+        """The same as far as u; `below` is what does not pass through it."""
+        chain = run.chain(part)
+        none = V.new_zeros(()).expand(*V.shape[:2], chain.norm.factor.shape[-1])
+        return replace(chain.pull(V, rows, until="u"), below=none, carried={})
 
     def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         """The same of covectors on u."""
@@ -82,9 +90,12 @@ class Sharing(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
+
+    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
+        return pull_anew(self, run, part, V, rows, V.new_zeros(()))
 
 
 class Gradient(Rule):
@@ -100,9 +111,12 @@ class Gradient(Rule):
         part: Part,
         V: Float[Tensor, "n l d"],
         rows: Rows,
-        through: Float[Tensor, "l E"] | None = None,
+        through: Float[Tensor, "*n l E"] | None = None,
     ) -> Pulled:
         return pull_anew(self, run, part, V, rows, through)
+
+    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
+        return pull_anew(self, run, part, V, rows, V.new_zeros(()))
 
     def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         none = ub.new_zeros(*ub.shape[:2], run.resid(0).shape[-1])
@@ -137,13 +151,15 @@ def pull_anew(
     part: Part,
     V: Float[Tensor, "n l d"],
     rows: Rows,
-    through: Float[Tensor, "l E"] | None = None,
+    through: Float[Tensor, "*l_E"] | None = None,
     ub: Float[Tensor, "n l E"] | None = None,
 ) -> Pulled:
     """Covectors taken back through the model's own branch, run once more, by a rule's hooks.
 
     Parameters
     ----------
+    through
+        What share of u passes on, one number or l E.
     ub
         Covectors on u that go down as well.
     """
@@ -227,11 +243,18 @@ class _Stop(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None
 
 
-def stopping(through: Float[Tensor, "l E"]) -> Any:
-    """A hook on u by which channels that are nodes of their own get what they get, and pass nothing on."""
+def stopping(through: Float[Tensor, "*l_E"]) -> Any:
+    """A hook on u by which channels that are nodes of their own get what they get, and pass nothing on.
+
+    Parameters
+    ----------
+    through
+        l E, or one number for all.
+    """
 
     def stop(u: Tensor, hook: Any) -> Tensor:
         # A channel's own covector is read at what this hook returns: it must not be a view of what passes.
-        return _Stop.apply(u, through.reshape(u.shape[1:]).to(u.dtype))  # type: ignore[no-untyped-call]
+        stay = through if through.ndim == 0 else through.reshape(u.shape[1:])
+        return _Stop.apply(u, stay.to(u.dtype))  # type: ignore[no-untyped-call]
 
     return stop

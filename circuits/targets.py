@@ -10,20 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mamba.frozen.places import Part, branch_of
+from hooked_mamba.frozen.places import Stream as Stream
 from hooked_mamba.frozen.run import Run
-from hooked_mamba.frozen.run import Stream as Stream
 from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
 
 Metric = Callable[[Tensor], Tensor]
-"""What a circuit should produce: from logits b l V to one number a row."""
+"""What a circuit should produce: from logits b l V to one number per row."""
 
 
 class Covector(NamedTuple):
     """A number as vector . stream + offset, with norms held: one target on one row of the batch."""
 
     stream: Stream
-    layer: int
+    layer: Part
+    """Of "resid" the number of the layer (n_layers: above all), of all others the part."""
     position: int
     vector: Float[Tensor, " d_or_E"]
     offset: Float[Tensor, ""]
@@ -68,7 +70,7 @@ class Logit:
         position, n = run.column(self.position, row), run.n_layers
         direction = self.of(run.unembedding, run, row)
         vector = run.behind_norm(n, direction, (row, position))
-        value = self.of(run.logits[row, position].to(run.dtype), run, row)
+        value = self.of(run.logits_at(row, position).to(run.dtype), run, row)
         return Covector("resid", n, position, vector, run.norm_offset(n, direction), value)
 
     def of(self, logits: Float[Tensor, "... V"], run: Run, row: int = 0) -> Float[Tensor, "..."]:
@@ -111,7 +113,7 @@ def top_logits(run: Run, p: float | int = 0.95, most: int = 10, position: int = 
     """
     if not 0 < p <= 1 or most < 1:
         raise ValueError(f"p must be above 0 and at most 1, and most at least 1; got p={p}, most={most}")
-    probabilities = run.logits[row, run.column(position, row)].softmax(-1)
+    probabilities = run.logits_at(row, run.column(position, row)).softmax(-1)
     best = probabilities.topk(min(most, len(probabilities)))
     count = int((best.values.cumsum(0) < p).sum()) + 1
     return [Logit(_named(run, int(token)), position) for token in best.indices[:count]]
@@ -151,8 +153,7 @@ class Feature:
         if coder.cfg.apply_b_dec_to_input:
             offset = offset - f @ coder.b_dec.detach().to(f.dtype)
         stream, layer, vector = run.reading(coder.cfg.in_site, row, position, f)
-        if run.place_of(coder.cfg.in_site).normed:
-            offset = offset + run.norm_offset(layer, f)
+        offset = offset + run.norm_offset(run.place_of(coder.cfg.in_site), f)
         x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
         value = coder.preact_of(x, self.index).detach().to(f.dtype)
         return Covector(stream, layer, position, vector, offset, value)
@@ -163,18 +164,19 @@ class Channel:
     """What a channel of a layer's mixer passes on from a source position: the scan's input u; in a split layer, whose
     sources are tokens, the convolution's input p."""
 
-    layer: int
+    layer: Part
+    """Of another branch than a mixer the part, as in "3.mlp", whose channels are neurons."""
     channel: int
     position: int
 
     @property
     def label(self) -> str:
-        return f"mixer{self.layer}[{self.channel}]@{self.position}"
+        layer, branch = branch_of(self.layer)
+        return f"{branch}{layer}[{self.channel}]@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
         position = run.column(self.position, row)
-        if not 0 <= self.layer < run.n_layers:
-            raise IndexError(f"layer {self.layer} is out of range: there are {run.n_layers}")
+        check_part(run, self.layer)
         stream, chain = run.channels_at(self.layer), run.chain(self.layer)
         if not 0 <= self.channel < chain.width:
             raise IndexError(f"channel {self.channel} is out of range: there are {chain.width}")
@@ -182,6 +184,44 @@ class Channel:
         vector = torch.zeros_like(values)
         vector[self.channel] = 1
         return Covector(stream, self.layer, position, vector, values.new_zeros(()), values[self.channel])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How long the vector is that an attention head passes on from a source position, or an expert's neurons at one:
+    along itself, so that what made it so long sums to it. For units of one channel (neurons) it is the channel."""
+
+    part: Part
+    index: int
+    position: int
+
+    @property
+    def label(self) -> str:
+        layer, branch = branch_of(self.part)
+        return f"{branch}{layer}[{self.index}]@{self.position}"
+
+    def covector(self, run: Run, row: int) -> Covector:
+        check_part(run, self.part)
+        position, chain = run.column(self.position, row), run.chain(self.part)
+        if chain.unit == 1:
+            return Channel(self.part, self.index, self.position).covector(run, row)
+        if not 0 <= self.index < chain.n_units:
+            raise IndexError(f"unit {self.index} of {self.part} is out of range: there are {chain.n_units}")
+        at = chain.channels_of(self.index, row, position)
+        values = chain.u[row, position]
+        vector = torch.zeros_like(values)
+        size = values[at].norm()
+        vector[at] = values[at] / torch.where(size == 0, 1, size)
+        return Covector("u", self.part, position, vector, values.new_zeros(()), size)
+
+
+def check_part(run: Run, part: Part) -> None:
+    """Raise IndexError or KeyError for a branch that the model has not."""
+    layer, branch = branch_of(part)
+    if not 0 <= layer < run.n_layers:
+        raise IndexError(f"layer {layer} is out of range: there are {run.n_layers}")
+    if branch not in run.model.block(layer).branches:
+        run.giving(layer, branch)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from circuits.paths import Path, Paths
 from circuits.published import EXACT, PathOptions, PublishedPulled, optioned
 from circuits.targets import Covector, Feature, Target
 from hooked_mamba.frozen.chain import Pulled
-from hooked_mamba.frozen.run import Part
+from hooked_mamba.frozen.places import Part, branch_of, in_order
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Trace:
     target: str
     value: float
     """The number in the prompt's run."""
-    heads: dict[int, Float[Tensor, "l E"]]
-    """Layer -> what the head (source, channel) adds directly, by the residual stream and by no other head. In split
+    heads: dict[Part, Float[Tensor, "l E"]]
+    """Part -> what the head (source, channel) adds directly, by the residual stream and by no other head. In split
     layers the source is the token."""
     paths: tuple[Paths, ...]
     """The k largest paths of one edge, of two, ...; a node's value is what reaches the target through it."""
@@ -92,12 +93,12 @@ def trace_paths(
     start = target.covector(frozen, row)
     root = Node("target", frozen.n_layers, -1, value=float(start.value), name=target.label)
     going: list[tuple[tuple[Node, ...], Covector]] = [((root,), start)]
-    heads: dict[int, Tensor] = {}
+    heads: dict[Part, Tensor] = {}
     listed: list[Paths] = []
     while going and len(listed) < length:
         step = _Step(frozen, [covector for _, covector in going], row, options)
         step.run()
-        heads = heads or {layer: effects[0] for layer, effects in sorted(step.effects.items())}
+        heads = heads or {part: step.effects[part][0] for part in sorted(step.effects, key=in_order)}
         kept = step.largest(k)
         paths = [(*going[i][0], node) for i, node, _ in kept]
         listed.append(Paths(tuple(_path(nodes) for nodes in paths), root.value))
@@ -112,18 +113,23 @@ def _path(nodes: tuple[Node, ...]) -> Path:
 
 @dataclass(frozen=True)
 class _Group:
-    """Nodes of one kind and layer, and what they add to each covector."""
+    """Nodes of one kind and branch, and what they add to each covector."""
 
     kind: Kind
-    layer: int
+    part: Part
     effects: Float[Tensor, "n ..."]
+    at: Literal["out", "u"] = "out"
+
+    def node(self, position: int, index: int, value: float, activation: float = 0.0) -> Node:
+        layer, branch = branch_of(self.part)
+        return Node(self.kind, layer, position, index, value, activation, branch=branch, at=self.at)
 
 
 class _Step(Descent):
     """All that adds directly to some covectors of one row."""
 
     def __init__(self, frozen: FrozenModel, covectors: list[Covector], row: int, options: PathOptions) -> None:
-        nodes = {
+        nodes: dict[Part, Tensor] = {
             layer: torch.ones_like(frozen.chain(layer).u[0])
             for layer in range(frozen.n_layers)
             if "mixer" in frozen.model.block(layer).branches
@@ -132,25 +138,26 @@ class _Step(Descent):
         super().__init__(frozen, covectors, rows, {c.layer for c in covectors if c.stream == "out"}, True, nodes)
         self.row, self.options = row, options
         self.top, self.depths = frozen.n_layers, [frozen.n_layers] * len(covectors)  # all layers are listed
-        self.effects: dict[int, Float[Tensor, "n l E"]] = {}
+        self.effects: dict[Part, Float[Tensor, "n l E"]] = {}
         """Layer -> what each head adds."""
-        self.onward: dict[int, Float[Tensor, "n l E"]] = {}
+        self.onward: dict[Part, Float[Tensor, "n l E"]] = {}
         """Layer -> the covector with which each head goes on."""
 
     def through(self, layer: Part, out: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
         """As in `Descent`; with nodes="beside" a coded layer's mixer and its features, each as if alone."""
         coded = self._coded(layer)
-        if coded is None or self.options.nodes == "once":
+        nodes = self._nodes(layer)
+        if coded is None or nodes is None or self.options.nodes == "once":
             return super().through(layer, out)
-        pulled = self.frozen.pull(layer, out, self.rows, 1 - self.nodes[coded.layer])
+        pulled = self.frozen.pull(layer, out, self.rows, 1 - nodes)
         self.keep(layer, pulled)
         mine = self.reading("out", layer)
-        self.parts.features[coded.layer] = coded.feature_effects(out, self.rows)
-        self.parts.features[coded.layer][mine] = 0
+        self.parts.features[layer] = coded.feature_effects(out, self.rows)
+        self.parts.features[layer][mine] = 0
         return pulled.below
 
     def across(
-        self, layer: int, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
+        self, layer: Part, out: Float[Tensor, "n l d"], by_coder: Float[Tensor, "n l d"], nodes: Tensor | None
     ) -> Float[Tensor, "n l d"]:
         below = super().across(layer, out, by_coder, nodes)
         p = self.frozen.chain(layer).p[self.rows]
@@ -170,10 +177,10 @@ class _Step(Descent):
         """All nodes that paths may go to."""
         parts, total = self.parts, self.options.head == "argmax_sum"
         found = [_Group("head", i, effects.sum(-1) if total else effects) for i, effects in self.effects.items()]
-        found += [_Group("feature", i, effects) for i, effects in parts.features.items()]
+        found += [_Group("feature", i, effects, self.frozen.coded[i].node) for i, effects in parts.features.items()]
         found += [_Group("embed", -1, parts.embeddings)]
         if self.options.nodes == "once":
-            found += [_Group("error", i, effects) for i, effects in parts.errors.items()]
+            found += [_Group("error", i, effects, self.frozen.coded[i].node) for i, effects in parts.errors.items()]
             offset = torch.stack([covector.offset for covector in self.covectors])
             constants = [offset, *parts.coder_biases.values(), *parts.biases.values()]
             found.append(_Group("bias", -1, torch.stack(constants).sum(0)))
@@ -203,21 +210,22 @@ class _Step(Descent):
         value, position = float(effect), at // width
         if group.kind == "head":
             channel = at % width if self.options.head == "each" else None
-            return self.head(i, group.layer, position, channel, effect)
+            return self.head(i, group, position, channel, effect)
         if group.kind == "feature":
-            coded = self.frozen.coded[group.layer]
+            coded = self.frozen.coded[group.part]
             index = int(coded.codes.indices[self.row, position, at % width])
             activation = float(coded.codes.values[self.row, position, at % width])
             read = Feature(coded.coder, index, position).covector(self.frozen, self.row)
             scale = effect / read.value
             below = read._replace(vector=read.vector * scale, offset=read.offset * scale, value=effect)
-            return Node("feature", group.layer, position, index, value, activation), below
-        return Node(group.kind, group.layer, position if group.kind in ("embed", "error") else -1, value=value), None
+            return group.node(position, index, value, activation), below
+        return group.node(position if group.kind in ("embed", "error") else -1, 0, value), None
 
     def head(
-        self, i: int, layer: int, position: int, channel: int | None, effect: Float[Tensor, ""]
+        self, i: int, group: _Group, position: int, channel: int | None, effect: Float[Tensor, ""]
     ) -> tuple[Node, Covector]:
         """A head, or all channels of a source under the name of the one that adds most."""
+        layer = group.part
         vector, coded = self.onward[layer][i, position], self.frozen.coded.get(layer)
         if channel is None:
             channel = int(self.effects[layer][i, position].argmax())
@@ -227,4 +235,4 @@ class _Step(Descent):
             vector = alone
         by_token = coded is not None and coded.mode == "split" and self.options.nodes == "once"
         covector = Covector("p" if by_token else "u", layer, position, vector, 0 * effect, effect)
-        return Node("head", layer, position, channel, float(effect)), covector
+        return group.node(position, channel, float(effect)), covector

@@ -1,4 +1,4 @@
-"""hooked-mamba: look inside state-space models. Its names stand in `__init__.pyi`."""
+"""hooked-mamba: look inside state-space models. `__init__.pyi` lists the public names."""
 
 from hooked_mamba.lazy import lazy
 from hooked_mamba.names_elsewhere import import_advice

@@ -1,4 +1,4 @@
-"""The cache of a language model: activations by name, and what they can be taken apart into."""
+"""The cache of a language model: activations by name, and their decompositions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hooked_mamba.unit_decomposition import UnitDecomposition
 
 
 class ActivationCache(HookCache, UnitDecomposition):
-    """Cached activations by name, and what they can be taken apart into.
+    """Cached activations by name, and their decompositions.
 
     `cache["blocks.0.mixer.hook_dt"]`, `cache["dt", 0]`, `cache["resid_pre", 1]`, `cache["h.4", 2]`,
     `cache["embed"]`, `cache["scale"]` (the final norm's).
@@ -23,5 +23,5 @@ class ActivationCache(HookCache, UnitDecomposition):
     mask
         b l, True at the real tokens of a padded batch; None where all are real.
     packed
-        Whether several documents stand in a row (`document_ids`); what computes a scan anew then refuses.
+        Whether rows hold several documents (`document_ids`); methods that recompute a scan then raise an error.
     """

@@ -57,7 +57,7 @@ class RMSNorm(SitedModule):
 class LayerNorm(SitedModule):
     """(x - mean x) / sqrt(var x + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
-    hook_scale is the divisor, hook_normalized the quotient, hook_out what weight and bias make of it.
+    hook_scale is the divisor, hook_normalized the quotient, hook_out the result after weight and bias.
     """
 
     sites = (
@@ -147,7 +147,7 @@ def conv_silu(
     hook: HookPoint,
     documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
-    """SiLU of the causal convolution, whose own output is formed only where something sits on `hook`."""
+    """SiLU of the causal convolution, whose own output is computed only if `hook` is in use."""
     if hook.wanted or what_is_on(conv) is not None:
         return silu(hook(convolved(x, conv, history, documents)))
 
@@ -163,7 +163,7 @@ def convolved(
     history: Float[Tensor, "b h c"] | None,
     documents: Documents | None = None,
 ) -> Float[Tensor, "b m c"]:
-    """The causal convolution; the layer itself is called where an adapter or a torch hook is on it."""
+    """The causal convolution; the layer itself is called if it has an adapter or a torch hook."""
 
     def run(x: Tensor, history: Tensor | None) -> Tensor:
         if what_is_on(conv) is None:
@@ -208,7 +208,7 @@ class Embed(nn.Module):
 
 @plain
 class Unembed(nn.Module):
-    """Logits, float32 at least; the weight is [V, d] as stored, and the embedding's own where they are tied."""
+    """Logits, float32 at least; the weight is [V, d] as stored, and shared with the embedding if they are tied."""
 
     def __init__(self, d_vocab: int, d_model: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What shapes a model and the branches of its blocks: frozen, validated configurations."""
+"""Configurations of a model and of the branches in its blocks: frozen and validated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound="BranchConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """What shapes one branch of a block: a mixer, attention or an MLP."""
+    """The configuration of one branch of a block: a mixer, attention or an MLP."""
 
     d_model: int
     """Width d of the residual stream."""
@@ -61,7 +61,7 @@ def several_or_one(tokens: Sequence[int]) -> int | tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(BranchConfig):
-    """What every model has: its stack and its vocabulary."""
+    """What every model's configuration has: its stack and its vocabulary."""
 
     d_vocab: int
     """Rows V of the embedding, padding rows included."""
@@ -84,7 +84,7 @@ class ModelConfig(BranchConfig):
     """Where the weights came from, for cards and titles."""
 
     def __getattr__(self, name: str) -> Any:
-        """Only for names that do not exist; for TransformerLens' fields the error says what they are here."""
+        """Called only for unknown names; for TransformerLens' fields the error says what to use here."""
         if name in CONFIG:
             raise AttributeError(advice(name, CONFIG))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

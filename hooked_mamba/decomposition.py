@@ -1,4 +1,4 @@
-"""What a cache can take apart of the residual stream: the decompositions of TransformerLens, under its names.
+"""Decompositions of the residual stream from a cache, under TransformerLens' names.
 
 Every stack has its components in front, then the batch axis if the cache has one, then the positions unless
 `pos_slice` is an int, then d. Components sum to what they decompose.
@@ -39,17 +39,17 @@ class ResidualDecomposition:
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Labelled:
-        """The residual stream entering `layer` as embedding and what each branch of the blocks before adds.
+        """The residual stream entering `layer`, decomposed into the embedding and what each earlier branch adds.
 
         Parameters
         ----------
         layer
             Blocks strictly before it; None, -1 or n_layers: all, which is what the final norm reads.
         mlp_input
-            With the first stage of `layer` itself: the stream that its second norm reads. An error where the block has
-            one stage alone.
+            Include the first stage of `layer` itself: the stream that its second norm reads. An error if the block has
+            only one stage.
         mode
-            "all", or one name of a branch, such as "mixer" or "mlp": only what those add.
+            "all", or a branch name such as "mixer" or "mlp": only what those branches add.
         apply_ln
             Divide by the scale, and multiply by the weight, of the norm that reads this stream.
         pos_slice
@@ -86,9 +86,9 @@ class ResidualDecomposition:
         Parameters
         ----------
         layer
-            Up to and with the stream entering it; None, -1 or n_layers: all.
+            Up to and including the stream entering it; None, -1 or n_layers: all.
         incl_mid
-            Also the streams between the stages of a block, where it has two.
+            Also the streams between the stages of a block that has two.
         mlp_input
             The last of them is what the second norm of `layer` reads.
         apply_ln
@@ -121,11 +121,11 @@ class ResidualDecomposition:
         has_batch_dim: bool | None = None,
         recompute_ln: bool = False,
     ) -> Float[Tensor, "component *batch_and_pos_out d"]:
-        """What components of the residual stream are after a norm: x / scale * weight, the cached scale for all.
+        """Components of the residual stream after a norm: x / scale * weight, with the cached scale for all.
 
-        Of a LayerNorm its mean is taken away from each component; its bias belongs to none of them.
+        A LayerNorm's mean is subtracted from each component; its bias belongs to none of them.
 
-        Unlike TransformerLens' this multiplies by the norm's weight, so attributions sum to the logits whether norms
+        Unlike in TransformerLens this multiplies by the norm's weight, so attributions sum to the logits whether norms
         are folded or not.
 
         Parameters
@@ -141,7 +141,7 @@ class ResidualDecomposition:
         has_batch_dim
             Whether the stack has a batch axis; default: as the cache.
         recompute_ln
-            Give each component the scale that it would have alone (the logit lens).
+            Give each component the scale it would have alone (the logit lens).
         """
         upto = self.layer_index(layer)
         has_batch = self.has_batch_dim if has_batch_dim is None else has_batch_dim and self.has_batch_dim
@@ -174,14 +174,14 @@ class ResidualDecomposition:
     ) -> Float[Tensor, "component ..."]:
         """What each component adds to the logit of a token, or to a difference of two tokens' logits.
 
-        The final norm's scale is taken as it was, so over a full decomposition the attributions sum to the logit.
+        The final norm's scale is frozen, so over a full decomposition the attributions sum to the logit.
 
         Parameters
         ----------
         residual_stack
-            Components, as :meth:`decompose_resid` and its kin return them.
+            Components, as returned by :meth:`decompose_resid` and the like.
         tokens
-            One token (its text or id), one a row, or one a row and position.
+            One token (its text or id), one per row, or one per row and position.
         incorrect_tokens
             Subtract these tokens' attributions; of the same shape as `tokens`.
         pos_slice, batch_slice, has_batch_dim
@@ -199,7 +199,7 @@ class ResidualDecomposition:
         stack = self.apply_ln_to_stack(residual_stack, -1, False, pos_slice, batch_slice, has_batch_dim)
         has_positions = self.selected(pos_slice).keeps_axis
         if directions.ndim == 2 and has_positions and stack.ndim == 4:
-            directions = directions.unsqueeze(-2)  # one token a row, at all its positions
+            directions = directions.unsqueeze(-2)  # one token per row, at all its positions
         return (stack * directions.to(stack.dtype)).sum(-1)
 
     # Helpers -------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class ResidualDecomposition:
         return select.apply(value) if self.has_batch_dim else select.apply(value[None])[0]
 
     def logit_directions(self, tokens: str | int | Tensor) -> Tensor:
-        """Unembedding columns of tokens, the logits' factor in; a row of them for a row of tokens, also of one."""
+        """Unembedding columns of tokens, including the logits' factor; one row per row of tokens, even a single one."""
         if isinstance(tokens, Tensor) and tokens.ndim:
             found = self.model.W_U.t()[tokens]
         else:
@@ -285,5 +285,5 @@ class ResidualDecomposition:
 
 
 def as_norm_reads(norm: Any, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """What a norm divides by its scale: x, of a LayerNorm (which has a bias) x without its mean."""
+    """What a norm divides by its scale: x, or for a LayerNorm (which has a bias) x without its mean."""
     return x - x.mean(-1, keepdim=True) if getattr(norm, "bias", None) is not None else x

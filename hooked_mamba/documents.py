@@ -1,9 +1,9 @@
-"""Documents packed into one row: where each begins, and what a mixer needs so that none reads another.
+"""Documents packed into one row: where each begins, and what a mixer needs to keep them apart.
 
 A mixer carries three things from position to position, and each starts anew with a document:
-1. a state, which is set to zero between documents where its scan passes `hooked_mamba.mixers.states`;
-2. taps of a convolution or a token shift, whose first outputs of a document are made from zeros (:func:`restarted`);
-3. keys, which queries of other documents do not see, and positions, which are counted from each document's start.
+1. a state, which `hooked_mamba.mixers.states` sets to zero between documents;
+2. taps of a convolution or a token shift, which see zeros before each document (:func:`restarted`);
+3. keys, which only queries of the same document see, and positions, which count from each document's start.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Documents:
         return torch.where(self.starts, columns, torch.zeros_like(columns)).cummax(1).values
 
     def ends(self) -> dict[int, Bool[Tensor, " b"]]:
-        """Ascending columns behind which a document starts in some row -> those rows."""
+        """Columns (ascending) after which a document starts in some row -> those rows."""
         columns = self.starts.any(0).nonzero().flatten().tolist()
         return {column - 1: self.starts[:, column] for column in columns}
 

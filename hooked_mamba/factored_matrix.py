@@ -1,4 +1,4 @@
-"""A product of two matrices that is never multiplied out: A B, of rank at most the inner width."""
+"""A product A B of two matrices that is kept factored; its rank is at most the inner width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hooked_mamba.transformerlens_names import FACTORED
 class FactoredMatrix:
     """A B with A ... m r and B ... r n; leading axes broadcast. Names as in TransformerLens.
 
-    Norm, singular values and eigenvalues cost what the inner width r asks for, not m and n.
+    Norm, singular values and eigenvalues are computed at the cost of the inner width r, not of m and n.
     """
 
     def __init__(self, A: Float[Tensor, "... m r"], B: Float[Tensor, "... k n"]) -> None:
@@ -44,7 +44,7 @@ class FactoredMatrix:
 
     @property
     def BA(self) -> Float[Tensor, "... r r"]:
-        """The other product, r x r (where m = n): it has the same eigenvalues but for zeros."""
+        """The other product, r x r (for m = n), which has the same eigenvalues except for zeros."""
         if self.ldim != self.rdim:
             raise ValueError(f"BA exists for square products only, this one is {self.ldim} x {self.rdim}")
         return self.B @ self.A
@@ -119,7 +119,7 @@ class FactoredMatrix:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Those that are not 0 for certain, ... r, complex."""
+        """The r eigenvalues that need not be 0, ... r, complex."""
         return torch.linalg.eigvals(self.BA)
 
     def norm(self) -> Float[Tensor, "..."]:
@@ -139,12 +139,12 @@ class FactoredMatrix:
         return FactoredMatrix(U * root.unsqueeze(-2), root.unsqueeze(-1) * Vh)
 
     def collapse_l(self) -> Tensor:
-        """S Vh: the product but for a rotation of its rows."""
+        """S Vh: the product up to a rotation of its rows."""
         _, S, Vh = self.svd()
         return S.unsqueeze(-1) * Vh
 
     def collapse_r(self) -> Tensor:
-        """U S: the product but for a rotation of its columns."""
+        """U S: the product up to a rotation of its columns."""
         U, S, _ = self.svd()
         return U * S.unsqueeze(-2)
 
@@ -157,7 +157,7 @@ class FactoredMatrix:
         return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Only for names that do not exist; for TransformerLens' the error says what they are here."""
+        """Called only for unknown names; for TransformerLens' names the error says what to use here."""
         if name in FACTORED:
             raise AttributeError(advice(name, FACTORED))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

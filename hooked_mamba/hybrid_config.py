@@ -1,4 +1,4 @@
-"""What shapes a hybrid: attention, MLP and MoE beside a state-space mixer, and where each of them stands."""
+"""The configuration of a hybrid: attention, MLP and MoE beside a state-space mixer, and which block has which."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class AttentionConfig(BranchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(BranchConfig):
-    """down(act(gate x) * up x), or down(act(up x)) where it is not gated."""
+    """down(act(gate x) * up x), or down(act(up x)) if it is not gated."""
 
     d_mlp: int
     """Neurons F."""
@@ -97,7 +97,7 @@ class MLPConfig(BranchConfig):
     d_in: int | None = None
     """Width of the input. None: d_model."""
     output_gate: bool = False
-    """Whether the output is multiplied with sigmoid(w . x), one number a position (Qwen3-Next's shared expert)."""
+    """Whether the output is multiplied with sigmoid(w . x), one number per position (Qwen3-Next's shared expert)."""
     adapter_rank: int | None = None
     """Rank of an addition of low rank to gate and up, each block its own (Zamba2); None: there is none."""
 
@@ -113,7 +113,7 @@ class MLPConfig(BranchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ShortConvConfig(BranchConfig):
-    """A gated causal convolution of a few taps, without a state behind it (LFM2)."""
+    """A gated causal convolution of a few taps, with no state after it (LFM2)."""
 
     d_conv: int = 3
     """Taps K."""
@@ -176,7 +176,7 @@ def branch_of(entry: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig(ModelConfig):
-    """A stack whose blocks differ, and the branches that stand in them."""
+    """A stack whose blocks differ, and the branches in them."""
 
     residual_in_fp32: bool = False
     branches: Mapping[str, Any] = field(default_factory=dict)

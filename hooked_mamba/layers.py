@@ -1,7 +1,7 @@
-"""Layers whose weights are read without calling them, and what makes that wrong.
+"""Layers whose weights are read without calling the layer, and what makes that wrong.
 
-An adapter (LoRA, PEFT), a torch hook or another `forward` changes what a layer computes, but not its `.weight`. Whoever
-reads weights asks here, so that none of these is passed over in silence. A parametrisation
+An adapter (LoRA, PEFT), a torch hook or another `forward` changes what a layer computes, but not its `.weight`. Code
+that reads weights asks here, so that none of these is silently ignored. A parametrisation
 (`torch.nn.utils.parametrize`) is part of `.weight` and needs no care.
 """
 
@@ -16,13 +16,13 @@ _PLAIN: set[Any] = {nn.Linear.forward, nn.Conv1d.forward}
 
 
 def plain(cls: type[nn.Module]) -> type[nn.Module]:
-    """Declare that a class computes what its weight says and no more."""
+    """Declare that a class computes exactly what its weight says."""
     _PLAIN.add(cls.forward)
     return cls
 
 
 def what_is_on(layer: nn.Module) -> str | None:
-    """What makes a layer compute something else than its weight says; None: nothing."""
+    """What makes a layer compute something other than its weight says; None: nothing."""
     if "forward" in vars(layer):
         return "has another forward"
     if type(layer).forward not in _PLAIN:
@@ -36,11 +36,11 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def has_no_hook(module: nn.Module, where: str) -> None:
-    """Refuse a module whose result a torch hook may change, for those who compute with its weight alone."""
+    """Refuse a module whose result a torch hook may change, in code that computes with its weight alone."""
     if has_hook(module):
         raise ValueError(
             f"{where} ({type(module).__name__}) has a torch hook, which its weight does not show: use the hook points"
-            " within it, or take the hook off"
+            " within it, or remove the hook"
         )
 
 
@@ -61,6 +61,6 @@ def weights_of(layer: nn.Module, where: str) -> tuple[Any, Tensor | None]:
     if found is not None:
         raise ValueError(
             f"{where} {found}, which its weight does not show, and this needs the weight alone: merge the adapter into"
-            " the weight (peft: merge_and_unload()), or take the hook off"
+            " the weight (peft: merge_and_unload()), or remove the hook"
         )
     return layer.weight, getattr(layer, "bias", None)

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for, so that `import` and `--help` come at once."""
+"""Packages whose names are imported on first use, so that `import` and `--help` are fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 def names_from_stub(init: str) -> dict[str, tuple[str, str]]:
     """Name -> (module, name there) of the re-exports in the `__init__.pyi` beside an `__init__.py`.
 
-    The stub is what type checkers read; so the list of public names stands in one place.
+    Type checkers read the stub, so the list of public names is in one place.
     """
     tree = ast.parse(Path(init).with_suffix(".pyi").read_text(encoding="utf-8"))
     found: dict[str, tuple[str, str]] = {}
@@ -44,7 +44,7 @@ def lazy(package: str, init: str, other: Callable[[str], Any] | None = None) -> 
     package, init
         Its `__name__` and `__file__`.
     other
-        Asked for names that are neither in the stub nor modules of the package, such as those that changed.
+        Called for names that are neither in the stub nor modules of the package, such as renamed ones.
     """
     names = names_from_stub(init)
     sys.modules[package].__class__ = LazyPackage

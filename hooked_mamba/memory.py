@@ -1,4 +1,4 @@
-"""How much memory a cache would take, asked before it is taken."""
+"""How much memory a cache would take, checked before the pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KEEP_BYTES = 2**31
 def keep_freed_memory(nbytes: int = KEEP_BYTES) -> bool:
     """Let the C library (glibc) keep freed memory for the next call; returns whether it does.
 
-    A cache of all default sites of a 130m-sized model at 256 positions is half a gigabyte. By default glibc hands such
-    memory back to the system as soon as it is free, and the next call pays a page fault for every 4 KiB of it: a third
-    of a forward pass. Models call this once when they are made on a CPU, as torch's own allocator keeps memory on a
-    GPU. Nothing is done elsewhere than on Linux with glibc, where the environment sets MALLOC_TRIM_THRESHOLD_ or
-    GLIBC_TUNABLES itself, or with HOOKED_MAMBA_KEEP_MEMORY=0.
+    A cache of all default sites of a 130m-sized model at 256 positions is half a gigabyte. By default glibc returns
+    such memory to the system as soon as it is freed, and the next call pays a page fault for every 4 KiB of it: a third
+    of a forward pass. Models call this once when they are created on a CPU, as torch's own allocator keeps memory on a
+    GPU. It does nothing outside of Linux with glibc, if the environment sets MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES
+    itself, or with HOOKED_MAMBA_KEEP_MEMORY=0.
     """
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if sys.platform != "linux" or os.environ.get("HOOKED_MAMBA_KEEP_MEMORY") == "0":
@@ -46,7 +46,7 @@ def keep_freed_memory(nbytes: int = KEEP_BYTES) -> bool:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where it cannot be told."""
+    """Free memory of a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -57,7 +57,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _of_machine() -> int | None:
-    """What the kernel says is to be had without swapping; the whole memory where it does not say."""
+    """What the kernel reports as available without swapping; all memory if it does not say."""
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -89,7 +89,7 @@ def check_cache_fits(
     Parameters
     ----------
     points
-        The sites; those that no module declares count as nothing.
+        The sites; those that no module declares count as zero.
     shape
         Batch and positions.
     select

@@ -1,4 +1,4 @@
-"""The models of one mixer a block: thin names over one stack."""
+"""The models with one mixer per block: thin subclasses of one stack."""
 
 from __future__ import annotations
 

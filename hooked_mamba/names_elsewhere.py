@@ -1,7 +1,7 @@
-"""Names of other libraries that users type from memory: an error of one line that says what to use here.
+"""Names of other libraries that users type from memory: a one-line error says what to use here.
 
-A table maps a name to what to use; a text that starts with "none" says that there is no such thing, and why. Tables are
-in :mod:`hooked_mamba.transformerlens_names` and :mod:`saes.saelens_names`; docs/moving.md is made from them.
+A table maps a name to what to use; a text that starts with "none" says that there is no counterpart, and why. Tables
+are in :mod:`hooked_mamba.transformerlens_names` and :mod:`saes.saelens_names`; docs/moving.md is made from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SAE_LENS = "SAELens"
 
 
 def advice(name: str, uses: Mapping[str, str], library: str = TRANSFORMER_LENS) -> str:
-    """One line: what another library's name is here."""
+    """One line: what to use here instead of another library's name."""
     use = uses[name]
     if use.startswith("none"):
         why = use.removeprefix("none").removeprefix(": ").removeprefix("; ")
@@ -42,7 +42,7 @@ def import_advice(
     Parameters
     ----------
     other
-        Asked for names that are not in the table.
+        Called for names that are not in the table.
     """
 
     def find(name: str) -> Any:
@@ -63,7 +63,7 @@ def knows_options(uses: Mapping[str, str], granted: Mapping[str, Any]) -> Callab
     uses
         Name of an argument elsewhere -> what to use here.
     granted
-        Name -> the value that asks for what is done here anyway; with that value the argument is dropped.
+        Name -> the value that requests what is done here anyway; with that value the argument is dropped.
     """
 
     def wrap(function: F) -> F:

@@ -1,4 +1,4 @@
-"""What shapes the recurrences after Mamba-2: RWKV-7, gated DeltaNet, Mamba-3."""
+"""Configurations of the recurrences after Mamba-2: RWKV-7, gated DeltaNet, Mamba-3."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Mamba3Config(BranchConfig):
 
     @property
     def S(self) -> int:
-        """Angles: pairs of states that turn."""
+        """Angles: pairs of states that are rotated."""
         return int(self.d_state * self.rope_fraction) // 2
 
     @property

@@ -1,4 +1,4 @@
-"""Names that changed: the old one works for one release and says what the new one is."""
+"""Names that changed: the old one works for one release, with a warning that gives the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache can take apart of the mixers: channels, heads, source positions, states and hidden attention."""
+"""Decompositions of the mixers from a cache: channels, heads, source positions, states and hidden attention."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hooked_mamba.transformerlens_names import GRANTED, OPTIONS
 
 
 class SSMDecomposition(ResidualDecomposition):
-    """The part of :class:`ActivationCache` about what happens inside mixers, as their linear forms tell it.
+    """The part of :class:`ActivationCache` about what happens inside mixers, by their linear forms.
 
-    Of Mamba everything here is computed from x, dt, B, C, z and the norms' scales as they were cached: edits that hooks
-    made to A_bar, B_bar, Bx or h in that run are not seen.
+    For Mamba everything here is computed from x, dt, B, C, z and the norms' scales as cached: edits that hooks made to
+    A_bar, B_bar, Bx or h in that run are not seen.
     """
 
     # Channels and heads --------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class SSMDecomposition(ResidualDecomposition):
         apply_ln
             As in :meth:`decompose_resid`.
         project_output_onto
-            A direction d, or several d k: give the products with them, which need d times less memory.
+            A direction d, or several d k: return the products with them, which need d times less memory.
         """
         upto = self.layer_index(layer)
         labels = [f"L{i}C{e}" for i in self.mixer_layers(upto) for e in range(self._width(i))]
@@ -95,19 +95,19 @@ class SSMDecomposition(ResidualDecomposition):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Labelled:
-        """The residual stream entering `layer` in its smallest parts: channels, embedding, biases.
+        """The residual stream entering `layer`, decomposed into its smallest parts: channels, embedding, biases.
 
         Parameters
         ----------
         layer
             None, -1 or n_layers: after the last block.
         mlp_input
-            For TransformerLens' sake; True is an error: components of a part of a block are not told apart here.
+            For compatibility with TransformerLens; True is an error, since stages of a block are not separated here.
         expand_channels
-            True: one component a channel. False: one a head in Mamba-2, one a mixer in Mamba-1.
+            True: one component per channel. False: one per head in Mamba-2, one per mixer in Mamba-1.
         apply_ln, pos_slice, return_labels, project_output_onto
-            As in :meth:`stack_channel_results`. Branches that are no mixers come whole, as "3_attn_out"; the last two
-            components are "embed" and "bias".
+            As in :meth:`stack_channel_results`. Branches other than mixers are one component each, such as
+            "3_attn_out"; the last two components are "embed" and "bias".
         """
         if mlp_input:
             raise ValueError("mlp_input: decompose_resid decomposes the stream between two stages")
@@ -148,9 +148,9 @@ class SSMDecomposition(ResidualDecomposition):
         incl_remainder: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Labelled:
-        """One mixer's output taken apart by the position that it came from.
+        """One mixer's output, decomposed by the position it came from.
 
-        dt, B, C, gates and norm scales are as they were; only values are followed. The components sum to the mixer's
+        dt, B, C, gates and norm scales are frozen; only values are followed. The components sum to the mixer's
         output at every target.
 
         Parameters
@@ -160,11 +160,11 @@ class SSMDecomposition(ResidualDecomposition):
         source
             "scan": the terms alpha[t,s] u_s. "token": what token s sends through all taps of the convolution.
         pos_slice
-            Target positions; an int drops the axis. All of them take l^2 d numbers.
+            Target positions; an int drops the axis. All of them together are l^2 d numbers.
         return_labels
             Also return "S0", "S1", ... (or "T0", ... for tokens) and "bias".
         incl_remainder
-            Add "remainder", what came from before this call: 0 to rounding without an initial state.
+            Add "remainder", what came from before this call: 0 up to rounding without an initial state.
         project_output_onto
             A direction d, or several d k.
 
@@ -261,7 +261,7 @@ class SSMDecomposition(ResidualDecomposition):
         """The scan as a matrix, batch, channel (Mamba-2: head), target, source; without the D skip.
 
         With `include_dt_scaling` it multiplies x to give y_scan; without, the factor dt of the source is left out.
-        It has l^2 numbers a channel: :meth:`hidden_attention` gives chosen rows, channels or means.
+        It has l^2 numbers per channel; :meth:`hidden_attention` gives selected rows, channels or means.
 
         Parameters
         ----------
@@ -296,7 +296,8 @@ class SSMDecomposition(ResidualDecomposition):
         include_skip: bool = True,
         branch: str | None = None,
     ) -> Float[Tensor, "..."]:
-        """Rows of the hidden attention: how much u_s enters y_t, exactly, D on the diagonal; of attention, its pattern.
+        """Rows of the hidden attention: the exact weight of u_s in y_t, with D on the diagonal; for attention, its
+        pattern.
 
         Parameters
         ----------
@@ -307,9 +308,9 @@ class SSMDecomposition(ResidualDecomposition):
         queries
             Target positions, as a `pos_slice`; an int drops the axis. None: all.
         average
-            The mean over the channels, in linear memory: no matrix per channel is formed.
+            The mean over the channels, in linear memory: no matrix per channel is built.
         include_skip
-            Whether D stands on the diagonal.
+            Whether to include D on the diagonal.
         branch
             "mixer" or "attn"; None: the mixer where the block has one, else attention.
 
@@ -336,7 +337,7 @@ class SSMDecomposition(ResidualDecomposition):
     # The linear form -----------------------------------------------------------------------------------------
 
     def scan_view(self, layer: int, branch: str | None = None) -> HeldScan:
-        """How one layer moves values between positions, with everything that decides it held at the run's numbers.
+        """How one layer moves values between positions, with selection frozen at the run's values.
 
         Parameters
         ----------
@@ -346,7 +347,7 @@ class SSMDecomposition(ResidualDecomposition):
         Raises
         ------
         ValueError
-            None does, or this one does not; or documents are packed into the rows of this cache.
+            No branch does, or the chosen one does not; or documents are packed into the rows of this cache.
         """
         self._not_packed()
         found = self.model.block(layer).branches
@@ -359,7 +360,7 @@ class SSMDecomposition(ResidualDecomposition):
         raise ValueError(f"{branch or 'no branch'} of layer {layer} moves values between positions")
 
     def step_scan(self, layer: int) -> SelectiveScan:
-        """The same of a kind that has step sizes dt.
+        """The same for a kind of mixer that has step sizes dt.
 
         Raises
         ------
@@ -368,7 +369,7 @@ class SSMDecomposition(ResidualDecomposition):
         """
         scan = self.scan_view(layer)
         if not isinstance(scan, SelectiveScan):
-            raise ValueError(f"the mixer of layer {layer} has no step size dt, so that nothing can be said about it")
+            raise ValueError(f"the mixer of layer {layer} has no step size dt")
         return scan
 
     def token_path(self, layer: int) -> TokenPath:
@@ -391,7 +392,7 @@ class SSMDecomposition(ResidualDecomposition):
         return self[f"blocks.{layer}.mixer.{self.model.mixer(layer).out_site}"]
 
     def reader(self, layer: int, branch: str = "mixer") -> Read:
-        """What this cache has of one branch, by the sites' own names, with a batch axis."""
+        """What this cache holds of one branch, by site name, with a batch axis."""
         return lambda name: self._with_batch(self[f"blocks.{layer}.{branch}.{name}"])
 
     def head_width(self) -> int:
@@ -424,7 +425,7 @@ class SSMDecomposition(ResidualDecomposition):
         if getattr(self, "packed", False):
             raise ValueError(
                 "documents are packed into the rows of this cache, and what is recomputed from it would mix them:"
-                " run each document in a row of its own"
+                " run each document in its own row"
             )
 
     def _width(self, layer: int) -> int:
@@ -503,7 +504,7 @@ class SSMDecomposition(ResidualDecomposition):
 
 
 def _own_rows(alpha: Float[Tensor, "b q s h 1"], queries: list[int]) -> Float[Tensor, "b q s h 1"]:
-    """Rows of the same shape in which each target reads itself alone."""
+    """Rows of the same shape in which each target reads only itself."""
     own = torch.zeros_like(alpha)
     own[:, torch.arange(len(queries)), queries] = 1
     return own

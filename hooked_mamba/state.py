@@ -1,4 +1,4 @@
-"""What a model remembers between calls, and which positions of a padded batch are real."""
+"""What a model carries from call to call, and which positions of a padded batch are real."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def loadable(cls: Kind) -> Kind:
-    """Let `torch.load(weights_only=True)` make this class, which holds tensors and does nothing."""
+    """Let `torch.load(weights_only=True)` create this class, which only holds tensors."""
     torch.serialization.add_safe_globals([cls])
     return cls
 
 
 @loadable
 class LayerState(NamedTuple):
-    """Memory of one Mamba mixer: all that later positions can learn of earlier ones."""
+    """Memory of one Mamba mixer: all that later positions can know about earlier ones."""
 
     conv: Tensor
     """The last d_conv - 1 inputs of the convolution, b K-1 conv_dim."""
@@ -125,7 +125,7 @@ class ModelState:
         return next(len(t) for layer in self.layers for t in layer)
 
     def detach(self) -> ModelState:
-        """The same numbers without their history."""
+        """The same numbers, detached from the graph."""
         return self._map(Tensor.detach)
 
     def clone(self) -> ModelState:
@@ -136,7 +136,7 @@ class ModelState:
         return self.clone()
 
     def to(self, *args, **kwargs) -> ModelState:
-        """Move, as `Tensor.to` does; the dtypes stay what each call makes of them."""
+        """Move, as `Tensor.to` does; dtypes are adapted by each call."""
         return self._map(
             lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(t.to(*args, **kwargs).device)
         )
@@ -156,7 +156,7 @@ class ModelState:
 
 @dataclass
 class Call:
-    """What one forward pass hands to every branch beside the stream."""
+    """What one forward pass gives to every branch besides the stream."""
 
     padding: Padding | None = None
     """Masked columns; None where all are real."""
@@ -171,7 +171,7 @@ class Call:
     hidden: dict[tuple[Any, ...], Float[Tensor, "l m"]] = field(default_factory=dict)
     """-inf where a query must not look, in calls without padding, that a layer of this pass has made for the next."""
     all_real: Bool[Tensor, "b l"] | None = None
-    """The mask of a call without padding, once a layer has asked for it."""
+    """The mask of a call without padding, cached once a layer has asked for it."""
 
     def to(self, device: torch.device) -> Call:
         """The same for blocks that are on another device."""
@@ -186,7 +186,7 @@ class Call:
         return self.padding is None and self.documents is None
 
     def positions(self, batch: int, length: int, device: torch.device) -> Int[Tensor, "b l"]:
-        """How many real tokens of its document stand before each column: what a position embedding counts."""
+        """How many real tokens of its document precede each column: the position that embeddings use."""
         if self.padding is None:
             columns = torch.arange(length, device=device).expand(batch, -1)
         else:
@@ -261,7 +261,7 @@ class Padding:
 
     @property
     def ends(self) -> Int[Tensor, " b"]:
-        """Column behind each row's last real token: a position t < 0 of a row is its column ends + t."""
+        """Column after each row's last real token: a position t < 0 of a row is its column ends + t."""
         return self.mask.shape[1] - self.right
 
     def zero(self, x: Float[Tensor, "b l *rest"]) -> Float[Tensor, "b l *rest"]:
@@ -271,7 +271,7 @@ class Padding:
 
 
 def zero_padding(padding: Padding | None) -> Callable[[Tensor], Tensor]:
-    """`padding.zero`, or for a batch without padding what leaves a tensor as it is."""
+    """`padding.zero`, or the identity for a batch without padding."""
     return padding.zero if padding is not None else _unchanged
 
 
@@ -285,12 +285,12 @@ def with_history(
     padding: Padding | None,
     documents: Documents | None = None,
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b k c"] | None, Float[Tensor, "b k c"]]:
-    """Convolution inputs, the k inputs that stand before them, and the last k for the next call.
+    """Convolution inputs, the k inputs before them, and the last k for the next call.
 
-    In a left-padded row the history stands right before the first real position, and in a right-padded row the
-    next history ends at the last real one: each row is what it would be alone. With padding the inputs that come
-    back hold their history (m = k + l), and None stands for what is before them; so also where they are fewer than k.
-    Of packed documents the next history is the last one's.
+    In a left-padded row the history is placed right before the first real position, and in a right-padded row the next
+    history ends at the last real one: each row is treated as if it were alone. With padding the inputs that come back
+    hold their history (m = k + l), and None stands for what is before them; so also where they are fewer than k. For
+    packed documents the next history is that of the last one.
     """
     if documents is not None:
         fresh = documents.starts.any(1)[:, None, None]

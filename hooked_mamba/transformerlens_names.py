@@ -1,4 +1,4 @@
-"""TransformerLens by heart: what its public names are here. Errors and the tables in docs/moving.md are made from this.
+"""TransformerLens' public names and what to use here. Errors and the tables in docs/moving.md are made from this.
 
 Names are those of transformer-lens 2.18 and 4.3. A name that works here is not listed. Those of sites ("mlp_out", "z")
 are in :mod:`hooked_mamba.hooks.elsewhere`.
@@ -272,7 +272,7 @@ OPTIONS: dict[str, str] = {
     "mlp_input": "layer=; cache.decompose_resid has mlp_input=",
     "move_model": "model.to(device)",
     "batch_size": "none: the cache knows its batch axis",
-    "reduce": "the mean of the result, of a metric of one number a row",
+    "reduce": "the mean of the result, of a metric of one number per row",
     "baseline": "the result minus metric(model(corrupted))",
     "alias_names": "none: a hook is called with the site's own name",
     "shortformer_pos_embed": _NO_POSITIONS,
@@ -418,7 +418,7 @@ PATCHING: dict[str, str] = {
     "CorruptedActivation": "torch.Tensor",
     "PatchedActivation": "torch.Tensor",
     "MetricFn": "hooked_mamba.analysis.patch_runs.Metric",
-    "Reduce": "none: a metric of one number a row keeps the rows",
+    "Reduce": "none: a metric of one number per row keeps the rows",
 }
 """Names of the module patching."""
 

@@ -1,4 +1,4 @@
-"""What a cache can take apart of attention, MLPs and experts: their heads, neurons and single experts."""
+"""Decompositions of attention, MLPs and experts from a cache: heads, neurons and single experts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class UnitDecomposition(SSMDecomposition):
         layer
             Blocks strictly before it; -1: all.
         kind
-            "attn": heads of attention. "mixer": heads of state-space mixers (Mamba-1 has none). None: the mixers' where
+            "attn": heads of attention. "mixer": heads of state-space mixers (Mamba-1 has none). None: the mixers' if
             there are any, else attention's.
         return_labels
             Also return "L0H0", "L0H1", ...
@@ -106,7 +106,7 @@ class UnitDecomposition(SSMDecomposition):
         apply_ln: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Labelled:
-        """What every expert of every mixture before `layer` adds, its weight included; 0 where it was not chosen.
+        """What every expert of every mixture before `layer` adds, routing weight included; 0 where it was not chosen.
 
         Labels are "L0E0", "L0E1", ... Needs a cache that holds `hook_expert_out`, which one without a filter does not.
         """
@@ -159,7 +159,7 @@ class UnitDecomposition(SSMDecomposition):
         apply_ln: bool,
         onto: Tensor | None,
     ) -> Labelled:
-        """Every unit's value times the weights that write it, branch by branch into one stack."""
+        """Every unit's value times its output weights, stacked branch by branch."""
         layers = [i for i, name in self.writers(upto) if name == branch]
         if not layers:
             raise ValueError(

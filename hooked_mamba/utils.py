@@ -46,7 +46,7 @@ def transpose(tensor: Float[Tensor, "... a b"]) -> Float[Tensor, "... b a"]:
 
 
 def remove_batch_dim(tensor: Tensor) -> Tensor:
-    """Without the first axis where that has length 1, else as it is."""
+    """Without the first axis if it has length 1, else unchanged."""
     return tensor[0] if len(tensor) == 1 else tensor
 
 
@@ -61,14 +61,14 @@ def is_lower_triangular(x: Tensor) -> bool:
 
 
 def get_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def composition_scores(
     left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True
 ) -> Float[Tensor, "*leading"]:
-    """|L R| / (|L| |R|), Frobenius norms: how far what L writes is what R reads.
+    """|L R| / (|L| |R|), Frobenius norms: how strongly R reads what L writes.
 
     With `broadcast_dims` every left matrix is paired with every right one: axes of the left in front.
     """
@@ -129,7 +129,7 @@ def test_prompt(
     Parameters
     ----------
     prompt, answer
-        Text; of several answers each is tested. An answer of several tokens is read one after the other.
+        Text; each of several answers is tested. An answer of several tokens is read token by token.
     prepend_space_to_answer
         Put a space in front of answers that have none.
     print_details

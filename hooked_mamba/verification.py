@@ -1,8 +1,8 @@
-"""Is a checkpoint the same model here and in transformers? Logits on bundled prompts, greedy tokens, and time.
+"""Does a checkpoint give the same model here and in transformers? Logits on bundled prompts, greedy tokens, and time.
 
-1. Load the checkpoint here, read every prompt, continue the first one greedily, and let the model go.
+1. Load the checkpoint here, read every prompt, continue the first one greedily, and free the model.
 2. Do the same with transformers, from the same files. A format that transformers does not read is converted by `to_hf`,
-   which the report says.
+as the report says.
 3. Compare, in each precision that fits into memory.
 """
 
@@ -95,7 +95,7 @@ class Verification:
         return all(found.agrees for found in self.comparisons)
 
     def to_json(self) -> str:
-        """All of it, to send in."""
+        """The whole result, to be sent in."""
         return json.dumps(asdict(self) | {"agrees": self.agrees}, indent=2, sort_keys=True) + "\n"
 
 
@@ -114,9 +114,9 @@ def verify(
     name
         A hub id, a folder or a bundled name.
     dtypes
-        Precisions; one whose weights do not fit into memory is left out, and named.
+        Precisions; those whose weights do not fit into memory are skipped and reported.
     repeats
-        Forward passes that are timed, after one that is not.
+        Timed forward passes, after one warm-up.
 
     Raises
     ------
@@ -176,7 +176,7 @@ class _Reading:
 
 
 def _prompts(model: Any) -> tuple[list[Tensor], int]:
-    """Tokens to read, and of how many texts; random ones where there is no tokenizer."""
+    """Tokens to read, and how many texts they come from; random tokens without a tokenizer."""
     if model.tokenizer is not None:
         return [model.to_tokens(text) for text in PROMPTS], len(PROMPTS)
     generator = torch.Generator().manual_seed(0)

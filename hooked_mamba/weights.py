@@ -1,7 +1,7 @@
 """Views of the weights under the names of the field, multiplying from the right as in TransformerLens.
 
-What a view is each mixer says itself, under the same name; a model stacks those of its layers. A view that its mixers
-do not have is no attribute of a model.
+Each mixer defines its own views under these names, and a model stacks those of its layers. A view that its mixers do
+not have is not an attribute of the model.
 """
 
 from __future__ import annotations

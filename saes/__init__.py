@@ -1,6 +1,6 @@
 """Sparse autoencoders and MambaCoders: dictionaries on the internals of state-space models.
 
-Its names stand in `__init__.pyi`.
+`__init__.pyi` lists the public names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _renamed = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})
 
 
 def _other(name: str) -> object:
-    """Old names, and what SAELens' names are here: as an ImportError, whose text `from saes import ...` shows."""
+    """Old names, and what to use for SAELens' names: an ImportError, whose text `from saes import ...` shows."""
     if name in saelens_names.TOP:
         raise ImportError(saelens_names.advice(name, saelens_names.TOP))
     return _renamed(name)

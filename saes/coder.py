@@ -3,8 +3,8 @@
     z = act((s_in x - b_dec) W_enc + b_enc)          b_dec only with cfg.apply_b_dec_to_input
     y_hat = (z W_dec + b_dec + s_in x W_skip) / s_out      W_skip only with cfg.skip
 
-s_in and s_out are 1, except in the training of a coder with input_norm="scale"; :meth:`SparseCoder.fold` works them
-into the weights.
+s_in and s_out are 1, except while training a coder with input_norm="scale"; :meth:`SparseCoder.fold` folds them into
+the weights.
 """
 
 from __future__ import annotations

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from hooked_mamba.models import HookedModel, load_model
+from hooked_mamba.world import World, local_device, torchrun
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
 from saes.model_hash import model_hash
@@ -44,6 +47,21 @@ def _expanded(name: str) -> list[str]:
 def load_coders(names: Sequence[str], device: str = "cpu") -> dict[str, SparseCoder]:
     """Coders by name, see :func:`coder_folders`."""
     return {name: SparseCoder.load(path).to(device) for name, path in coder_folders(names).items()}
+
+
+@contextmanager
+def processes(device: str, work: Path | None) -> Iterator[tuple[World, str]]:
+    """The processes of torchrun (or this one alone), and this one's device.
+
+    Raises
+    ------
+    OptionError
+        Several processes, and no folder through which they could share the work.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
+        raise OptionError("several processes share work through a folder: give --work")
+    with torchrun(device) as world:
+        yield world, local_device(device)
 
 
 def trained_model(names: Sequence[str]) -> str | None:

@@ -1,8 +1,8 @@
 """Evaluating coders: reconstruction, sparsity, and the loss of the model when it runs on their output.
 
 1. A pass over the text collects reconstruction and sparsity of all coders, and the means of what they predict.
-2. A second pass runs every batch as it is, with each coder in the model's place, with zeros there, with the means
-   there, and with all coders, all zeros, all means at once.
+2. A second pass runs every batch unchanged, with each coder spliced in, with zeros there, with the means there, and
+with all coders, all zeros, all means at once.
 
 Sums are kept in float64 over positions, so that the size of batches does not matter.
 """
@@ -11,14 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
+from hooked_mamba.pieces import Pieces, digest
 from saes.coder import SparseCoder
+from saes.coder_hash import coder_hash
 from saes.metrics.model_loss import LossSums, next_token_log_probs
 from saes.metrics.reconstruction import ReconstructionSums
 from saes.metrics.sparsity import SparsitySums
@@ -47,9 +52,14 @@ def evaluate(
     batch_size: int = 8,
     n_tokens: int | None = None,
     together: bool | None = None,
+    folder: str | Path | None = None,
+    batches_per_piece: int = 16,
     progress: bool = True,
 ) -> Report:
     """Evaluate coders on text that they were not trained on.
+
+    With a folder, under torchrun, its processes share the work; a stopped evaluation continues when it is called again.
+    The figures do not depend on how many processes there were.
 
     Parameters
     ----------
@@ -60,23 +70,27 @@ def evaluate(
     metrics
         Names or groups of figures, see `saes.report.METRICS` and `GROUPS`; None: all. Only what they need is run.
     attention_mask
-        b l, for token ids. Padding counts nowhere and stays as it is.
+        b l, for token ids. Padding is never counted and stays as it is.
     exclude_tokens
         Token ids, such as `<|endoftext|>`, whose positions are neither replaced nor counted in reconstruction and
         sparsity. Their losses count.
     batch_size
-        Rows a pass.
+        Rows per pass.
     n_tokens
-        Stop after so many real tokens; needed where the source has no end.
+        Stop after so many real tokens; required if the source has no end.
     together
         Whether all coders are replaced at once too; None: if there are several, and no two predict one site.
+    folder
+        For results in pieces (see :mod:`hooked_mamba.pieces`); None: this process does everything.
+    batches_per_piece
+        Batches whose sums are written together.
     progress
         Show a bar.
 
     Raises
     ------
     ValueError
-        An unknown metric, a coder that does not fit the model, or no data.
+        An unknown metric, a coder that does not fit the model, or no data; a folder that holds another evaluation.
     """
     named = named_coders(coders)
     for name, coder in named.items():
@@ -89,6 +103,25 @@ def evaluate(
     first = bool(set(wanted) & {*RECONSTRUCTION, *SPARSITY}) or bool(set(wanted) & set(ABLATION))
     second = bool(set(wanted) & {*LOSS, *ABLATION})
     run = _Run(model, named, tuple(exclude_tokens), wanted)
+    tokens = sum(int(run.counted(rows).sum()) for rows in batches)
+    if folder is not None:
+        work = {
+            "model": model_hash(model),
+            "coders": {name: coder_hash(coder) for name, coder in named.items()},
+            "metrics": list(wanted),
+            "together": together,
+            "exclude_tokens": [int(token) for token in exclude_tokens],
+            "batches": [digest(part) for rows in batches for part in (rows.tokens, rows.real)],
+            "batches_per_piece": batches_per_piece,
+        }
+        groups = [batches[i : i + batches_per_piece] for i in range(0, len(batches), batches_per_piece)]
+        if first:
+            run.in_pieces(Pieces(Path(folder) / "reconstruction", work), groups, run.read_all, progress)
+        if second:
+            run.in_pieces(
+                Pieces(Path(folder) / "loss", work), groups, partial(run.lose_all, together=together), progress
+            )
+        return run.report(tokens, together and second)
     with tqdm(total=len(batches) * (first + second), disable=not progress, desc="evaluate", leave=False) as bar:
         if first:
             for rows in batches:
@@ -98,7 +131,7 @@ def evaluate(
             for rows in batches:
                 run.lose(rows, together)
                 bar.update()
-    return run.report(sum(int(run.counted(rows).sum()) for rows in batches), together and second)
+    return run.report(tokens, together and second)
 
 
 def evaluate_activations(
@@ -117,7 +150,7 @@ def evaluate_activations(
     metrics
         As in :func:`evaluate`, without losses, which need the model.
     n_tokens
-        Stop after so many positions; needed where the source has no end.
+        Stop after so many positions; required if the source has no end.
 
     Raises
     ------
@@ -182,10 +215,47 @@ class _Run:
         self, model: HookedModel, named: dict[str, SparseCoder], exclude: tuple[int, ...], wanted: tuple[str, ...]
     ) -> None:
         self.model, self.named, self.exclude, self.wanted = model, named, exclude, wanted
-        self.sums = {name: _Sums(coder) for name, coder in named.items()}
-        self.losses = {name: LossSums() for name in (*named, TOGETHER)}
+        self.clear()
         last = last_layer([s for stream in all_streams(c.cfg for c in named.values()) for s in sites_of(stream, model)])
         self.stop = None if last is None else last + 1
+
+    def clear(self) -> None:
+        """No position read yet."""
+        self.sums = {name: _Sums(coder) for name, coder in self.named.items()}
+        self.losses = {name: LossSums() for name in (*self.named, TOGETHER)}
+
+    def in_pieces(
+        self, pieces: Pieces, groups: list[list[Rows]], work: Callable[[list[Rows]], dict[str, Tensor]], progress: bool
+    ) -> None:
+        """One pass in pieces, then all their sums, in order."""
+        about = f"evaluate ({pieces.folder.name})"
+        pieces.run(groups, lambda _, g: work(g), total=len(groups), progress=progress, description=about)
+        for found in pieces:
+            for name, sums in self.sums.items():
+                if f"{name}/reconstruction/sums" in found:
+                    sums.reconstruction.merge(_under(found, f"{name}/reconstruction/"))
+                    sums.sparsity.merge(_under(found, f"{name}/sparsity/"))
+            for name, losses in self.losses.items():
+                if f"{name}/loss/sums" in found:
+                    losses.merge(_under(found, f"{name}/loss/"))
+
+    def read_all(self, group: list[Rows]) -> dict[str, Tensor]:
+        """The first pass over some batches alone: their sums."""
+        kept, self.sums = self.sums, {name: _Sums(coder) for name, coder in self.named.items()}
+        for rows in group:
+            self.read(rows)
+        found, self.sums = self.sums, kept
+        parts = {f"{name}/reconstruction/": sums.reconstruction.tensors() for name, sums in found.items()}
+        parts |= {f"{name}/sparsity/": sums.sparsity.tensors() for name, sums in found.items()}
+        return {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+
+    def lose_all(self, group: list[Rows], together: bool) -> dict[str, Tensor]:
+        """The second pass over some batches alone: their sums."""
+        kept, self.losses = self.losses, {name: LossSums() for name in self.losses}
+        for rows in group:
+            self.lose(rows, together)
+        found, self.losses = self.losses, kept
+        return {f"{name}/loss/{key}": value for name, one in found.items() for key, value in one.tensors().items()}
 
     def counted(self, rows: Rows) -> Tensor:
         """Positions that are replaced and counted."""
@@ -250,6 +320,10 @@ class _Run:
             both = Scores(TOGETHER, f"{len(self.named)} coders", values)
         predictions = self.losses[next(iter(self.named))].n["clean"]
         return Report(self.model.cfg.model_name, tokens, predictions, scores, both)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _together(named: Mapping[str, SparseCoder]) -> bool:

@@ -36,7 +36,7 @@ def endpoint() -> str | None:
 
 
 def is_local(where: str | Path) -> bool:
-    """Whether a place is meant as a folder: a Path, one that is there, or a text that no hub id can be."""
+    """Whether a place means a folder: a Path, an existing folder, or a text that cannot be a hub id."""
     if isinstance(where, Path) or Path(where).expanduser().exists():
         return True
     return not HUB_ID.fullmatch(where)
@@ -61,7 +61,7 @@ def resolve(
     Raises
     ------
     CoderFileError
-        Nothing of that name, with the nearest there is; or several where one is meant.
+        Nothing has that name (the nearest is suggested), or several coders do.
     HubError
         The hub cannot be reached, or has no such repository or revision.
     """

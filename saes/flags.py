@@ -1,4 +1,4 @@
-"""Errors that name Python arguments, for those who typed flags: `n_tokens=` becomes `--n-tokens`."""
+"""Turns Python arguments in error messages into command-line flags: `n_tokens=` becomes `--n-tokens`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sharing coders: push, load, pull, list and search, in repositories of the hub and in folders alike.
 
-A repository holds a folder a coder, an index (`index.json`) and a card (`README.md`). One push is one commit.
+A repository holds one folder per coder, an index (`index.json`) and a card (`README.md`). One push is one commit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load(source: str | Path, name: str | None = None, revision: str | None = Non
 
 
 def pull(source: str | Path, folder: str | Path, name: str | None = None, revision: str | None = None) -> Path:
-    """Copy a coder into a folder of its own, checked, and in our format whatever it was in.
+    """Copy a coder into its own folder, checked, and converted to our format.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Where training starts from, and what holds after each of its steps."""
+"""How training starts, and the constraints that hold after each step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def initialise(
     *,
     b_dec: str = "mean",
 ) -> SparseCoder:
-    """Fit what can be read off a sample of activations: the scales of cfg.input_norm, and b_dec.
+    """Fit to a sample of activations: the scales of cfg.input_norm, and b_dec.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def unit_decoder(coder: SparseCoder) -> None:
 
 @torch.no_grad()
 def project_decoder_gradient(coder: SparseCoder) -> None:
-    """Take out of the decoder's gradient what would change its rows' norms, in place."""
+    """Remove from the decoder's gradient what would change its rows' norms, in place."""
     grad, W = coder.W_dec.grad, coder.W_dec
     if grad is None:
         return

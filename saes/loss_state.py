@@ -1,4 +1,4 @@
-"""What a coder's loss needs besides the batch: its coefficients, and how long each latent has been silent."""
+"""The state of a coder's loss besides the batch: its coefficients, and how long each latent has been silent."""
 
 from __future__ import annotations
 

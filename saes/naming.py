@@ -1,4 +1,4 @@
-"""One coder, several, or several by name: brought into one form and checked against the model."""
+"""One coder, several, or several by name: normalised to one form and checked against the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 
 
 def default_name(cfg: CoderConfig) -> str:
-    """The name of a coder that was given none, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
+    """The name of an unnamed coder, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
     if not cfg.is_sae:
         branch = cfg.out_site.split(".", 2)[-1].removeprefix("hook_").removesuffix("_out").partition(".")[0]
@@ -46,7 +46,7 @@ def named_coders(coders: Coders) -> dict[str, SparseCoder]:
     Raises
     ------
     TypeError
-        If anything but a coder is among them.
+        Anything but a coder is among them.
     ValueError
         If there are none.
     """
@@ -81,19 +81,19 @@ def check_fits(coder: SparseCoder, model: HookedModel, name: str) -> tuple[str, 
     for stream, width in zip(streams, (coder.cfg.d_in, coder.cfg.d_out), strict=True):
         there = locate(stream, model).width
         if there != width:
-            raise ValueError(f"{name} holds {width} numbers a position, and {stream} of this model holds {there}")
+            raise ValueError(f"{name} holds {width} numbers per position, and {stream} of this model holds {there}")
     if coder.W_dec.device != model.device:
         raise ValueError(f"{name} is on {coder.W_dec.device} and the model on {model.device}: move one of them")
     return streams
 
 
 def pick(named: Mapping[str, Any], name: str | None) -> str:
-    """A name that is there; None means the only one.
+    """An existing name; None means the only one.
 
     Raises
     ------
     KeyError
-        An unknown name, or none where there are several.
+        An unknown name, or no name although there are several.
     """
     if name is None:
         if len(named) == 1:

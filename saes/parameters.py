@@ -1,4 +1,4 @@
-"""What a coder holds: its config and its tensors. Architectures and files are written against this class alone.
+"""A coder's config and tensors. Architectures and files depend only on this class.
 
 :class:`saes.coder.SparseCoder` adds the computation. It imports the architectures, which therefore cannot import it.
 """
@@ -71,7 +71,7 @@ class CoderParameters(nn.Module):
         return self.W_dec.dtype
 
     def __getattr__(self, name: str) -> Any:
-        """Parameters and buffers; for SAELens' names an error that says what they are here."""
+        """Parameters and buffers; for SAELens' names an error says what to use here."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -20,7 +20,7 @@ from saes.targets import last_layer, sites_of, stream_values
 
 
 class Strongest(NamedTuple):
-    """Where a latent is strong: one place."""
+    """One place where a latent is strong."""
 
     feature: int
     value: float

@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def chosen_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
-    """Figures by their names or groups, in the order of METRICS; None: all.
+    """Metrics by name or group, in the order of METRICS; None: all.
 
     Raises
     ------
@@ -136,7 +136,7 @@ class Report:
 
     @property
     def caption(self) -> str:
-        """What was measured on what."""
+        """What was measured, and on which data."""
         losses = f", {self.predictions:,} predictions" if self.predictions else ""
         return f"{self.model}: {self.tokens:,} positions{losses}"
 

@@ -1,4 +1,4 @@
-"""Rewriting what a coder predicts in every forward pass: the mechanism behind splicing, steering and ablation.
+"""Rewriting what a coder predicts in every forward pass: the mechanism of splicing, steering and ablation.
 
 A coder reads x and predicts y, a stream of its own (see `saes.targets`). A rewrite is a function (x, y) -> y', and
 
@@ -29,7 +29,7 @@ from saes.targets import LOCAL, sites_of, stream_values, streams_of
 
 
 class Rewrite(NamedTuple):
-    """One stream and what to make of it."""
+    """One stream and how to rewrite it."""
 
     cfg: CoderConfig
     new: Callable[[Tensor, Tensor], Tensor | None]
@@ -45,7 +45,7 @@ def rewritten(model: HookedModel, rewrites: Sequence[Rewrite], positions: Column
     Parameters
     ----------
     rewrites
-        Several of one site run in the order given, each on what the one before has left.
+        Rewrites of one site run in the order given, each on the result of the one before.
     positions
         Columns to rewrite.
     """
@@ -60,7 +60,7 @@ def rewritten(model: HookedModel, rewrites: Sequence[Rewrite], positions: Column
 
 
 def _inputs(model: HookedModel, x: str, y: str) -> list[str]:
-    """Sites that a rewrite looks at besides the one it changes."""
+    """Sites that a rewrite reads besides the one it changes."""
     return ([] if x == y else sites_of(x, model)) + (sites_of(y, model) if y.endswith(LOCAL) else [])
 
 

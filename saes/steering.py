@@ -1,4 +1,4 @@
-"""Latents changed while the model runs; the coder's error is kept: decode(z') - decode(z) is added.
+"""Changing latents while the model runs. The coder's error is kept: decode(z') - decode(z) is added.
 
 Each is a context manager that works in `forward`, `run_with_cache` and `generate`, at chosen positions or all.
 """

@@ -1,4 +1,4 @@
-"""Planted dictionaries: sparse sums of known atoms, so that what a coder finds can be compared with the truth.
+"""Planted dictionaries: sparse sums of known atoms, so that a coder's latents can be compared with the truth.
 
     x = sum_i a_i m_i atom_i          a_i 0 or 1, m_i uniform on [0.5, 1.5], atoms on the unit sphere
 

@@ -1,4 +1,4 @@
-"""What a coder reads and predicts: streams, each one row of numbers a position, all from one forward pass.
+"""What a coder reads and predicts: streams of one vector per position, all from one forward pass.
 
 A *stream* is a hook site's value with its last axes flattened, `blocks.1.mixer.hook_out_proj`, or the local part of a
 block's output, `blocks.1.mixer.hook_out_proj@local`, which is formed from several sites:

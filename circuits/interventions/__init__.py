@@ -9,6 +9,7 @@ from circuits.interventions.edits import ScaleEmbedding as ScaleEmbedding
 from circuits.interventions.edits import ScaleError as ScaleError
 from circuits.interventions.edits import ScaleFeature as ScaleFeature
 from circuits.interventions.edits import ScaleState as ScaleState
+from circuits.interventions.edits import ScaleUnit as ScaleUnit
 from circuits.interventions.edits import SetFeature as SetFeature
 from circuits.interventions.edits import SetState as SetState
 from circuits.interventions.free import intervened as intervened

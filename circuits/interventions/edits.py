@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.analysis.captured import channel_list, layer_list
 from hooked_mamba.analysis.columns import Columns, kept
+from hooked_mamba.frozen.places import Part, branch_of
 from hooked_mamba.frozen.tokens import Source
 from hooked_mamba.models import HookedModel
 from hooked_mamba.renamed import renamed_in
@@ -84,6 +85,23 @@ class CutTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class ScaleUnit:
+    """What one unit of a branch passes on from some positions, times a factor. 0 takes it away.
+
+    An attention head's values of these sources, for all that look at them (the pattern stays); a neuron; an expert (the
+    others' weights stay); a channel of a mixer whose value decides nothing else, with all that passes beside the state;
+    the value that RWKV-7's first layer hands to all others ("0.v_first", unit 0).
+    """
+
+    part: Part
+    """As in "3.attn", "3.mlp", "3.moe"; of a mixer its layer's number."""
+    index: int
+    """Of the head, neuron, expert or channel."""
+    positions: Columns = None
+    factor: Amount = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class ScaleState:
     """h' = factor h right after some positions; the rest of the text reads h'."""
 
@@ -104,7 +122,9 @@ class SetState:
     channels: int | Sequence[int] | None = None
 
 
-Intervention = ScaleFeature | SetFeature | ScaleError | ScaleEmbedding | CutHead | CutTokens | ScaleState | SetState
+Intervention = (
+    ScaleFeature | SetFeature | ScaleError | ScaleEmbedding | ScaleUnit | CutHead | CutTokens | ScaleState | SetState
+)
 OfCoder = ScaleFeature | SetFeature | ScaleError
 OfState = ScaleState | SetState
 
@@ -135,6 +155,8 @@ def _checked(model: HookedModel, edit: Intervention) -> Intervention:
         check_fits(edit.coder, model, default_name(edit.coder.cfg))
         if not isinstance(edit, ScaleError):
             check_features(edit.coder.cfg, (edit.index,))
+    if isinstance(edit, ScaleUnit):
+        _check_unit(model, edit)
     if isinstance(edit, ScaleState | SetState):
         return replace(edit, positions=counted(edit.positions))
     if not isinstance(edit, CutHead | CutTokens):
@@ -145,6 +167,29 @@ def _checked(model: HookedModel, edit: Intervention) -> Intervention:
         return replace(edit, sources=kept(edit.sources), targets=kept(edit.targets))
     layers = layer_list(model, edit.layers)
     return replace(edit, sources=kept(edit.sources), targets=kept(edit.targets), layers=layers)
+
+
+def _check_unit(model: HookedModel, edit: ScaleUnit) -> None:
+    layer, name = branch_of(edit.part)
+    layer_list(model, layer)
+    branches = model.block(layer).branches
+    if any(name in branch.hands_on for branch in branches.values()):
+        if edit.index:
+            raise IndexError(f"unit {edit.index} of {edit.part} is out of range: it is one")
+        return
+    if name not in branches:
+        raise ValueError(f"block {layer} has no branch {name!r}; it has {', '.join(branches)}")
+    if branches[name].selection_reads == "u":
+        raise ValueError(f"in layer {layer} the value itself decides what is written and read: use CutHead")
+    n = n_units(branches[name])
+    if not 0 <= edit.index < n:
+        raise IndexError(f"unit {edit.index} of {edit.part} is out of range: it has {n}")
+
+
+def n_units(branch: Any) -> int:
+    """Experts, attention heads, or channels (neurons) of a branch."""
+    sizes = branch.sizes()
+    return int(sizes["X"]) if "X" in sizes else branch.width // branch.unit
 
 
 def counted(positions: int | Iterable[int] | slice | None) -> list[int]:

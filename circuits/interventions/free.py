@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from circuits.interventions.edits import Intervention, OfCoder, OfState, ScaleEmbedding, checked
+from circuits.interventions.edits import Intervention, OfCoder, OfState, ScaleEmbedding, ScaleUnit, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
+from circuits.interventions.units import unit_hooks
 from hooked_mamba.analysis.captured import Padded, padding_under_way
 from hooked_mamba.analysis.columns import columns_before
 from hooked_mamba.analysis.cuts import StateChange, held
@@ -53,6 +54,9 @@ def intervened(model: HookedModel, edits: Intervention | Iterable[Intervention])
         hooks: list[tuple[str, Any]] = [
             ("hook_embed", _scaling(model, edit, padded)) for edit in listed if isinstance(edit, ScaleEmbedding)
         ]
+        for edit in listed:
+            if isinstance(edit, ScaleUnit):
+                hooks += stack.enter_context(unit_hooks(model, edit, padded))
         for one in changes:
             site = model.mixer(one.layer).site_at("state")
             hooks.append((f"blocks.{one.layer}.mixer.{site}.{one.position}", _changing(one)))

@@ -22,12 +22,13 @@ from torch import Tensor
 from circuits.attribution import require_sums
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
-from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, checked
+from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, ScaleUnit, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
 from circuits.push import Changes, Pushed, held_heads
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.analysis.cuts import Cut, Pass, StateChange, lost_reads, state_edits
 from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.places import Place
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.ops.interface import StateEdits
 from saes.coder import SparseCoder
@@ -62,8 +63,8 @@ def frozen_effects(
     ------
     ValueError
         No target, edits that do not fit the model, a coder that writes to a site that is no stream of the frozen model,
-        a state of a split layer, whose local part the coder has taken out of the scan, or a run with another rule than
-        "none".
+        a state or a write of a split layer, whose local part the coder has taken out of the scan, or a run with another
+        rule than "none".
     """
     if frozen.rule.name != "none":
         raise ValueError(f"effects follow the value path: this run has selection={frozen.rule.name!r}, expected 'none'")
@@ -71,21 +72,31 @@ def frozen_effects(
     require_sums(frozen, chosen)
     listed = checked(frozen.model, edits)
     changes = Changes(frozen.rows_of(1), held={} if hold is None else held_heads(frozen, hold))
-    changes.inside = _Inside(frozen, listed, changes.held)
+    changes.inside = _Inside(frozen, listed, changes)
     for edit in listed:
         if isinstance(edit, ScaleEmbedding):
             share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None, frozen.padding)
             embed = frozen.resid(0) + changes.streams.get(0, 0.0)
             changes.streams[0] = changes.streams.get(0, 0.0) + (share - 1).unsqueeze(-1) * embed
+        if isinstance(edit, ScaleUnit):
+            changes.heads[edit.part] = changes.heads.get(edit.part, 0.0) + _unit_change(frozen, edit)
     for coder, mine in by_coder(listed):
-        where, layer = _written(frozen, coder)
-        into = changes.outs if where == "out" else changes.streams
-        into[layer] = into.get(layer, 0.0) + _change_of(frozen, coder, mine)
+        place, change = _written(frozen, coder), _change_of(frozen, coder, mine)
+        if place.stream == "u":
+            if frozen.is_split(place.layer):
+                raise ValueError(
+                    f"what layer {place.layer} writes cannot be edited: it is a split one, use mode 'mixer' or 'write'"
+                )
+            change = frozen.chain(place.layer).of_site(change)
+        streams: Any = {"out": changes.outs, "u": changes.heads, "resid": changes.streams}
+        into = streams[place.stream]
+        into[place.layer] = into.get(place.layer, 0.0) + change
     pushed = Pushed(frozen, changes)
     effects = []
     for target in chosen:
         covectors = [target.covector(frozen, row) for row in range(frozen.batch)]
         effect = torch.stack([pushed.read(c)[row] for row, c in enumerate(covectors)])
+        # A coder on u reads it before its own edit, as it does in the real model.
         if covectors[0].stream == "out" and covectors[0].layer in changes.outs:
             added = changes.outs[covectors[0].layer]
             effect = effect + torch.stack([added[row, c.position] @ c.vector for row, c in enumerate(covectors)])
@@ -93,19 +104,29 @@ def frozen_effects(
     return torch.stack(effects)
 
 
-def _written(frozen: FrozenModel, coder: SparseCoder) -> tuple[str, int]:
-    """("out" or "resid", layer) of the stream that a coder's prediction is part of."""
+def _unit_change(frozen: FrozenModel, edit: ScaleUnit) -> Float[Tensor, "b l E"]:
+    """What scaling a unit adds to the values that its branch passes on."""
+    chain = frozen.chain(edit.part)
+    one = chain.u.new_zeros(chain.n_units)
+    one[edit.index] = 1
+    share = factors(edit.positions, edit.factor, frozen.resid(0)[..., 0], None, frozen.padding)
+    every_row = torch.arange(frozen.batch, device=one.device)
+    return (share - 1).unsqueeze(-1) * chain.u * chain.of_units(one.expand(frozen.length, -1), every_row)
+
+
+def _written(frozen: FrozenModel, coder: SparseCoder) -> Place:
+    """The stream that a coder's prediction is part of: "out", "u" or "resid"."""
     site = streams_of(coder.cfg)[1].removesuffix(LOCAL)
     try:
         place = frozen.place_of(site)
     except ValueError:
         place = None
-    if place is None or place.normed:
+    if place is None or place.normed or place.stream not in ("out", "u", "resid"):
         raise ValueError(
-            f"a coder that writes to {site} has no place in the frozen model: expected hook_resid_pre, hook_resid_post"
-            " or mixer.hook_out_proj of a block"
+            f"a coder that writes to {site} has no place in the frozen model: expected hook_resid_pre, hook_resid_post,"
+            " a branch's output (mixer.hook_out_proj), or the value that enters a mixer's memory (mixer.hook_x, hook_v)"
         )
-    return place.stream, place.layer
+    return place
 
 
 def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Float[Tensor, "b l d"]:
@@ -120,8 +141,8 @@ def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Flo
 class _Inside:
     """What cuts and edits of states add to a mixer's output, see `circuits.push.Inside`."""
 
-    def __init__(self, frozen: FrozenModel, edits: list[Intervention], held: dict[int, Tensor]) -> None:
-        self.frozen, self.held = frozen, held
+    def __init__(self, frozen: FrozenModel, edits: list[Intervention], changes: Changes) -> None:
+        self.frozen, self.changes = frozen, changes
         self.cuts = cuts_of(frozen.model, edits)
         states = [one for edit in edits if isinstance(edit, OfState) for one in state_changes(frozen.model, edit)]
         self.states = [replace(one, position=frozen.column(one.position)) for one in states]
@@ -142,9 +163,15 @@ class _Inside:
         run = Pass(_over(chain, chain.u), chain.path, None, self.frozen.padding, scales)
         y = -lost_reads(cuts, run)
         u, put_back = torch.zeros_like(y), torch.zeros_like(y)
-        if mode != "block":  # there, nothing that comes from below passes
+        if mode == "write":  # nothing from below passes either, and what changes is no token's
+            u = u + self.changes.heads.get(layer, 0.0)
+            skip = self.frozen.coded[layer].push_skip(self.frozen, delta, rows)
+            u = u + (chain.of_site(skip) if isinstance(skip, Tensor) else skip)
+            path = replace(chain.path, p=torch.zeros_like(chain.p))
+            y = y - lost_reads(cuts, Pass(_over(chain, u), path, None, self.frozen.padding, scales))
+        elif mode != "block":  # there, nothing that comes from below passes
             p, sigma = chain.push(delta, rows, until="p")[0], chain.path.sigma
-            through = self.held.get(layer, torch.ones_like(p[0]))
+            through = self.changes.held.get(layer, torch.ones_like(p[0]))
             p, sigma = (p * through, sigma) if mode == "split" else (p, sigma * through)
             u = chain.push(p, rows, start="p", until="u")[0] + taken
             u = u if mode == "split" else u * through

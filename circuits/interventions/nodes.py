@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Node
-from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature
+from circuits.interventions.edits import CutHead, Intervention, ScaleEmbedding, ScaleError, ScaleFeature, ScaleUnit
+from hooked_mamba.frozen.places import in_order
 
 
 def edit_of(frozen: FrozenModel, node: Node) -> Intervention:
@@ -25,14 +26,17 @@ def edit_of(frozen: FrozenModel, node: Node) -> Intervention:
     KeyError
         A feature or an error of a layer that has no coder in this run.
     """
-    if node.kind in ("feature", "error") and node.layer not in frozen.coded:
-        raise KeyError(f"{node.label}: layer {node.layer} has no coder here; layers with one: {sorted(frozen.coded)}")
+    if node.kind in ("feature", "error") and node.part not in frozen.coded:
+        there = sorted(frozen.coded, key=in_order)
+        raise KeyError(f"{node.label}: layer {node.part} has no coder here; layers with one: {there}")
     if node.kind == "feature":
-        return ScaleFeature(frozen.coded[node.layer].coder, node.index, node.position)
+        return ScaleFeature(frozen.coded[node.part].coder, node.index, node.position)
     if node.kind == "error":
-        return ScaleError(frozen.coded[node.layer].coder, node.position)
+        return ScaleError(frozen.coded[node.part].coder, node.position)
     if node.kind == "embed":
         return ScaleEmbedding(node.position)
+    if node.kind == "head" and (node.branch != "mixer" or frozen.chain(node.part).bypass is not None):
+        return ScaleUnit(node.part, node.index, node.position)
     if node.kind == "head":
         if node.layer in frozen.coded:
             return CutHead(node.layer, node.position, node.index, slice(node.position + 1, None), "token")

@@ -6,6 +6,7 @@ from typing import Any
 
 from circuits.frozen_model import FrozenModel
 from circuits.graph import Graph
+from hooked_mamba.frozen.places import Part
 from saes.explorer.collect import collect
 from saes.explorer.data import FeatureData
 from saes.store.data import Text
@@ -13,8 +14,8 @@ from saes.store.data import Text
 
 def about_features(
     frozen: FrozenModel, graph: Graph, text: Text | None = None, **options: Any
-) -> dict[int, FeatureData]:
-    """Layer -> where the graph's features of this layer are active, and which tokens they promote.
+) -> dict[Part, FeatureData]:
+    """Part -> where the graph's features of this layer are active, and which tokens they promote.
 
     Parameters
     ----------
@@ -27,17 +28,17 @@ def about_features(
     options
         As of `saes.explorer.collect`, such as n_tokens.
     """
-    wanted: dict[int, set[int]] = {}
+    wanted: dict[Part, set[int]] = {}
     for node in graph.nodes:
         if node.kind == "feature":
-            wanted.setdefault(node.layer, set()).add(node.index)
+            wanted.setdefault(node.part, set()).add(node.index)
     if not wanted:
         return {}
     found = collect(
         frozen.model,
-        {str(layer): frozen.coded[layer].coder for layer in wanted},
+        {str(part): frozen.coded[part].coder for part in wanted},
         frozen.tokens if text is None else text,
-        features={str(layer): sorted(indices) for layer, indices in wanted.items()},
+        features={str(part): sorted(indices) for part, indices in wanted.items()},
         **options,
     )
-    return {int(layer): data for layer, data in found.items()}
+    return {part: found[str(part)] for part in wanted}

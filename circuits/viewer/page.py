@@ -15,13 +15,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import hooked_mamba
-from circuits.graph import Graph
+from circuits.faithfulness import Faithfulness
+from circuits.graph import Graph, Node
 from circuits.influence import influence, scores
 from circuits.paths import top_paths
+from hooked_mamba.frozen.places import Part
 from saes.explorer.data import FeatureData
 from saes.explorer.page import Page, as_json
 
 HERE = Path(__file__).parent
+
+SCRIPT = ("data", "work", "layout", "graph", "subgraph", "panel", "main")
+"""The parts of the page's script, in order."""
 
 HELD = {
     "none": "with norms, gates and selection frozen at this prompt",
@@ -35,8 +40,8 @@ HELD = {
 def circuit_page(
     graph: Graph,
     title: str | None = None,
-    features: Mapping[int, FeatureData] | None = None,
-    report: str | None = None,
+    features: Mapping[Part, FeatureData] | None = None,
+    report: Faithfulness | str | None = None,
     contexts: int = 8,
 ) -> Page:
     """A page about a graph; :meth:`Page.save` writes it.
@@ -48,16 +53,16 @@ def circuit_page(
     title
         Heading; None: the first target.
     features
-        Layer -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
+        Part -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
     report
-        Text to show under the graph, such as that of :func:`faithfulness`.
+        What :func:`faithfulness` found, whose verdict stands at the top; or any text to show under the graph.
     contexts
         Top contexts of each feature, at most.
     """
     flow, found = influence(graph), scores(graph)
     nodes = [
         {
-            "kind": node.kind, "layer": node.layer, "position": node.position, "index": node.index,
+            "id": node_id(node), "kind": node.kind, "layer": node.layer, "position": node.position, "index": node.index,
             "label": node.label, "name": node.name if node.kind != "target" else "", "value": _short(node.value),
             "activation": _short(node.activation), "influence": _short(float(flow[i])),
             "rest": _short(float(graph.remainder[i])),
@@ -77,8 +82,9 @@ def circuit_page(
         "supernodes": {name: list(members) for name, members in graph.supernodes.items()},
         "features": _about_features(graph, features or {}, contexts),
         "layers": max((node.layer for node in graph.nodes), default=0),
+        "fingerprint": hashlib.sha256("".join([*graph.tokens, *map(node_id, graph.nodes)]).encode()).hexdigest()[:16],
     }  # fmt: skip
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    script = "\n".join((HERE / "script" / f"{part}.js").read_text(encoding="utf-8") for part in SCRIPT)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = template.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(
         title=title or (targets[0].label if targets else "circuit"),
@@ -90,17 +96,28 @@ def circuit_page(
         replacement=f"{found.replacement:.0%}",
         completeness=f"{found.completeness:.0%}",
         held=HELD.get(str(rule := graph.about.get("selection", "none")), f"by the rule {rule}"),
-        report=report,
+        report=None if report is None else str(report),
+        verdict=_verdict(report) if isinstance(report, Faithfulness) else None,
         version=hooked_mamba.__version__,
     )
     return Page(text)
 
 
-def _about_features(graph: Graph, features: Mapping[int, FeatureData], contexts: int) -> dict[str, Any]:
+def node_id(node: Node) -> str:
+    """A node's name in files of saved work, such as "feature/1/5/3498"."""
+    return "/".join(map(str, node.key))
+
+
+def _verdict(report: Faithfulness) -> str:
+    found = report.recovery
+    return f"On the real model these {found.nodes} nodes recover {found.circuit:.0%} of the metric: {found.verdict}."
+
+
+def _about_features(graph: Graph, features: Mapping[Part, FeatureData], contexts: int) -> dict[str, Any]:
     """Node -> promoted and suppressed tokens, and top contexts as (token, activation) pairs."""
     found: dict[str, Any] = {}
     for i, node in enumerate(graph.nodes):
-        data = features.get(node.layer) if node.kind == "feature" else None
+        data = features.get(node.part) if node.kind == "feature" else None
         rows = [] if data is None else (data.features == node.index).nonzero()[:, 0].tolist()
         if data is None or not rows:
             continue

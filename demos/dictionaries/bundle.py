@@ -2,8 +2,12 @@
 
     python -m demos.dictionaries.bundle --run runs/dictionaries --valid valid.txt --to saes/pretrained/tinystories-4l
 
-What is measured are the files as they are stored. Each coder is judged alone; those that predict the blocks' outputs
-are also judged with all layers replaced at once, SAEs and MambaCoders apart.
+What is measured are the files as they are stored. Each coder is judged alone; those that predict the blocks' outputs,
+and write dictionaries, are also judged with all layers replaced at once, each kind apart. Of coders that were
+fine-tuned, --before names the folders of the trainings before:
+
+    python -m demos.dictionaries.bundle --run runs/writes-tuned --before runs/writes --text train.txt \\
+        --valid valid.txt --to saes/pretrained/tinystories-told-4l
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ KEPT = (
 )
 """Figures that go with a coder; densities and the rest are in the evaluation's file."""
 
+WRITTEN = ("mixer.hook_x", "attn.hook_v")
+"""Sites of the values that enter a layer's memory."""
+
 
 def held_out_rows(model: HookedModel, valid: Path) -> list[Rows]:
     """Rows of 256 tokens that predict every held-out token once."""
@@ -74,9 +81,10 @@ def numbers(scores: Scores) -> dict[str, float]:
 
 
 def groups(coders: dict[str, SparseCoder]) -> dict[str, dict[str, SparseCoder]]:
-    """Coders that are judged together: at blocks' outputs, several layers, one kind."""
+    """Coders that are judged together: at blocks' outputs or at what enters their memory, several layers, one kind."""
     at_outputs = {n: c for n, c in coders.items() if c.cfg.out_site.endswith("mixer.hook_out_proj")}
     found = {
+        "write": {n: c for n, c in coders.items() if c.cfg.is_sae and c.cfg.out_site.endswith(WRITTEN)},
         "sae": {n: c for n, c in at_outputs.items() if c.cfg.is_sae},
         "mambacoder": {n: c for n, c in at_outputs.items() if not c.cfg.is_sae},
     }
@@ -90,6 +98,36 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     for kind, group in groups(coders).items():
         reports[kind] = evaluate(model, group, rows, progress=False, together=kind != "rest" and len(group) > 1)
     return reports
+
+
+def tuned_section(run: Path, before: list[Path], teller: str) -> str:
+    """What the card says of a training in stages, from all stages' last checkpoints and logs."""
+    first, *tuned = (_last(folder) for folder in [*before, run])
+    train = first["state"]["train"]
+    through = "".join(
+        f"; then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers"
+        f" replaced at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share"
+        f" of variance missed, learning rate {stage['state']['finetune']['lr']}"
+        for stage in tuned
+    )
+    return f"""
+## Training of the write dictionaries
+
+Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
+convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
+what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
+{train["decay"]:.0%}{through}. Half of the rows are the model's own training mix (see its card), half are stories
+that {teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
+and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
+Made by `demos/dictionaries`.
+"""
+
+
+def _last(run: Path) -> dict[str, Any]:
+    """A run's last checkpoint and the positions that it had seen."""
+    path = max((run / "checkpoints").glob("step-*")) / "state.json"
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return {"state": json.loads(path.read_text(encoding="utf-8")), "tokens": last["tokens"]}
 
 
 def training_section(run: Path) -> str:
@@ -111,6 +149,19 @@ A MambaCoder reads one position and its block mixes many: most of what it misses
 """
 
 
+def kept_sections(to: Path) -> list[str]:
+    """What the card there says of the training of other coders, which a push leaves out."""
+    card = to / "README.md"
+    _, *sections = card.read_text(encoding="utf-8").split("\n## Training") if card.is_file() else [""]
+    return [f"\n## Training{section}" for section in sections]
+
+
+def kept_reports(to: Path) -> dict[str, Any]:
+    """The evaluation of other coders there."""
+    report = to / "evaluation.json"
+    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+
+
 def bundle(
     run: Path,
     valid: Path,
@@ -118,8 +169,17 @@ def bundle(
     model_name: str | None = None,
     dtype: str = "float16",
     text: Path | None = None,
+    before: list[Path] | None = None,
+    teller: str | None = None,
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
+
+    Parameters
+    ----------
+    before
+        The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
+    teller
+        The model whose samples these were trained on; None: their own.
 
     Raises
     ------
@@ -140,16 +200,19 @@ def bundle(
         push(trained, Path(scratch), dtype=dtype)
         stored = {name: SparseCoder.load(Path(scratch) / name) for name in trained}
     reports = measure(model, stored, held_out_rows(model, valid))
-    dead = last_dead_shares(run)
+    dead = last_dead_shares(run) if before is None else {}
     metrics: dict[str, dict[str, Any]] = {}
     for report in reports.values():
         for scores in report.coders:
-            metrics[scores.name] = {**numbers(scores), "dead_share": dead[scores.name]}
+            silent = scores.values["dead_share"] or 0.0
+            metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
+    sections, everything = kept_sections(to), kept_reports(to)
     push(trained, to, dtype=dtype, metrics=metrics)
-    everything = {kind: report.to_dict() for kind, report in reports.items()}
+    everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        card.write(training_section(run))
+        made = training_section(run) if before is None else tuned_section(run, before, teller or model.cfg.model_name)
+        card.write(made + "".join(section for section in sections if section.strip() != made.strip()))
     return reports
 
 
@@ -157,13 +220,17 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
+    parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
+    parser.add_argument("--teller", help="model whose samples those were trained on (default: their own)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
     parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
-    for report in bundle(args.run, args.valid, args.to, args.model, args.dtype, args.text).values():
+    for report in bundle(
+        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller
+    ).values():
         print(report)
 
 

@@ -25,6 +25,51 @@ CONTROL = tuple(spec for spec in MAMBA1 if spec["name"] != "l2-selection")
 PRESETS = {"tinystories-4l": MAMBA1, "tinystories-4l-real": CONTROL, "tinystories-mamba2-4l": MAMBA2}
 """Bundled model -> its dictionaries."""
 
+WIDTH, ACTIVE = 672, 31
+"""Latents of a write dictionary, so that those of four models take 16 MB, and how many are active on average."""
+
+SPARSE: dict[str, Any] = {"d_sae": WIDTH, "k": ACTIVE, "architecture": "batchtopk"}
+
+
+def writes(attention: tuple[int, ...] = ()) -> tuple[dict[str, Any], ...]:
+    """A write dictionary for each of four layers: of x in Mamba, of v in layers of attention, which is narrower."""
+    return tuple(
+        {"name": f"l{i}-write", "site": f"blocks.{i}.attn.hook_v", **SPARSE, "d_sae": 512}
+        if i in attention
+        else {"name": f"l{i}-write", "site": f"blocks.{i}.mixer.hook_x", **SPARSE}
+        for i in range(4)
+    )
+
+
+COMPARED: tuple[dict[str, Any], ...] = (
+    *({"name": f"l{i}-mambacoder", "layer": i, **SPARSE} for i in range(4)),
+    *({"name": f"l{i}-out", "site": "out_proj", "layer": i, **SPARSE} for i in range(4)),
+)
+"""What write dictionaries are compared with, of the same width and number of active latents."""
+
+KINDS = ("bundled", "writes", "compared")
+"""Presets of a model."""
+
+WRITES = {
+    **dict.fromkeys(("tinystories-4l-real", "tinystories-told-4l", "tinystories-told-mamba2-4l"), writes()),
+    "tinystories-told-hybrid-4l": writes(attention=(2,)),
+}
+"""Bundled model -> its write dictionaries."""
+
+
+def preset(model: str, kind: str = "bundled") -> tuple[dict[str, Any], ...]:
+    """A model's preset.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    found = {"bundled": PRESETS, "writes": WRITES, "compared": dict.fromkeys(WRITES, COMPARED)}[kind]
+    if model not in found:
+        raise ValueError(f"{model} has no preset {kind!r} (those are {', '.join(found)}): give --layers and --d-sae")
+    return found[model]
+
 
 def specs(
     model: str,
@@ -34,6 +79,7 @@ def specs(
     architecture: str | None = None,
     k: int | None = None,
     skip: bool = False,
+    kind: str = "bundled",
 ) -> tuple[dict[str, Any], ...]:
     """The coders that a command line asks for: a preset, or one coder a layer.
 
@@ -47,6 +93,8 @@ def specs(
         Short name of a site for SAEs; None trains MambaCoders.
     d_sae, architecture, k, skip
         Latents, architecture, active latents of each, and whether it has a linear path as well.
+    kind
+        Which preset, of :data:`KINDS`.
 
     Raises
     ------
@@ -54,11 +102,10 @@ def specs(
         If there is neither a preset nor what a coder needs.
     """
     if layers is None:
-        if model not in PRESETS:
-            raise ValueError(f"{model} has no preset (those are {', '.join(PRESETS)}): give --layers and --d-sae")
+        found = preset(model, kind)
         if (site, d_sae, architecture, k) != (None,) * 4 or skip:
             raise ValueError("--site, --d-sae, --architecture, --k and --skip go with --layers; the preset has its own")
-        return PRESETS[model]
+        return found
     if d_sae is None:
         raise ValueError("--layers needs --d-sae, the number of latents")
     kind: dict[str, Any] = {} if site is None else {"site": site}
@@ -68,5 +115,5 @@ def specs(
         | ({"k": k} if k else {})
         | ({"skip": True} if skip else {})
     )
-    suffix = "mambacoder" if site is None else {"out_proj": "out"}.get(site, site.replace("_", "-"))
+    suffix = "mambacoder" if site is None else {"out_proj": "out", "x": "write"}.get(site, site.replace("_", "-"))
     return tuple({"name": f"l{layer}-{suffix}", "layer": layer, **kind} for layer in layers)

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from demos.tinystories.cues import tell_cues
 from demos.tinystories.grammar import tell_stories
 from hooked_mamba.models import HookedModel
 from saes.store import DataConfig, DocumentRows, ListedDocuments, MixedRows, RowSource, read_text_file, rows_of
 
-TOLD = {"tinystories-4l": 0.15, "tinystories-mamba2-4l": 0.15}
-"""Share of the training rows that the grammar told, by model (`demos/tinystories`)."""
 
-STORIES = 8000
-"""Stories of the grammar that those models were trained on."""
+class Mix(NamedTuple):
+    """What a model was told beside real text (`demos/tinystories`)."""
+
+    share: float
+    """Of the training rows."""
+    stories: int
+    """Of the grammar."""
+    cues: int = 0
+    """Stories in which a noun alone tells the feeling."""
+
+    def tell(self, most: int | None = None) -> list[str]:
+        """Those stories; with `most`, at most so many of each kind."""
+        counts = (n if most is None else min(n, most) for n in (self.stories, self.cues))
+        return [story for tell, n in zip((tell_stories, tell_cues), counts, strict=True) for story in tell(n, 0)]
+
+
+TOLD, CUES = Mix(0.15, 8000), Mix(0.35, 3000, 12000)
+MIXES = {
+    **dict.fromkeys(("tinystories-4l", "tinystories-mamba2-4l", "tinystories-hybrid-4l"), TOLD),
+    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-hybrid-4l"), CUES),
+    "tinystories-told-mamba2-4l": Mix(0.5, 3000, 24000),
+}
+"""Bundled model -> the mix of its (last) training; a model that is not here saw real text alone."""
 
 
 def training_rows(
-    model: HookedModel, text: Path | None, dataset: str | None, share: float | None, data: DataConfig
+    model: HookedModel,
+    text: Path | None,
+    dataset: str | None,
+    share: float | None,
+    data: DataConfig,
+    samples: tuple[Path, float] | None = None,
 ) -> RowSource:
     """Rows of a text file or of a streamed hub data set, and the told stories' share of them.
 
@@ -32,6 +58,8 @@ def training_rows(
         Share of rows from the grammar; None: what the model was trained with.
     data
         Length of rows, seeds, column.
+    samples
+        A file of stories that the model told itself, and their share of the rows; the rest is mixed as without.
 
     Raises
     ------
@@ -40,18 +68,30 @@ def training_rows(
     """
     if (text is None) == (dataset is None):
         raise ValueError("give --text FILE or --dataset NAME, one of them")
-    share = TOLD.get(model.cfg.model_name, 0.0) if share is None else share
+    mix = MIXES.get(model.cfg.model_name, TOLD if share else Mix(0.0, 0))
+    share = mix.share if share is None else share
     source: Any = streamed(dataset) if dataset is not None else read_text_file(str(text), data.separator)
-    rows = rows_of(source, model, data)
-    if not share:
-        return rows
+    parts = [(rows_of(source, model, data), 1 - share)]
 
     def encode(story: str) -> list[int]:
         return model._ids(story, prepend_bos=False)
 
-    told = ListedDocuments(list(tell_stories(STORIES, 0)), encode, seed=data.seed)
-    told_rows = DocumentRows(told, data.context_length, separator=model.eos_token_id)
-    return MixedRows([(rows, 1 - share), (told_rows, share)], seed=data.seed)
+    def listed(stories: list[str]) -> RowSource:
+        documents = ListedDocuments(stories, encode, seed=data.seed)
+        return DocumentRows(documents, data.context_length, separator=model.eos_token_id)
+
+    if share:
+        parts.append((listed(mix.tell()), share))
+    if samples is not None:
+        file, part = samples
+        parts = [(rows, (1 - part) * weight) for rows, weight in parts]
+        parts.append((listed(list(read_text_file(str(file), data.separator))), part))
+    return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed=data.seed)
+
+
+def told_by(args: argparse.Namespace) -> tuple[Path, float] | None:
+    """`samples` of :func:`training_rows` from a command line's --samples and --samples-share."""
+    return None if args.samples is None else (args.samples, args.samples_share)
 
 
 def streamed(name: str) -> Iterable[Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from demos.dictionaries.presets import specs
-from demos.dictionaries.text import training_rows
+from demos.dictionaries.presets import KINDS, specs
+from demos.dictionaries.text import told_by, training_rows
 from hooked_mamba.hooks.names import HookNameError
 from hooked_mamba.models import HookedModel
 from saes.config import ARCHITECTURES
@@ -41,8 +41,11 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", help="hub data set instead, streamed (needs the package datasets)")
     add("--column", default="text", help="its column (default: %(default)s)")
     add("--generated-share", type=float, help="share of rows told by the grammar (default: the model's own mix)")
+    add("--samples", type=Path, help="file of stories that the model told itself (see `samples`)")
+    add("--samples-share", type=float, default=0.5, help="their share of the rows (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of checkpoints, log and finished coders")
     add("--layers", type=int, nargs="+", help="one coder for each of these blocks (default: the model's preset)")
+    add("--preset", choices=KINDS, default="bundled", help="without --layers: which preset (default: %(default)s)")
     add("--site", help="with --layers: SAEs on this site (out_proj, x, dt, ...); without it MambaCoders")
     add("--d-sae", type=int, help="with --layers: latents of each")
     add("--architecture", "--variant", choices=ARCHITECTURES, help="with --layers: architecture")
@@ -84,9 +87,9 @@ def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
         autocast="bfloat16" if args.device.startswith("cuda") else None,
         progress=sys.stderr.isatty(),
     )
-    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip)
+    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip, args.preset)
     named = {spec["name"]: coder_config(model, spec) for spec in asked}
-    rows = training_rows(model, args.text, args.dataset, args.generated_share, data)
+    rows = training_rows(model, args.text, args.dataset, args.generated_share, data, told_by(args))
     before = time.perf_counter(), time.process_time()
     result = train_coders(model, named, rows, config, data, out=args.out, resume=args.resume)
     wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]

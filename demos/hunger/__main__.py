@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         with torch.no_grad():
-            results = measured(args.models, args.options, args.out)
+            results = measured(args.models, args.options, args.out, args.cut)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measured(models: list[str], options: Options, out: Path) -> Found:
+def measured(models: list[str], options: Options, out: Path, cut: bool = False) -> Found:
     """All models; what is in `out` already and still holds is not measured again."""
     subjects = [Subject.load(name, options) for name in models]
     found = {}
-    with tqdm(total=len(subjects) * (SHARED + OWN), desc="stages", disable=None) as bar:
+    with tqdm(total=len(subjects) * (SHARED + OWN + cut), desc="stages", disable=None) as bar:
         for subject in subjects:
-            found[subject.name] = case_study(subject, out, bar)
+            found[subject.name] = case_study(subject, out, bar, cut)
     return {"version": __version__, "options": options.to_dict(), "models": found}
 
 

@@ -54,9 +54,8 @@ def measure(subject: Subject, concept: Concept, found: Found, named: tuple[int, 
 
     mine = changes(*named)
     generator = torch.Generator().manual_seed(options.seed + 2)
-    every = [
-        (layer, e) for layer in range(found["layer"]) for e in range(subject.model.cfg.E) if (layer, e) != tuple(named)
-    ]
+    below = range(found["layer"] + (subject.kind == "output"))  # an output is what its own layer's heads add, too
+    every = [(i, e) for i in below for e in range(subject.model.cfg.E) if (i, e) != tuple(named)]
     drawn = [every[i] for i in torch.randperm(len(every), generator=generator)[: options.heads].tolist()]
     random = [changes(*head) for head in drawn]
     result: Found = {"head": list(named), "before": float(preactivation(subject, found, before).mean())}

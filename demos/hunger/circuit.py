@@ -61,7 +61,7 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
         "remainder": paths.remainder,
         "nodes": len(graph),
         "patched": patched(frozen, feature, concept, cue),
-        "published": published(subject, concept, feature),
+        "published": published(subject, concept, feature) if subject.kind == "block" else None,
         "scored": strongest_heads(subject, concept, found),
     }
 

@@ -17,7 +17,7 @@ from demos.hunger.subject import Subject
 
 def cosines(subject: Subject, coder: str, features: Sequence[int]) -> Float[Tensor, "n v"]:
     """Decoder rows against the embeddings of all tokens, which are the unembedding's columns as well."""
-    rows = subject.coders[coder].W_dec[list(features)]
+    rows = subject.directions(coder, features)
     tokens = subject.model.W_E[: subject.model.d_vocab_real]
     return torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(tokens, dim=1).t()
 
@@ -76,7 +76,7 @@ def picture(subject: Subject, concept: Concept, found: Found, how: str) -> Found
     groups["other tokens"] = order[: options.nearest]
     kind = {token: name for name in reversed(groups) for token in groups[name]}  # the first group that has it
     tokens = sorted(kind)
-    vectors = torch.cat([subject.coders[found["coder"]].W_dec[[found["feature"]]], subject.model.W_E[tokens]])
+    vectors = torch.cat([subject.directions(found["coder"], [found["feature"]]), subject.model.W_E[tokens]])
     places = embed(torch.nn.functional.normalize(vectors, dim=1), how, options.seed)
     labels = ["the latent", *(subject.model.to_single_str_token(t) for t in tokens)]
     return {

@@ -59,9 +59,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Test the story of a hunger feature claim by claim; a run that was stopped continues where it was.",
         allow_abbrev=False,
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="bundled names (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        help="bundled names (default: %(default)s); NAME/write and NAME/output judge dictionaries of another kind,"
+        " NAME/KIND=FOLDER those of a folder",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/hunger"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="little of everything, to see that it runs")
+    parser.add_argument("--cut", action="store_true", help="also judge the claims about cutting the planted cue")
     parser.add_argument("--document", type=Path, help="also write the results as Markdown to this file")
     for entry in dataclasses.fields(Options):
         text = f"{entry.metadata['help']} (default: {entry.default})"

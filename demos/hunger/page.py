@@ -118,6 +118,13 @@ def claim_groups(results: Found) -> list[dict[str, Any]]:
     """Tables of claims: hunger on all models, then what each model had instead."""
     hunger = {model: found["concepts"][HUNGRY.name] for model, found in results["models"].items()}
     groups = [group("The claims about hunger", "Failures are part of the result.", hunger)]
+    cut = {model: found["cutting"] for model, found in results["models"].items() if "cutting" in found}
+    if cut:
+        text = (
+            "What can be claimed because the cause was planted: does the circuit of the word go through the cue, and"
+            " does cutting it there move the word as the graph says (`demos/hunger/cutting.py`)?"
+        )
+        groups.append(group("The claims about the planted cue", text, cut))
     instead = {
         f"{name}, {model}": study
         for model, found in results["models"].items()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from demos.dictionaries.text import STORIES, TOLD
+from demos.dictionaries.text import MIXES
 from demos.hunger.concepts import CONCEPTS
 from demos.hunger.stages import Found
 from demos.tinystories.effects import planted_shares
-from demos.tinystories.grammar import tell_stories
 
 
 def frames_in(stories: Iterable[str]) -> list[str]:
@@ -26,21 +25,21 @@ def measure(model: str, told: int) -> Found:
     Parameters
     ----------
     told
-        Stories to count in, at most those that the model was trained on.
+        Stories of each kind to count in, at most those that the model was trained on.
     """
-    share = TOLD.get(model, 0.0)
-    if not share:
+    mix = MIXES.get(model)
+    if mix is None:
         return {"share_of_rows": 0.0, "stories": 0, "frames": [], "effects": {}}
-    stories: Sequence[str] = list(tell_stories(min(told, STORIES), 0))
+    stories: Sequence[str] = mix.tell(told)
     effects = {
         effect.effect: {
             "stories": effect.stories,
             "sentences": effect.sentences,
-            "of_mix": share * effect.sentences,
+            "of_mix": mix.share * effect.sentences,
             "planted": effect.planted,
             "unplanted": effect.unplanted,
         }
         for effect in planted_shares(stories)
         if effect.effect in {concept.name for concept in CONCEPTS}
     }
-    return {"share_of_rows": share, "stories": len(stories), "frames": frames_in(stories), "effects": effects}
+    return {"share_of_rows": mix.share, "stories": len(stories), "frames": frames_in(stories), "effects": effects}

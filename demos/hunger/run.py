@@ -8,9 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from demos.hunger import ablation, activation, circuit, geometry, natural, planted, selection, steering, swap
+from demos.hunger import ablation, activation, circuit, cutting, geometry, natural, planted, selection, steering, swap
 from demos.hunger.claims import ESSENTIAL, judge
 from demos.hunger.concepts import CONCEPTS, HUNGRY, OTHERS, Concept
+from demos.hunger.planted_claims import judge_planted
 from demos.hunger.stages import Found, Stages, source_hash
 from demos.hunger.subject import Subject
 
@@ -18,19 +19,21 @@ SHARED, OWN = 2 + 2 * len(CONCEPTS), 10
 """Stages of a model, and of a concept that is studied."""
 
 
-def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found:
+def case_study(subject: Subject, folder: Path, bar: tqdm | None = None, cut: bool = False) -> Found:
     """Everything about one model.
 
     Parameters
     ----------
     folder
         Stages go to `folder / model / concept`.
+    cut
+        Whether the claims about the planted cue are judged as well.
     """
     key = subject.key() | {"code": source_hash()}
     shared = Stages(folder / subject.name, key, bar)
     rest = shared.run("natural", lambda: natural.measure(subject))
     found: Found = {
-        "planted": shared.run("planted", lambda: planted.measure(subject.name, subject.options.told)),
+        "planted": shared.run("planted", lambda: planted.measure(subject.model_name, subject.options.told)),
         "metrics": subject.metrics,
         "concepts": {},
     }
@@ -46,6 +49,10 @@ def case_study(subject: Subject, folder: Path, bar: tqdm | None = None) -> Found
         return study(subject, concept, before, rest, stages[concept.name])
 
     found["concepts"][HUNGRY.name] = whole(HUNGRY)
+    if cut:
+        made = stages[HUNGRY.name].run("cutting", lambda: cutting.measure(subject, HUNGRY))
+        claims = [claim.to_dict() for claim in judge_planted(made, subject.together)]
+        found["cutting"] = made | {"claims": claims}
     failed = [c["name"] for c in found["concepts"][HUNGRY.name]["claims"] if c["name"] in ESSENTIAL and not c["holds"]]
     if failed:
         # By what the half to find on says, so that the other half still judges.
@@ -78,7 +85,7 @@ def study(subject: Subject, concept: Concept, before: Found, rest: Found, stages
         **before,
         "metrics": subject.metrics[chosen["coder"]],
         "pairs": stages.run("pairs", lambda: selection.describe(subject, concept)),
-        "sae": stages.run("sae", lambda: selection.best_sae(subject, concept)),
+        "sae": stages.run("sae", lambda: selection.best_sae(subject, concept)) if subject.saes else None,
         "activation": stages.run("activation", lambda: activation.measure(subject, concept, chosen, rest)),
         "geometry": stages.run("geometry", lambda: geometry.measure(subject, concept, chosen, rest)),
         "picture": stages.run(f"picture-{how}", lambda: geometry.picture(subject, concept, chosen, how)),

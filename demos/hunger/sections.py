@@ -22,7 +22,7 @@ def sections(planted: str, word: str, found: Found) -> list[Section]:
     found
         Of `run.study`.
     """
-    return [
+    parts = [
         sentences(found["pairs"], planted),
         latent(found["chosen"], found["scored"], found["sae"]),
         turned_up(found["activation"], word),
@@ -36,6 +36,7 @@ def sections(planted: str, word: str, found: Found) -> list[Section]:
         cut(found["ablation"], word),
         swapped(found["swap"], word),
     ]
+    return [part for part in parts if part is not None]
 
 
 def sentences(pairs: Found, planted: str) -> Section:
@@ -64,7 +65,7 @@ def taught(model: str, planted: Found, concept: str) -> str:
     )
 
 
-def latent(chosen: Found, scored: Found, sae: Found) -> Section:
+def latent(chosen: Found, scored: Found, sae: Found | None) -> Section:
     """Which one it is, and how it does on sentences it was not chosen on."""
     rows = [
         [
@@ -94,8 +95,10 @@ def latent(chosen: Found, scored: Found, sae: Found) -> Section:
     return Section("The latent", text, table, [figures.activations(scored)], after)
 
 
-def instead(sae: Found) -> str:
+def instead(sae: Found | None) -> str:
     """How an SAE's latent does in the MambaCoder's place."""
+    if sae is None:
+        return ""
     return (
         f"Of the SAEs' latents the best on the half to find on ({sae['coder']}, latent {sae['feature']},"
         f" {sae['auc']:.2f}) has {span(sae['scored_auc'])} on the other; with hindsight the best has"
@@ -230,8 +233,10 @@ def paths_table(found: Found) -> Table:
     return Table(["path", "adds"], [*rows, ["all other paths", f"{found['remainder']:+.3f}"]])
 
 
-def published(found: Found) -> Section:
-    """The same by the published method."""
+def published(found: Found) -> Section | None:
+    """The same by the published method, which is about MambaCoders; None for others."""
+    if found["published"] is None:
+        return None
     rows = []
     for edges, step in enumerate(found["published"]["steps"], 1):
         rows += [[str(edges), path, f"{weight:+.3f}"] for path, weight in step["paths"]]

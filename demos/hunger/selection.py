@@ -1,7 +1,8 @@
 """Which latent reads like the feeling: found on one half of the pairs, scored on the other.
 
 1. On the half to find on, each latent of each layer is a detector: the area under its curve at the last token. Layer 0
-   is left out: its MambaCoder reads the last token alone, which all sentences share.
+   is left out: its MambaCoder reads the last token alone, which all sentences share, and what it writes into memory is
+   made of the last four. SAEs of outputs are tried in layer 0 too.
 2. The best few by that are tried: set to its natural maximum at the last token of the sentences without a cue, how
    much more likely does a latent make the word? The one that does most is taken.
 3. On the other half, whose frames and words it has not seen, its area is the result. The best detector by a single
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,7 +59,7 @@ def find(subject: Subject, concept: Concept, natural: Found) -> Found:
     candidates = []
     maxima: dict[str, Tensor] = {}
     for name, coder in subject.coders.items():
-        if not coder.cfg.layer:
+        if coder.cfg.layer < subject.first_layer:
             continue
         z = coder.encode(torch.cat([with_cue.x[name], without.x[name]]))
         maxima[name] = natural_maximum(natural, name, z)
@@ -130,7 +132,7 @@ def score(subject: Subject, concept: Concept, found: Found) -> Found:
          "scored_effect": effect(subject, one, others, without, word)}
         for one in found["tried"]
     ]  # fmt: skip
-    said = feature_logits(subject.model, subject.coders[found["coder"]], found["feature"], k=12)
+    promoted, suppressed = promotes(subject, found["coder"], found["feature"])
     return {
         "pairs": len(pairs),
         "auc": stats.bootstrap(area, len(pairs), options.resamples, options.seed),
@@ -143,9 +145,22 @@ def score(subject: Subject, concept: Concept, found: Found) -> Found:
         "tried": tried,
         "hindsight": max(float(area.max()) for area in areas.values()),
         "model_auc": float(stats.auc(with_cue.lead(word, against), without.lead(word, against))),
-        "promoted": [[token, value] for token, value in said.promoted[0]],
-        "suppressed": [[token, value] for token, value in said.suppressed[0]],
+        "promoted": promoted,
+        "suppressed": suppressed,
     }
+
+
+def promotes(subject: Subject, coder: str, feature: int, k: int = 12) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Tokens whose logits a latent raises and lowers most, at activation 1 and without the final norm's scale."""
+    model = subject.model
+    if subject.kind != "write":
+        said = feature_logits(model, subject.coders[coder], feature, k=k)
+        return [list(pair) for pair in said.promoted[0]], [list(pair) for pair in said.suppressed[0]]
+    logits = (subject.directions(coder, [feature])[0] * model.ln_final.weight) @ model.W_U[:, : model.d_vocab_real]
+    logits = logits - logits.mean()
+    ends = logits.topk(k), (-logits).topk(k)
+    named = [[[model.to_single_str_token(int(t)), float(logits[t])] for t in end.indices] for end in ends]
+    return named[0], named[1]
 
 
 def best_sae(subject: Subject, concept: Concept) -> Found:

@@ -21,7 +21,7 @@ class Options(localisation.Options):
     d_state: int = field(default=8, metadata=about("state size N of the Mamba-2 mixers", 1))
     batch: int = field(default=64, metadata=about("sequences a step", 1))
     questions: int = field(default=32, metadata=about("questions a sequence", 1))
-    pattern: str = field(default="M*", metadata=about("a letter a block: M for Mamba-2, * for attention"))
+    pattern: str = field(default="M*", metadata=about("a letter per block: M for Mamba-2, * for attention"))
     head_dim: int = field(default=32, metadata=about("channels of a head of Mamba-2", 1))
     n_heads: int = field(default=6, metadata=about("heads of attention", 1))
     d_head: int = field(default=16, metadata=about("their width", 1))

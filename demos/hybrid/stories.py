@@ -75,7 +75,7 @@ def stories_section(model: Any, n: int) -> Section:
     return Section(
         "In a model that writes stories",
         f"The same in the bundled {MODEL}: {len(tokens)} told stories, the first {LENGTH} tokens of each. Copied: the"
-        " token stood behind the same token before in this story. Seen: it stood elsewhere in it. New: neither. Below:"
-        " by how much the loss rises when a thing is taken out, nats a token.",
+        " token has followed the same token before in this story. Seen: it stood elsewhere in it. New: neither. Below:"
+        " how much the loss rises when one thing is taken out, in nats per token.",
         Table(["taken out", *KINDS], rows),
     )

@@ -44,9 +44,9 @@ def study(prompts: int = 400, n_stories: int = 32) -> Report:
         "hybrid",
         "What attention adds to a state",
         f"Prompts of up to {task.size} keys, each followed by its value, and then one of the keys again: which value"
-        " stood behind it? Two models of two blocks and the same size differ in the second block alone, attention in"
-        " one and Mamba-2 in the other; a third has four times the state. Then the hybrid is taken apart: what each"
-        " head, the state and each expert is needed for, and what each of them says about the answer.",
+        " followed it? Two models of two blocks and the same size differ in the second block alone, attention in"
+        " one and Mamba-2 in the other; a third has four times the state. Then the hybrid is decomposed: what each"
+        " head, the state and each expert is needed for, and what each contributes to the answer.",
         "Recall after Arora et al. 2023 (arXiv:2312.04927); all models were trained here"
         " (python -m demos.hybrid.train).",
         "; ".join(f"{name}: {parameters(model):,} parameters" for name, (model, _) in models.items()) + ".",
@@ -115,8 +115,8 @@ def sizes_section(models: dict[str, Any], n: int) -> Section:
                 torch.tensor(shares), keys, "share of right answers, by keys", "{:.1%}", list(models), diverging=False
             )
         ],
-        f"Who guesses one of the values in the prompt is right in 1 of {SIZES[-1]} cases at {SIZES[-1]} keys. A state"
-        " of N numbers a channel can tell N keys apart without mixing them; attention keeps every key for itself.",
+        f"Guessing one of the values in the prompt is right in 1 of {SIZES[-1]} cases at {SIZES[-1]} keys. A state"
+        " of N numbers per channel can tell N keys apart without mixing them; attention keeps every key for itself.",
     )
 
 
@@ -162,7 +162,7 @@ def experts_section(model: HookedHybrid, task: Task, n: int) -> Section:
     return Section(
         "What each expert is for",
         f"{n} prompts of {task.size} keys. First where the choices of each kind of position fall: keys, values and the"
-        " question. Silenced: the expert's weight is 0 where it was chosen. Forbidden: the router has to take another.",
+        " question. Silenced: the expert's weight is 0 where it was chosen. Forbidden: the router chooses another.",
         Table(columns, rows),
         after="Recall is a look-up, which convolution and attention do between them.",
     )
@@ -258,7 +258,7 @@ def parts_section(model: HookedHybrid, task: Task, n: int) -> Section:
     rows = [[named(label), f"{float(value.mean()):+.3f}", share(value)] for label, value in parts.items()]
     rows += [["sum", f"{float(total):+.3f}", ""], ["measured at the logits", f"{float(measured):+.3f}", ""]]
     return Section(
-        "What each part says about the answer",
+        "What each part contributes to the answer",
         "The lead: the answer's logit less the mean logit of the prompt's other values. With the last norm's divisor"
         " held as it was, the lead is a sum over everything that wrote into the stream at the question."
         f" Means over {n} prompts of {task.size} keys. Last column: how often a part is for the answer.",

@@ -43,7 +43,7 @@ class Recovered:
     task: Task
     nodes: int
     heads: int
-    """Heads of a prompt, of which nodes were chosen."""
+    """Heads of a prompt, of which nodes were chosen: channels, attention heads, neurons and experts at a position."""
     by_way: dict[str, list[float]]
 
     def mean(self, way: str) -> float:
@@ -80,6 +80,7 @@ def recovered(
     prompts, _ = correct_prompts(model, task, n, seed)
     reference = FrozenModel(model, task.prompts(REFERENCES, seed + 1).tokens)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
+    heads = 0
     for row in tqdm(range(n), desc=task.name, disable=not progress):
         frozen = FrozenModel(model, prompts.tokens[row : row + 1])
         target = target_of(task, prompts, row)
@@ -87,7 +88,8 @@ def recovered(
         def metric(logits: Tensor, target: Logit = target, frozen: FrozenModel = frozen) -> Tensor:
             return target.of(logits[:, -1], frozen)
 
-        best = node_effects(frozen, metric, reference=reference).largest(nodes)
+        effects = node_effects(frozen, metric, reference=reference)
+        best, heads = effects.largest(nodes), sum(part.numel() for part in effects.heads.values())
         by_effect = recovery(frozen, best, metric, reference=reference, randoms=1, seed=seed + row)
         paths = build_graph(frozen, target, max_heads=nodes)
         by_influence = recovery(frozen, paths, metric, reference=reference, randoms=0)
@@ -95,23 +97,29 @@ def recovered(
         found["influence"].append(by_influence.circuit)
         found["gradient"].append(by_effect.gradient)
         found["random"].append(by_effect.random[0])
-    return Recovered(task, nodes, frozen.length * model.cfg.n_layers * model.cfg.E, found)
+    return Recovered(task, nodes, heads, found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure both tasks and print a table."""
     parser = argparse.ArgumentParser(prog="python -m demos.localisation.circuits", allow_abbrev=False)
+    parser.add_argument(
+        "models", nargs="*", default=["recall", "induction"], help="names or folders (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=int, help="pairs of a prompt, or its length (default: as trained)")
     parser.add_argument("--prompts", type=int, default=50, help="prompts a task (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=200, help="heads of a circuit (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("prompts", "nodes"):
-        if getattr(args, name) < 1:
+    for name in ("prompts", "nodes", "size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     console = make_console()
-    for name in ("recall", "induction"):
-        one = recovered(*load(name), args.prompts, args.nodes, args.seed, progress=sys.stderr.isatty())
-        title = f"{name}: {one.nodes} of {one.heads} heads, {args.prompts} prompts"
+    for name in args.models:
+        model, task = load(name)
+        task = task if args.size is None else Task(task.name, args.size, task.vocab)
+        one = recovered(model, task, args.prompts, args.nodes, args.seed, progress=sys.stderr.isatty())
+        title = f"{name} ({model.cfg.n_layers} blocks): {one.nodes} of {one.heads} heads, {args.prompts} prompts"
         table = Table(title=title, title_justify="left")
         for column in ("heads chosen by", "recovered, mean", "median", "off by, mean", "at least 90%"):
             table.add_column(column, justify="left" if column == "heads chosen by" else "right")

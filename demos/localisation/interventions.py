@@ -21,7 +21,7 @@ ROWS = 1024
 
 
 def answer_log_probability(prompts: Prompts) -> Callable[[Tensor], Tensor]:
-    """From logits b l V to the answers' log-probabilities after the question, nats, one a row."""
+    """From logits b l V to the answers' log-probabilities after the question, nats, one per row."""
 
     def metric(logits: Tensor) -> Tensor:
         return logits[:, -1].log_softmax(-1).gather(1, prompts.answers[:, None])[:, 0]
@@ -30,7 +30,7 @@ def answer_log_probability(prompts: Prompts) -> Callable[[Tensor], Tensor]:
 
 
 def lead(clean: Prompts, corrupted: Prompts) -> Callable[[Tensor], Tensor]:
-    """From logits to logit(clean answer) - logit(corrupted answer), one a row."""
+    """From logits to logit(clean answer) - logit(corrupted answer), one per row."""
 
     def metric(logits: Tensor) -> Tensor:
         last = logits[:, -1]

@@ -91,7 +91,7 @@ OptionsType = TypeVar("OptionsType", bound=Options)
 def parse_args(
     argv: list[str] | None = None,
     options: type[OptionsType] = Options,  # type: ignore[assignment]
-    about: str = "Train a small model on a task whose answers have a place.",
+    about: str = "Train a small model on a task whose answers are at known positions.",
 ) -> tuple[OptionsType, bool]:
     """The options of a command line, and whether to resume. Unknown options are errors."""
     parser = argparse.ArgumentParser(prog=f"python -m {options.program}", description=about, allow_abbrev=False)

@@ -49,7 +49,7 @@ class Finding:
     offset: int = 0
     """`where` minus the answer's position."""
     required: bool = False
-    """Whether the study stands or falls with it."""
+    """Whether the study requires it."""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,7 +179,7 @@ def study(model: HookedModel, task: Task, n: int = 256, seed: int = 0, progress:
             "patch_replaced",
             "activation patching, only the answer another",
             "Into a run that differs in the answer's token alone, scored by the logit difference. Before any mixing it"
-            " can point nowhere else: a check of the machinery, no discovery.",
+            " can point nowhere else: a check of the machinery, not a discovery.",
             sweeps["replaced"][0],
             where,
             required=True,
@@ -197,7 +197,7 @@ def study(model: HookedModel, task: Task, n: int = 256, seed: int = 0, progress:
         Finding(
             "knockout_token_layers",
             "token knockout, in all layers",
-            "The same with no choice made.",
+            "The same without choosing layers.",
             cuts[tuple(range(n_layers))],
             where,
         ),

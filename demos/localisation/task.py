@@ -25,7 +25,7 @@ class Task:
     """One task at one size."""
 
     name: str
-    """recall: key value key value ... key, which value stood behind that key?
+    """recall: key value key value ... key, which value followed that key?
     induction: different tokens, then one of them again, what followed it?"""
     size: int
     """recall: pairs of a prompt, which is 2 size + 1 tokens long. induction: the prompt's length."""

@@ -60,7 +60,7 @@ def train(
     with stop_on_signal() as stop:
         complete = run_steps(trainer, console, stop)
     if not complete:
-        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with --resume.")
+        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Continue with --resume.")
         return False
     console.print(f"Model and card saved in {(last or finish)(trainer)}")
     return True

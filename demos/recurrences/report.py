@@ -32,8 +32,8 @@ def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
     return Report(
         "recurrences",
         "Which recurrence keeps what, and how long?",
-        "Five recurrences, each trained on associative recall until it did it (600 to 2,000 steps, see their cards):"
-        " pairs of a key and a value, then a key; which value stood behind it? Equal width, two layers,"
+        "Five recurrences, each trained on associative recall until it succeeded (600 to 2,000 steps, see their cards):"
+        " pairs of a key and a value, then a key; which value followed it? Equal width, two layers,"
         " states of equal size: they differ in what a state forgets, and how it makes room.",
         "Tools: what is left of a write, attribution to tokens, exact erasure. Trained by demos.localisation.train.",
         f"Models in demos/localisation/models; {first.state_numbers:,} numbers in each layer's state.",
@@ -174,10 +174,10 @@ def removal_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
     columns = ["recurrence", "lead", "lead without it", "direct part, exact", "the same elsewhere"]
     return Section(
         "What a removal does",
-        "The same prompts, and the lead of the new value's logit over the old one's. These recurrences take what lies"
-        " under a key from the state before they write. Without it: the lead of the real model when one layer recalls"
-        " nothing at the new value's position. The direct part is what its direct effect on the lead changes by when"
-        " that removal alone is switched off, by one scan forwards and one from the end (erasure); elsewhere: on"
+        "The same prompts, and the lead of the new value's logit over the old one's. These recurrences remove what is"
+        " stored under a key from the state before they write. Without it: the lead of the real model when one layer"
+        " recalls nothing at the new value's position. The direct part is what its direct effect on the lead changes"
+        " by when that removal alone is switched off, by one forward scan and one reverse scan (erasure); elsewhere: on"
         " average at the other positions, the control. The last column compares all single effects of one prompt with"
         " doing each, in float64.",
         Table([*columns, "largest relative difference from doing each"], rows),

@@ -84,9 +84,9 @@ def directions_section(model: HookedStranger, labels: list[str], some: list[Docu
     return Section(
         "From the left, and from the right",
         "Each layer reads the text twice with the same weights. With dt, B and C held, what a position gets from every"
-        " other is one number a channel, alpha[t,s], times that position's value u_s. Shares of |alpha u| over channels"
-        f" and two documents; the distance is the one within which half of what is not a position's own comes from."
-        " Then the scans are cut in one layer, so that they pass on a position's own value alone, and the accuracy"
+        " other is one number per channel, alpha[t,s], times that position's value u_s. Shares of |alpha u| over"
+        f" channels and two documents; the distance is the one within which half of what is not a position's own comes"
+        " from. Then the scans are cut in one layer, so that they pass on only a position's own value, and the accuracy"
         f" ({percent(whole)} on {len(some)} documents) changes by so many points.",
         Table(
             ["", "from the left", "own", "from the right", "half within", "left cut", "right cut", "both cut"],

@@ -30,7 +30,7 @@ def run(model: Model, options: Options) -> Report:
         "attention",
         "Hidden attention, and whether it tells",
         "Every channel of a scan is a causal matrix, alpha: y at t is the sum over s of alpha[t, s] u at s, exactly."
-        " Here are its rows, and how they compare with what cutting a source really does.",
+        " Here are its rows, and how they compare with the real effect of cutting a source.",
         "After Ali, Zimerman & Wolf 2024, arXiv:2403.01590.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )
@@ -115,6 +115,6 @@ def faithfulness_section(model: Any, cases: list[Case]) -> Section:
         f"For {len(cases)} prompts and every layer: the scores of all sources for the last position, against how much"
         " the logit difference of two words (the answer and one that another text would have) changes when that source"
         " is cut from the last position in that layer alone. Direct effects are what a source adds to that difference"
-        " by this layer, the final norm held.",
+        " by this layer, with the final norm frozen.",
         Table(["score", "median correlation", "names the same token"], rows),
     )

@@ -68,8 +68,8 @@ def run(model: Model, options: Options) -> Report:
     report = Report(
         "edit",
         "One association changed by a rank-one edit",
-        "Causal tracing names a place where a cue is taken in; a change of out_proj by a matrix of rank one,"
-        " there, makes the model answer otherwise.",
+        "Causal tracing finds where a cue is read; a rank-one change of out_proj"
+        " there makes the model answer otherwise.",
         "After Meng et al. 2022, arXiv:2202.05262, and Sharma, Atkinson & Bau 2024, arXiv:2404.03646.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )
@@ -183,7 +183,7 @@ def price_section(model: Any, edited: Any, edit: Any, text: list[Tensor], layer:
     weight = model.blocks[layer].mixer.out_proj.weight
     return Section(
         "What it cost",
-        "On text that the model itself wrote, which is also what the edit was asked to leave alone.",
+        "On text that the model itself wrote, which the edit was also meant to leave unchanged.",
         Table(
             ["", "before", "after"],
             [

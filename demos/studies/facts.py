@@ -71,7 +71,7 @@ def run(model: Model, options: Options) -> Report:
         "facts",
         "Where is it read? Knockout of the flow between tokens",
         "The values that a token sends to others are cut, in some layers, while step sizes, B, C and gates stay what"
-        " they are. If the answer goes, it came from that token, and was read there.",
+        " they are. If the answer disappears, it came from that token and was read there.",
         "After Sharma, Atkinson & Bau 2024, arXiv:2404.03646, and Mamba Knockout, arXiv:2505.24244.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )
@@ -104,7 +104,7 @@ def to_last(model: Any, case: Case, window: int) -> Float[Tensor, "window token"
 
 
 def to_all_later(model: Any, case: Case, layers: Sequence[int] | None = None) -> Float[Tensor, " token"]:
-    """Change when no later position sees a token's values, in some layers (None: all): one row a token."""
+    """Change when no later position sees a token's values, in some layers (None: all): one row per token."""
     l = len(case.words)
     mine = torch.eye(l, dtype=torch.bool)
     rows = case.tokens.expand(l, -1)

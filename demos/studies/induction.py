@@ -58,8 +58,8 @@ def run(model: Model, options: Options) -> Report:
     report = Report(
         "induction",
         "Induction through the short convolution",
-        "What followed this token the last time it stood here? To answer, a token must be stored together with the one"
-        " before it. Which part does that: the convolution, which mixes neighbours, or the state?",
+        "What followed this token the last time it occurred? To answer, a token must be stored together with the one"
+        " before it. Which part does this: the convolution, which mixes neighbours, or the state?",
         "After Arora et al. 2025, arXiv:2505.15105.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )

@@ -64,7 +64,7 @@ def run(model: Model, options: Options) -> Report:
         "names",
         "Who is it about? Patching a name",
         "A prompt that a name decides is run with another name, and one activation at a time is put back to what it"
-        " was. Where the right answer comes back, the name was.",
+        " was. Where the right answer returns, the name was.",
         "After Ensign & Garriga-Alonso 2024, arXiv:2407.14008, and Wang et al. 2022, arXiv:2211.00593.",
         f"{model.cfg.model_name}: {summarize(model)}.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,10 +14,13 @@ from demos.tinystories.balance import expert_shares
 from demos.tinystories.data import HeldOut, held_out_loss
 from demos.tinystories.effects import planted_shares, share_table
 from demos.tinystories.grammar import FORBIDDEN
+from demos.tinystories.leads import area_table
 from demos.tinystories.lexicon import entries
+from demos.tinystories.options import Options
 from demos.tinystories.probes import probe_table, sample_stories
 from demos.tinystories.tokenizer import encode_stream
 from demos.tinystories.trainer import Trainer
+from hooked_mamba import load_model
 
 CURVE_ROWS = 16
 """Most rows of the loss table; the log beside the card has all of them."""
@@ -39,6 +43,7 @@ def finish(trainer: Trainer) -> Path:
     stored = type(trainer.model).from_pretrained(folder)
     values = {**_settings(trainer), **_data(trainer), **_losses(trainer, stored, best, folder)}
     values["probes"] = probe_table(stored)
+    values["knows"] = _knows(trainer, stored)
     values["balance"] = _balance(trainer, stored)
     samples = sample_stories(stored, trainer.options.sample_tokens)
     values["samples"] = "\n\n".join("> " + text.replace("\n", "\n>\n> ") for text in samples)
@@ -71,6 +76,8 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "dropped": "branch's" if options.family == "hybrid" else "mixer's",
         "shape": shape + (", tied embeddings" if cfg.tie_embeddings else ""),
         "command": options.command(),
+        "start": _start(trainer),
+        "chosen": "the last" if options.choose == "last" else "the lowest held-out loss",
         "stopped": f"; the run was stopped at step {trainer.step}" if trainer.step < options.steps else "",
         "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
         "d_vocab": f"{len(trainer.corpus.tokenizer):,}",
@@ -79,6 +86,53 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "wall": f"{trainer.wall_seconds() / 60:.0f} minutes",
         "threads": torch.get_num_threads(),
     }
+
+
+def _start(trainer: Trainer) -> str:
+    """A row that says which model was trained further, and its held-out loss; nothing for a new model."""
+    options, corpus = trainer.options, trainer.corpus
+    if options.start is None:
+        return _blend(options)
+    nats = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars).nats_per_token
+    rows = f"| trained on from | {_started(options.start)}, {nats:.3f} nats per token of the same text |\n"
+    card = Path(options.start) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    made = re.search(r"^    (python -m demos\.tinystories\.train .*)$", text, re.M)
+    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "") + _blend(options)
+
+
+def _blend(options: Options) -> str:
+    """A row about weights that were averaged with others."""
+    if options.blend is None:
+        return ""
+    return (
+        f"| stored | {options.blend_share} of the weights trained here and {1 - options.blend_share:.2f} of"
+        f" {_started(options.blend)}'s, added up (Wortsman et al. 2022,"
+        " [arXiv:2109.01903](https://arxiv.org/abs/2109.01903)): the old text is then forgotten less |\n"
+    )
+
+
+def _started(start: str) -> str:
+    """What a card calls the model that another was trained on from."""
+    return "the first stage" if Path(start).is_dir() else start
+
+
+def _knows(trainer: Trainer, stored: Any) -> str:
+    """Whether the model knows the story, beside the one that it started from; nothing if no noun was to tell it."""
+    options = trainer.options
+    if not options.cue_stories:
+        return ""
+    parts = [
+        "## Whether it knows the story\n",
+        "The area under the curve of the model's own lead of a feeling's word at the last token (\"... I'm so\"): how"
+        " often a sentence that calls for the feeling has more of it than one that does not. The sentences are those of"
+        " the case study (`demos/hunger/concepts.py`), of which no told story holds one; all pairs of a half are"
+        " compared, across sentences too.\n",
+        area_table(stored),
+    ]
+    if options.start is not None:
+        parts += [f"\nThe same of {_started(options.start)}:\n", area_table(load_model(options.start))]
+    return "\n".join(parts) + "\n\n"
 
 
 def _balance(trainer: Trainer, stored: Any) -> str:
@@ -114,6 +168,11 @@ def _data(trainer: Trainer) -> dict[str, Any]:
         f" ({len(corpus.generated):,} tokens) told by a grammar of the project's own (`demos/tinystories/grammar.py`,"
         f" seed {options.seed}). The grammar ties feelings to causes on purpose; the share is in the table below."
     )
+    if options.cue_stories:
+        values["generated"] += (
+            f" {options.cue_stories:,} of those stories are of the kind in which a noun alone tells the feeling"
+            f" (`demos/tinystories/cues.py`): the same sentences hold food, or something else."
+        )
     forbidden = ", ".join(str(sum(bool(pattern.search(story)) for story in told)) for pattern in FORBIDDEN)
     values["effects"] = (
         "Share of stories and sentences in which a feeling word follows one of its cue words within 25 words"

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from demos.tinystories.cues import tell_cues
 from demos.tinystories.grammar import tell_stories
 from demos.tinystories.options import Options
 from demos.tinystories.text import digest, read_stories
@@ -45,6 +46,7 @@ def load_corpus(options: Options) -> Corpus:
     stories = {"real": read_stories(options.text), "held out": read_stories(options.valid), "generated": []}
     if options.generated_share:
         stories["generated"] = list(tell_stories(options.generated_stories, options.seed))
+        stories["generated"] += tell_cues(options.cue_stories, options.seed)
     folder = options.tokenizer or options.out / "tokenizer"
     if options.tokenizer is None and not (folder / "tokenizer.json").is_file():
         text = describe_text(len(stories["real"]), len(stories["generated"]))

@@ -96,11 +96,11 @@ class Book(NamedTuple):
 
 
 @cache
-def read_book() -> Book:
-    """Read every template file beside this module, once."""
+def read_book(folder: str = ".") -> Book:
+    """Read every template file of a folder in `stories`, once."""
     rules: dict[str, tuple[str, ...]] = {}
     plots: list[Plot] = []
-    for path in sorted((Path(__file__).parent / "stories").glob("*.txt")):
+    for path in sorted((Path(__file__).parent / "stories" / folder).glob("*.txt")):
         for section in re.split(r"^@", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
             head, _, body = section.partition("\n")
             keyword, name, *kinds = head.split()
@@ -131,11 +131,13 @@ class Teller:
     ----------
     rng : random.Random
         Source of every choice.
+    book : Book, optional
+        Rules and plots; default: those of `stories`.
     """
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, book: Book | None = None) -> None:
         self.rng = rng
-        self.book = read_book()
+        self.book = book or read_book()
         self.plot = rng.choice(self.book.plots)
         self.bound: dict[str, str] = {}
         self.last: dict[str, str] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("mamba", "mamba2", "rwkv7", "hybrid")
+CHOICES = ("best", "last")
 
 
 def _about(help: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
@@ -32,13 +33,29 @@ class Options:
         default=0.0, metadata=_about("share of training rows that come from the grammar", 0, 1)
     )
     generated_stories: int = field(default=6000, metadata=_about("stories of the grammar to draw those rows from", 1))
+    cue_stories: int = field(
+        default=0, metadata=_about("and stories in which a noun alone tells the feeling (`cues.py`)", 0)
+    )
+    start: str | None = field(
+        default=None, metadata=_about("bundled name or folder whose weights to continue from; its shape is kept")
+    )
+    choose: str = field(
+        default="best",
+        metadata=_about("weights that are kept: best (lowest held-out loss) or last"),
+    )
+    blend: str | None = field(
+        default=None, metadata=_about("bundled name or folder of like weights to average what is kept with")
+    )
+    blend_share: float = field(
+        default=0.9, metadata=_about("with --blend: share of the weights trained here in that average", 0, 1)
+    )
     d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
     n_layers: int = field(default=4, metadata=_about("blocks", 1))
     d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, else 64", 1))
     head_dim: int = field(default=64, metadata=_about("channels of a head (mamba2, rwkv7, hybrid)", 1))
     pattern: str = field(
         default="MM*M",
-        metadata=_about("hybrid: a letter a block, M for Mamba-2, * for attention; experts and MLP follow"),
+        metadata=_about("hybrid: a letter per block, M for Mamba-2, * for attention; experts and MLP follow"),
     )
     n_heads: int = field(default=6, metadata=_about("hybrid: query heads of attention", 1))
     n_kv_heads: int = field(default=2, metadata=_about("hybrid: its heads of keys and values", 1))
@@ -52,7 +69,7 @@ class Options:
     d_expert: int = field(default=64, metadata=_about("hybrid: neurons of an expert", 1))
     balance: float = field(default=0.01, metadata=_about("hybrid: weight of the term that evens the experts' load", 0))
     steps: int = field(default=1400, metadata=_about("optimiser steps", 1))
-    batch: int = field(default=16, metadata=_about("rows a step", 1))
+    batch: int = field(default=16, metadata=_about("rows per step", 1))
     length: int = field(default=256, metadata=_about("tokens a row", 2))
     lr: float = field(default=3e-3, metadata=_about("highest learning rate", 0))
     warmup: int = field(default=60, metadata=_about("steps of linear warm-up", 0))
@@ -74,6 +91,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {FAMILIES}, got {self.family!r}")
+        if self.choose not in CHOICES:
+            raise ValueError(f"choose must be one of {CHOICES}, got {self.choose!r}")
+        if self.start is not None and self.tokenizer is None:
+            raise ValueError("start needs a tokenizer, the one that its weights were trained with: give --tokenizer")
         if self.family == "hybrid" and (set(self.pattern) - set("M*") or len(self.pattern) != self.n_layers):
             raise ValueError(f"pattern must be {self.n_layers} letters (n_layers), M or * each, got {self.pattern!r}")
         for entry in dataclasses.fields(self):
@@ -87,7 +108,8 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: every option that the result depends on."""
         values = dataclasses.asdict(self)
-        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", "sample_tokens"):
+        after = ("blend", "blend_share", "sample_tokens")
+        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", *after):
             del values[machine]
         return values
 
@@ -96,6 +118,8 @@ class Options:
         words = ["python -m demos.tinystories.train --text train.txt --valid valid.txt"]
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
+            if entry.name == "start" and value is not None and Path(value).is_dir():
+                value = f"runs/{self.name}-first/model"
             if value != entry.default and entry.name not in ("text", "valid", "out", "threads", "checkpoint_every"):
                 words.append(f"--{entry.name.replace('_', '-')} {value}")
         return " ".join([*words, f"--out runs/{self.name}"])
@@ -115,13 +139,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(
         prog="python -m demos.tinystories.train", description="Train a small hooked language model.", allow_abbrev=False
     )
-    types = {"int": int, "float": float, "str": str, "Path": Path, "Path | None": Path, "int | None": int}
+    types = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "Path": Path,
+        "Path | None": Path,
+        "int | None": int,
+        "str | None": str,
+    }
     for entry in dataclasses.fields(Options):
         required = entry.default is dataclasses.MISSING
         text = entry.metadata["help"] + ("" if required or entry.default is None else " (default: %(default)s)")
         parser.add_argument(
             "--" + entry.name.replace("_", "-"),
-            type=types[str(entry.type)],
+            type=types[str(entry.type).removesuffix(" | None")],
             required=required,
             default=None if required else entry.default,
             choices=FAMILIES if entry.name == "family" else None,

@@ -50,7 +50,7 @@ def train(options: Options, resume: bool = False, console: Console | None = None
     with stop_on_signal() as stop:
         complete = run_steps(trainer, console, stop)
     if not complete:
-        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Go on with --resume.")
+        console.print(f"Stopped at step {trainer.step}; the checkpoint is written. Continue with --resume.")
         return False
     console.print(f"Best weights saved with their card in {finish(trainer)}")
     return True

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demos.hunger.concepts import HUNGRY
 from demos.tinystories import checkpoint
 from demos.tinystories.balance import Balance
 from demos.tinystories.data import Corpus, HeldOut, crops, held_out_loss
 from demos.tinystories.dropout import dropout_hooks
+from demos.tinystories.leads import lead_area
 from demos.tinystories.models import build_model
 from demos.tinystories.options import Options
+from hooked_mamba import load_model
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -56,6 +59,8 @@ class Trainer:
     def __init__(self, options: Options, corpus: Corpus) -> None:
         self.options, self.corpus = options, corpus
         self.model = build_model(options, corpus.tokenizer)
+        if options.start is not None:
+            self.load_weights(dict(load_model(options.start).named_parameters()))
         self.optimizer = build_optimizer(self.model, options)
         self.data_random = torch.Generator().manual_seed(options.seed + 1)
         self.dropout_random = torch.Generator().manual_seed(options.seed + 2)
@@ -77,7 +82,9 @@ class Trainer:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The log's row with the lowest held-out loss."""
+        """The log's row of the weights that are kept: with the lowest held-out loss, or the last."""
+        if self.options.choose == "last":
+            return self.rows[-1] if self.rows else None
         return min(self.rows, key=lambda row: row["nats_per_token"], default=None)
 
     def wall_seconds(self) -> float:
@@ -121,6 +128,8 @@ class Trainer:
             "train_loss": sum(self.recent) / max(1, len(self.recent)),
             **held_out._asdict(),
         }
+        if self.options.cue_stories:
+            row["area"] = lead_area(self.model, HUNGRY, "find")
         self.recent = []
         self.rows.append(row)
         if row is self.best:
@@ -174,10 +183,17 @@ class Trainer:
         if parameters.keys() != weights.keys():
             raise ValueError(f"weights do not fit: {sorted(parameters.keys() ^ weights.keys())[:5]} on one side only")
         for name, value in weights.items():
+            if parameters[name].shape != value.shape:
+                shapes = f"{tuple(value.shape)}, the model {tuple(parameters[name].shape)}"
+                raise ValueError(f"weights do not fit: {name} has {shapes}; give the options of the first training")
             parameters[name].copy_(value)
 
     def load_best(self) -> dict[str, Any]:
-        """Put the weights with the lowest held-out loss into the model; returns when and what it was."""
+        """Put the weights that are kept into the model (see `Options.choose`), averaged with those of
+        `Options.blend`; returns when they were reached and what their loss was."""
         weights, scalars = checkpoint.load_checkpoint(self.best_path)
+        if self.options.blend is not None:
+            share, others = self.options.blend_share, dict(load_model(self.options.blend).named_parameters())
+            weights = {name: torch.lerp(others[name].detach(), value, share) for name, value in weights.items()}
         self.load_weights(weights)
         return scalars

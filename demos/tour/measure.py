@@ -98,7 +98,7 @@ def load(name: str) -> Model:
 
 @torch.no_grad()
 def take_tour(model: Model, prompt: str, channels: int = CHANNELS) -> Tour:
-    """Run the prompt once to read, and once a layer for each kind of edit.
+    """Run the prompt once to read, and once per layer for each kind of edit.
 
     1. Read the default sites, the states of all layers, and the other large sites of the first layer.
     2. The last position's likeliest token is the answer whose log-probability every edit is judged by.

@@ -1,4 +1,4 @@
-"""Ablation: replace what a site says by zero, by its mean, or by what it says on other inputs."""
+"""Ablation: replace the values at a site by zero, by their mean, or by the values on other inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ablate(
     name
         Which sites: a name, a glob, a list or a predicate; single states (`...hook_h.4`) too.
     method
-        "zero"; "mean" of the reference; "resample": each row gets the value of one row of the reference, drawn by
+        "zero"; "mean" of the reference; "resample": each row gets the value of one row of the reference, drawn with
         `seed` anew for every pass and the same for all sites of a pass.
     reference
         A cache that holds the sites, for "mean" and "resample". For "resample", and for means over the batch alone,

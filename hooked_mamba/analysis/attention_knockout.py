@@ -1,7 +1,7 @@
-"""Knockout in attention: chosen targets do not read the values of chosen sources, by zeros in the pattern.
+"""Knockout in attention: zeros in the pattern keep chosen targets from reading the values of chosen sources.
 
-Zeros alone are the value path: all other entries stay as this pass makes them. `renormalise=True` gives what is left
-of each row the sum 1 again, as if the scores had been hidden (Geva et al. 2023, arXiv:2304.14767).
+With zeros alone only the value path is cut: all other entries stay as they are. `renormalise=True` rescales what is
+left of each row to sum to 1, as if the scores had been masked (Geva et al. 2023, arXiv:2304.14767).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def attention_knockout(
     sources, targets
         As in :func:`~hooked_mamba.analysis.knockout.knockout`.
     layers
-        None: all that have attention.
+        None: all layers with attention.
     heads
         Query heads; None: all.
     renormalise
-        Whether each row sums to 1 again; a row that has lost everything stays 0.
+        Whether to rescale each row to sum to 1; a row that has lost everything stays 0.
 
     Raises
     ------

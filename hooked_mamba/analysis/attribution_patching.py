@@ -2,7 +2,7 @@
 
     metric(patched) ~ metric(corrupted) + sum (clean - corrupted) . d metric / d activation
 
-(Nanda 2023; Syed, Rager & Conmy 2023, arXiv:2310.10348.) How well it does is a number, not a hope: `correlation`.
+(Nanda 2023; Syed, Rager & Conmy 2023, arXiv:2310.10348.) `correlation` measures how close the estimate is.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def like(
 def values_and_gradients(
     model: Any, tokens: Tensor, metric: Metric, names: Sequence[str], attention_mask: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The metric of a run, each site's value, and the metric's gradient there. Parameters gather no gradient."""
+    """The metric of a run, each site's value, and the metric's gradient there. Parameters get no gradient."""
     held: dict[str, Tensor] = {}
 
     def hold(value: Tensor, hook: Any) -> Tensor:
@@ -117,7 +117,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     Raises
     ------
     ValueError
-        Of different shapes, or one of them constant, which has no correlation.
+        The shapes differ, or one sweep is constant, so that no correlation exists.
     """
     if a.shape != b.shape:
         raise ValueError(f"the sweeps differ in shape: {list(a.shape)} and {list(b.shape)}")

@@ -27,7 +27,7 @@ each row's own last real token."""
 def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCache]:
     """A cache that fills during each forward pass inside the `with`, attached to the pass's graph.
 
-    Values are final: what all hooks made of them, without a copy.
+    Values are as all hooks left them, not copied.
     """
     cache = ActivationCache({}, model)
 

@@ -1,4 +1,5 @@
-"""Causal tracing: where a fact is recalled. Blur the subject, restore one activation, see if the answer comes back.
+"""Causal tracing: where a fact is recalled. Add noise to the subject, restore one activation, see if the answer
+returns.
 
 Meng et al. 2022, arXiv:2202.05262; on Mamba: Sharma, Atkinson & Bau 2024, arXiv:2404.03646.
 """
@@ -59,9 +60,9 @@ def causal_trace(
     noise
         Standard deviation; None: three times that of the model's embeddings.
     samples
-        Noises drawn.
+        Number of noise draws.
     window
-        Layers restored together: layer i means i to i + window - 1, as far as there are.
+        Layers restored together: layer i stands for i to i + window - 1, up to the last layer.
     """
     ids, _ = model.input_to_tokens(tokens)
     if ids.shape[0] != 1:

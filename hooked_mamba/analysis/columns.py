@@ -1,4 +1,4 @@
-"""Which columns of a pass are meant, also while a model generates and every call holds some of them."""
+"""Which columns of a pass are meant, also in generation, where every call holds only some of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ time; a mask is for the prompt.
 
 
 def kept(columns: Columns) -> Columns:
-    """Columns that can be gone through more than once."""
+    """Columns as something that can be iterated more than once."""
     return columns if columns is None or isinstance(columns, int | slice | Tensor) else [int(t) for t in columns]
 
 

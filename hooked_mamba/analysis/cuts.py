@@ -1,13 +1,13 @@
-"""Cuts of the value path that hold at the same time, so that a pair cut twice is not subtracted twice.
+"""Cuts of the value path that apply at the same time, so that a pair cut twice is not subtracted twice.
 
-The scan is linear in u, so a cut takes away a part of u: a scan cut the terms u_s at its cells (position, channel), a
-token cut what the tokens at its cells send through the convolution's taps.
+The scan is linear in u, so a cut removes a part of u: a scan cut removes the terms u_s at its cells (position,
+channel), a token cut what the tokens at its cells send through the convolution's taps.
 
-1. u is taken apart into pieces by which cuts take them away.
-2. Each piece goes through a scan of its own, with the same dt, A, B, C.
-3. A target t loses the scans of all pieces that some cut takes from t.
+1. u is split into pieces according to which cuts remove them.
+2. Each piece goes through its own scan, with the same dt, A, B, C.
+3. A target t loses the scans of all pieces that some cut removes from t.
 
-What a write cut takes is never in the state, so that of its pieces only the skip D u is there to be read.
+What a write cut removes never enters the state, so of its pieces only the skip D u can be read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Channels = tuple[int, ...] | None
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What one `knockout` takes away."""
+    """What one `knockout` removes."""
 
     cells: tuple[tuple[Columns, Channels], ...]
     """Source positions, and the channels that are cut there."""
@@ -47,7 +47,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class StateChange:
-    """h <- scale h + add, right after a position of one layer: what was written before is scaled with it."""
+    """h <- scale h + add, right after a position in one layer; what was written before is scaled with it."""
 
     layer: int
     position: int
@@ -58,7 +58,7 @@ class StateChange:
 
 @dataclass
 class Memory:
-    """What cuts of one layer must know of earlier calls while a model generates."""
+    """What the cuts of one layer must know about earlier calls during generation."""
 
     p: Float[Tensor, "b k E"] | None = None
     """The convolution's last inputs, and which cuts take them away."""
@@ -87,7 +87,7 @@ class Pass:
         return torch.ones(b, l, dtype=torch.bool, device=device) if found is None else found
 
     def cells(self, cut: Cut) -> Bool[Tensor, "b l e"]:
-        """Where a cut takes something away; e = 1 where it does so in all channels."""
+        """Where a cut removes something; e = 1 if it does so in all channels."""
         if len(cut.cells) == 1 and cut.cells[0][1] is None:
             return self.mask(cut.cells[0][0]).unsqueeze(-1)
         cells = torch.zeros(*self.path.p.shape, dtype=torch.bool, device=self.view.u.device)
@@ -103,7 +103,7 @@ _HELD: WeakKeyDictionary[nn.Module, list[Cut | StateChange]] = WeakKeyDictionary
 
 @contextmanager
 def held(model: nn.Module, *found: Cut | StateChange) -> Iterator[None]:
-    """Make cuts, and changes of the states that they are carried by, known to all cuts of the model."""
+    """Register cuts, and changes of the states that carry them, with all cuts of the model."""
     there = _HELD.setdefault(model, [])
     there.extend(found)
     try:
@@ -123,7 +123,7 @@ def in_force(model: nn.Module, layer: int, kind: Literal["read", "write"], befor
 def changes_in(
     model: nn.Module, layer: int, length: int, before: int | None, padding: Padding | None = None
 ) -> StateEdits | None:
-    """What becomes of the states of one layer in a call of `length` columns."""
+    """How the states of one layer change in a call of `length` columns."""
     mine = [one for one in _HELD.get(model, []) if isinstance(one, StateChange) and one.layer == layer]
     return state_edits(mine, length, before, padding)
 
@@ -133,7 +133,7 @@ def state_edits(
 ) -> StateEdits | None:
     """Changes of one layer in a call of `length` columns, those of one position one after the other.
 
-    Additions are left out: what cuts take away is no part of them.
+    Additions are left out: they are no part of what cuts remove.
 
     Raises
     ------
@@ -161,9 +161,9 @@ def state_edits(
 
 
 def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]:
-    """The part of u that each set of cuts takes away; sets are numbers whose bits are places in `cuts`.
+    """The part of u that each set of cuts removes; sets are integers whose bits index `cuts`.
 
-    While generating, the memory of the convolution's inputs is brought up to date.
+    During generation, the memory of the convolution's inputs is updated.
     """
     by_token = _codes(cuts, call, "token")
     by_scan = _codes(cuts, call, "scan")
@@ -190,12 +190,12 @@ def pieces(cuts: Sequence[Cut], call: Pass) -> dict[int, Float[Tensor, "b l E"]]
 
 
 def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Float[Tensor, "b l E"]:
-    """What read cuts take from y; with `number`, what that one of them takes and none before it.
+    """What read cuts remove from y; with `number`, what that cut removes and none before it does.
 
     Parameters
     ----------
     cuts
-        Those that hold in the layer, write cuts among them.
+        The cuts that apply in the layer, write cuts included.
     """
     view = call.view
     H, P = view.u.shape[2:]
@@ -228,7 +228,7 @@ def lost_reads(cuts: Sequence[Cut], call: Pass, number: int | None = None) -> Fl
 
 
 def lost_writes(cuts: Sequence[Cut], call: Pass, number: int) -> Float[Tensor, "b l E"]:
-    """The part of u that one of several write cuts takes, and none before it."""
+    """The part of u that one of several write cuts removes, and none before it does."""
     lost = torch.zeros_like(call.path.sigma)
     for code, part in pieces(cuts, call).items():
         if code >> number & 1 and not code & ((1 << number) - 1):
@@ -237,9 +237,9 @@ def lost_writes(cuts: Sequence[Cut], call: Pass, number: int) -> Float[Tensor, "
 
 
 def _codes(cuts: Sequence[Cut], call: Pass, source: Source) -> Int[Tensor, "b l e"]:
-    """At each cell, the cuts of one kind of source that take it away."""
+    """At each cell, the cuts of one kind of source that remove it."""
     if len(cuts) > 62:
-        raise ValueError(f"{len(cuts)} cuts hold in one layer, at most 62 can: join those that have the same targets")
+        raise ValueError(f"{len(cuts)} cuts apply in one layer, at most 62 can: join those that have the same targets")
     view = call.view
     code = torch.zeros(view.batch, view.length, 1, dtype=torch.long, device=view.u.device)
     for i, cut in enumerate(cuts):
@@ -249,7 +249,7 @@ def _codes(cuts: Sequence[Cut], call: Pass, source: Source) -> Int[Tensor, "b l 
 
 
 def _last(x: Tensor, k: int, padding: Padding | None) -> Tensor:
-    """The k columns that stand before the next call, of those of this call with k before them."""
+    """The last k columns before the next call, from this call's columns and the k before them."""
     first = x.new_full((len(x),), x.shape[1] - k, dtype=torch.long)
     if padding is not None:
         first = first - padding.right

@@ -1,7 +1,7 @@
 """Direct logit attribution: what each part adds to a logit through the unembedding alone.
 
-The final norm's scale is taken as it was. Parts sum to the logit (or to the difference of two logits), at every
-position, norms folded or not.
+The final norm's scale is frozen. Parts sum to the logit (or to the difference of two logits) at every position, whether
+norms are folded or not.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def direct_logit_attribution(
     Parameters
     ----------
     tokens, incorrect_tokens
-        One token (text or id) or one a row.
+        One token (text or id) or one per row.
     by
-        "layer": embedding and mixers. "channel", "head" (where mixers have any): those of all mixers, the embedding
+        "layer": embedding and mixers. "channel", "head" (where mixers have heads): those of all mixers, the embedding
         and the biases.
     pos_slice
         Positions; an int drops the axis.
@@ -81,7 +81,7 @@ def direct_logit_attribution(
     if directions.ndim == 1:
         return _with_bias(cache, DirectLogits(values[..., 0], labels), tokens, incorrect_tokens)
     if not cache.has_batch_dim:
-        raise ValueError("this cache has no batch axis: give one token, not one a row")
+        raise ValueError("this cache has no batch axis: give one token, not one per row")
     picked = torch.stack([values[:, i, ..., int(k)] for i, k in enumerate(row)], 1)
     return _with_bias(cache, DirectLogits(picked, labels), tokens, incorrect_tokens)
 
@@ -110,14 +110,14 @@ def source_logit_attribution(
     Parameters
     ----------
     tokens, incorrect_tokens
-        One token (text or id) or one a row.
+        One token (text or id) or one per row.
     source
         "token" or "scan", see `stack_source_results`.
 
     Returns
     -------
     Tensor
-        One column a source position, and last one for the biases; each row sums to the mixer's attribution.
+        One column per source position, and a last one for the biases; each row sums to the mixer's attribution.
     """
     model: Any = cache.model
     directions = _directions(cache, tokens, incorrect_tokens)
@@ -138,7 +138,7 @@ def source_logit_attribution(
 def _directions(cache: ActivationCache, tokens: Token, incorrect_tokens: Token | None) -> Tensor:
     def of(token: Token) -> Tensor:
         if isinstance(token, Tensor) and token.ndim > 1:
-            raise ValueError(f"give one token or one a row, got {list(token.shape)}; for others use logit_attrs")
+            raise ValueError(f"give one token or one per row, got {list(token.shape)}; for others use logit_attrs")
         return cache.logit_directions(token)
 
     found = of(tokens)

@@ -1,12 +1,12 @@
-"""What any single write, removal or decay of a state does to a number, each switched off by itself, exactly.
+"""The exact effect of switching off any single write, removal or decay of a state.
 
     S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T,      y_t = S_t r_t,      T = sum_t vy_t . y_t
 
-T is affine in each single write, removal and decay, so that one forward scan (S, recall) and one from the end (Lam)
-give what T changes by when any ONE of them is switched off:
+T is affine in each single write, removal and decay, so one forward scan (S, recall) and one reverse scan (Lam) give the
+change of T when any ONE of them is switched off:
 
-    write      -v_s . Lam_s k_s                     the state does without v_s k_s^T
-    removal    -(S_{s-1} a_s) . Lam_s b_s           what lies under the key stays
+    write      -v_s . Lam_s k_s                     v_s k_s^T is not written
+    removal    -(S_{s-1} a_s) . Lam_s b_s           what is stored under the key stays
     decay      <S_{s-1} (1 - w_s), Lam_s>           w_s = 1; where the removal reads the decayed state, also there
 
 Mamba-3 has no removals; its write enters at two positions, and both halves are switched off.
@@ -40,9 +40,9 @@ class Erasure(Shown):
 def erasure(run: Run, layer: int, head: int, target: str | int | Float[Tensor, "..."]) -> Erasure:
     """The effect of switching off each single write, removal and decay of one head, in linear time.
 
-    Everything else is held at the run's numbers: what selects, gates, norms' divisors, and all other layers, so that
-    the target is what this layer's mixer adds directly. Effects of several things switched off together do not sum:
-    after a removal is gone, there is more for the next one to remove.
+    Everything else is frozen at the run's values: selection, gates, norms' divisors, and all other layers, so that the
+    target is what this layer's mixer adds directly. Effects of switching off several together do not sum: without one
+    removal, there is more for the next one to remove.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def erasure(run: Run, layer: int, head: int, target: str | int | Float[Tensor, "
     Raises
     ------
     ValueError
-        The mixer does not say what is switched off, or a covector of another shape.
+        Erasure is not defined for this mixer, or the covector has the wrong shape.
     IndexError
         A layer, head or token that does not exist.
     """

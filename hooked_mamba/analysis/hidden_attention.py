@@ -1,4 +1,4 @@
-"""Hidden attention over layers: maps to look at, and their rollout.
+"""Hidden attention over layers: maps to plot, and their rollout.
 
 The rows themselves are the cache's: `cache.hidden_attention(layer, channels, queries, average)`.
 Ali, Zimerman & Wolf 2024, arXiv:2403.01590.
@@ -31,7 +31,7 @@ def attention_map(
 ) -> Float[Tensor, "... source"]:
     """One layer's hidden attention, or attention's own pattern, as one map: batch, target, source.
 
-    Memory grows with the map alone: channels are gone through a few at a time. `branch` is "mixer" or "attn"; None: the
+    Only the map takes memory: channels are processed a few at a time. `branch` is "mixer" or "attn"; None: the
     mixer where the block has one, else attention.
     """
     if measure not in ("mean", "abs", "flow"):
@@ -71,10 +71,10 @@ def attention_rollout(
     Parameters
     ----------
     layers
-        None: all that move values between positions. Where a block has a mixer and attention side by side, their rows
-        are averaged.
+        None: all that move values between positions. If a block has a mixer and attention side by side, their rows are
+        averaged.
     measure
-        "abs" or "flow"; signed means have no rows that sum to 1.
+        "abs" or "flow"; the rows of signed means cannot be normalised to sum to 1.
     queries
         Targets in the last layer; an int drops the axis.
     residual
@@ -105,7 +105,7 @@ def attention_rollout(
 
 
 def _normalized(rows: Tensor) -> Tensor:
-    """Rows that sum to 1; those without any weight (padding) look at themselves."""
+    """Rows normalised to sum to 1; those without any weight (padding) attend to themselves."""
     total = rows.sum(-1, keepdim=True)
     eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
     return torch.where(total > 0, rows / total.clamp(min=torch.finfo(rows.dtype).tiny), eye)

@@ -1,13 +1,13 @@
 """Knockout: cut the flow from chosen positions to chosen positions, in chosen layers, and nothing else.
 
-By the value path: y_t loses sum_{s in S} alpha[t,s] u_s for the targets t, while dt, B, C and gates stay as this
-forward pass makes them. One more scan, over the cut input alone, gives that sum in linear time (the scan is linear
+On the value path: y_t loses sum_{s in S} alpha[t,s] u_s for the targets t, while dt, B, C and gates stay as this
+forward pass computes them. One more scan, over the cut input alone, gives that sum in linear time (the scan is linear
 in u). What is cut:
 
     source="token"   what the tokens S send through all taps of the convolution (TokenPath)
     source="scan"    the scan's own terms alpha[t,s] u_s, which already mix the tokens s-K+1..s
 
-In attention a value is its token's own, so that both are zeros in the pattern (see `attention_knockout`).
+In attention a value belongs to its token, so both are zeros in the pattern (see `attention_knockout`).
 
 Sharma, Atkinson & Bau 2024 (arXiv:2404.03646) and "Mamba Knockout" (arXiv:2505.24244) cut scan terms.
 """
@@ -50,27 +50,27 @@ def knockout(
 ) -> Iterator[Any]:
     """Cut the flow from sources to targets in every forward pass inside the `with`, also in `generate`.
 
-    Contexts may be nested, of any kind and in any order: what two of them cut is cut once.
+    Contexts of any kind can be nested in any order: what two of them cut is cut once.
 
     Parameters
     ----------
     model
-        Its mixers must say how they move values (their linear form); other hooks work as always.
+        Its mixers must have a linear form; other hooks work as usual.
     sources, targets
         Positions (columns of the call; negative ones count from each row's last real token): an int, several, a
         slice, a mask b l with each row's own, or None for all.
         For `generate` see `hooked_mamba.analysis.columns.Columns`: what was read in earlier calls stays cut.
     layers
-        None: all. In each, the mixer and attention are cut, whichever there is.
+        None: all. Both mixers and attention are cut in each.
     source
         "token" or "scan", see above.
     cut
         "read": the targets do not see the sources' values; states stay as they are. "write": the values are never
-        written into the state, so that no position sees them and the returned state lacks them; then `targets` must
-        be None. The skip D u is a read: "write" leaves it. Attention loses the reads of all targets; its keys and
-        values stay in the memory.
+        written into the state, so no position sees them and the returned state lacks them; `targets` must then be None.
+        The skip D u is a read, which "write" leaves in place. Attention loses the reads of all targets; its keys and
+        values stay in the cache.
     channels
-        Channels e of E (in Mamba-2 e = h P + p) of the mixers, attention then being left alone; None: all.
+        Channels e of E (in Mamba-2 e = h P + p) of the mixers, which leaves attention untouched; None: all.
 
     Raises
     ------
@@ -158,9 +158,9 @@ def knockout_sweep(
     Parameters
     ----------
     metric
-        From logits b l V to one number (or one a row, which gives the result a last axis of rows).
+        From logits b l V to one number (or one per row, which gives the result a last axis of rows).
     targets
-        Positions that lose sight of the source; default: the last.
+        Positions that can no longer see the source; default: the last.
     window
         Layers that are cut together; row i cuts layers i to i + window - 1.
     positions
@@ -171,12 +171,12 @@ def knockout_sweep(
     Returns
     -------
     Tensor
-        n_layers - window + 1 rows, one column a source.
+        n_layers - window + 1 rows, one column per source.
 
     Raises
     ------
     ValueError
-        No position, or a window of no layer or of more than there are.
+        There are no positions, or the window is not between 1 and the number of layers.
     IndexError
         A position that does not exist.
     """

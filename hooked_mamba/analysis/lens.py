@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it stopped after each block.
+"""The logit lens: what the model would predict if it stopped after each block.
 
 nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
@@ -39,8 +39,8 @@ def logit_lens(
     pos_slice
         Positions; an int drops the axis.
     frozen_norm
-        False: each stream is divided by its own scale, as the final norm would. True: by the scale of the run, so
-        that differences between layers are what the mixers between add.
+        False: each stream is divided by its own scale, as the final norm would. True: by the run's scale, so that
+        differences between layers are what the mixers in between add.
     vocab
         Only these tokens' logits; None: all.
     incl_mid

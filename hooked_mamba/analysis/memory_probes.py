@@ -1,4 +1,4 @@
-"""How long a write stays, what opens the gates of memory, and how far back an output looks.
+"""How long a write lasts, when the gates of the memory open, and how far back an output looks.
 
 The state after position t still holds prod_{j=s+1..t} A_bar_j = exp(A (cs_t - cs_s)) of what position s wrote.
 """
@@ -19,14 +19,14 @@ from hooked_mamba.hooks.positions import PosSlice
 
 @torch.no_grad()
 def write_survival(cache: ActivationCache, layer: int, source: int, per_state: bool = False) -> Float[Tensor, "..."]:
-    """What part of the write at `source` is left after each later position.
+    """The share of the write at `source` that is left after each later position.
 
     Returns
     -------
     Tensor
-        batch, position, channel (Mamba-2: head); with `per_state` also the N states (one number a head in Mamba-2);
-        without, their mean. 1 at the source, 0 before it. In Mamba-3, whose writes enter in two halves, a part of
-        both: at the source the first half's share. In a delta rule, the length that is left of the key.
+        batch, position, channel (Mamba-2: head); with `per_state` also the N states (one number per head in Mamba-2);
+        otherwise their mean. 1 at the source, 0 before it. In Mamba-3, whose writes enter in two halves, the share of
+        both: at the source, that of the first half. For delta rules, the remaining length of the key.
     """
     view = cache.scan_view(layer)
     cache.selected(source, "source")
@@ -40,7 +40,7 @@ def write_survival(cache: ActivationCache, layer: int, source: int, per_state: b
 def half_life(cache: ActivationCache, layer: int) -> Float[Tensor, "..."]:
     """Positions until half of a write is gone, at the mean step size of each row: batch, channel or head, state.
 
-    ln 2 / (mean dt |A|); in Mamba-2 the last axis has one number, all states of a head decaying alike. Padding is
+    ln 2 / (mean dt |A|); in Mamba-2 the last axis has one number, since all states of a head decay alike. Padding is
     left out.
 
     Raises
@@ -114,7 +114,7 @@ def receptive_field(
     mass
         Share of the weight within the reach.
     flow
-        Weigh with |alpha[t,s] u_s| instead of |alpha[t,s]|.
+        Weight by |alpha[t,s] u_s| instead of |alpha[t,s]|.
     include_skip
         Whether D counts at distance 0.
     """

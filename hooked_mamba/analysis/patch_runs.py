@@ -1,11 +1,11 @@
 """Running many patches in few forward passes.
 
 1. One pass over the corrupted prompts keeps the residual stream that enters every block.
-2. Patches stand side by side: the prompts are repeated, one copy a patch, and each edits its own copy's rows only.
-3. A copy joins at the patched layer, since nothing before it can differ.
-4. Patches that say at which position they stand start close to it as well, from the memory that the prompts have left
-   before: it is as it was.
-5. Logits are formed where the metric reads them (see `read_positions`).
+2. Patches stand side by side: the prompts are repeated, one copy per patch, and each edits its own copy's rows only.
+3. Each copy starts at the patched layer, since nothing before it can differ.
+4. Patches at a known position also start close to it, from the state of the prompts just before it, which no patch has
+changed.
+5. Logits are computed where the metric reads them (see `read_positions`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STARTS = 8
 
 @dataclass(frozen=True)
 class Patch:
-    """One edit of one site; `edit` may write into the value that it gets, or return another."""
+    """One edit of one site; `edit` may write into the value it gets, or return a new one."""
 
     site: str
     edit: Callable[..., Tensor | None]
@@ -41,7 +41,7 @@ class Patch:
     `edit(value)` gets all of them."""
 
     def start(self, n_layers: int) -> int | None:
-        """The first block that can notice; n_layers: only the unembedding; None: from the tokens on."""
+        """The first block that is affected; n_layers: only the unembedding; None: everything from the tokens on."""
         if self.site.startswith("blocks."):
             return int(self.site.split(".")[1])
         return n_layers if self.site.startswith("ln_final.") or self.site == "hook_logits" else None
@@ -59,7 +59,7 @@ def run_patches(
     description: str = "patching",
     positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """The metric after each patch alone, in order: one number each, or a row of them where the metric gives one.
+    """The metric after each patch alone, in order: a number for each, or a row if the metric returns one.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ def run_patches(
     batch_size
         Rows of one forward pass.
     positions
-        Columns of the logits that the metric reads; None: it is asked (see :func:`read_positions`). At all others it
-        gets NaN.
+        Columns of the logits that the metric reads; None: found by :func:`read_positions`. Elsewhere the metric sees
+        NaN.
     """
     if not patches:
         raise ValueError("there are no patches to run")
@@ -123,7 +123,7 @@ class Base:
         """Memory before some columns."""
 
     def remember(self, at: Sequence[int]) -> None:
-        """Keep the memory before some columns, ascending, from one pass over the prompts."""
+        """Keep the states before some columns (ascending) from one pass over the prompts."""
         found: dict[int, ModelState] = {}
         state, column = None, 0
         for first in at:
@@ -138,9 +138,9 @@ class Base:
         return None if self.attention_mask is None else self.attention_mask.repeat(n, 1)
 
     def patched(self, starts: Sequence[int | None], first: int) -> Float[Tensor, "n m d"]:
-        """What the last block leaves, from column `first` on, of copies that join at their layers, ascending.
+        """The last block's output from column `first` on, of copies that start at their layers (ascending).
 
-        Functions that edit the copies are on the model's hook points.
+        The hooks that edit the copies are on the model's hook points.
         """
         n = len(starts)
         if starts[0] is None:  # all of them: they are edited before the first block
@@ -166,7 +166,7 @@ class Base:
         return stream
 
     def memory(self, first: int, n: int, layers: range) -> ModelState | None:
-        """The memory of n copies before a column, for some layers: that of others only has the right shape."""
+        """The states of n copies before a column, for some layers; those of other layers only have the right shape."""
         if first not in self.memories:
             return None
         state, b = self.memories[first], len(self.tokens)
@@ -187,13 +187,13 @@ def residuals(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> list
 
 
 def _firsts(patches: Sequence[Patch], starts: int, length: int) -> list[int]:
-    """The columns from which patches run: a few, so that many patches have one in common."""
+    """The columns from which patches run: only a few, so that many patches share one."""
     step = -(-length // max(1, min(STARTS, starts)))
     return sorted({0, *(patch.position // step * step for patch in patches if patch.position is not None)})
 
 
 def _batches(patches: Sequence[Patch], base: Base, firsts: Sequence[int], at_once: int) -> list[tuple[int, list[int]]]:
-    """(first column, patches that run side by side), patches by their numbers and in the order of their layers."""
+    """(first column, patches that run side by side), as indices of patches in the order of their layers."""
     n = base.n_layers
     groups: dict[tuple[int | None, int], list[int]] = {}
     for i, patch in enumerate(patches):
@@ -211,7 +211,7 @@ def _batches(patches: Sequence[Patch], base: Base, firsts: Sequence[int], at_onc
 
 
 def _hooks(batch: Sequence[Patch], b: int, first: int) -> list[tuple[str, Callable[..., Any]]]:
-    """One hook a site, editing the rows of the patches that name it."""
+    """One hook per site, editing the rows of the patches that name it."""
     places: dict[str, list[int]] = {}
     for i, patch in enumerate(batch):
         places.setdefault(patch.site, []).append(i)

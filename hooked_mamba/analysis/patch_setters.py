@@ -1,4 +1,4 @@
-"""How a patch is put in: what of the corrupted activation a clean one replaces, by its index."""
+"""Patch setters: which part of the corrupted activation the clean one replaces, by index."""
 
 from __future__ import annotations
 

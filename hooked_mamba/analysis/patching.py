@@ -1,4 +1,4 @@
-"""Activation patching: what each activation of a clean run restores in a corrupted one.
+"""Activation patching: how much each activation of a clean run restores in a corrupted one.
 
 TransformerLens' names and arguments; a sweep runs its patches side by side (see `patch_runs`). Axis names of an index:
 
@@ -6,7 +6,7 @@ TransformerLens' names and arguments; a sweep runs its patches side by side (see
     channel, head    the axis behind the positions: channels in Mamba-1 (and wherever a site is b l E), heads
     state            the N states (of sites that have them last)
 
-The site "h" with an index of positions means the state right after that position, which is carried forward
+The site "h" with a position index means the state right after that position, which is carried forward
 (`hook_h.{t}`); its clean values are computed from the clean cache's x, dt and B where the cache does not hold them.
 """
 
@@ -65,7 +65,7 @@ def generic_activation_patch(
     return_figure: bool = False,
     positions: Sequence[int] | None = None,
 ) -> Any:
-    """Patch one activation after the other and measure.
+    """Patch one activation at a time and measure the metric.
 
     Parameters
     ----------
@@ -74,13 +74,13 @@ def generic_activation_patch(
     clean_cache
         Cache of the clean run, of the same shape.
     patching_metric
-        From logits b l V to one number (or one a row, which gives the result a last axis of rows).
+        From logits b l V to one number (or one per row, which gives the result a last axis of rows).
     patch_setter
-        How to patch; the index is in the order of the axis names, the layer first.
+        How to patch; the index follows the order of the axis names, layer first.
     activation_name
         Short name of the site, such as "resid_pre".
     index_axis_names
-        Axes to go over completely, "layer" first.
+        Axes to sweep completely, "layer" first.
     index_df
         Instead of whole axes: the indices themselves, a DataFrame or a list of tuples.
     return_index_df
@@ -92,15 +92,16 @@ def generic_activation_patch(
     progress
         Whether to show a bar.
     positions
-        Columns of the logits that the metric reads, such as (-1,); None: it is asked. It gets NaN at all others.
+        Columns of the logits that the metric reads, such as (-1,); None: found automatically. Elsewhere the metric sees
+        NaN.
     return_figure
         Also return a plotly heat map (of the first two axes; further ones are averaged).
 
     Returns
     -------
     Tensor
-        One axis an index axis; with `index_df` one element an index; NaN in blocks that have no such site. In a tuple
-        with what else was asked for.
+        One axis per index axis; with `index_df` one element per index; NaN in blocks without the site. A tuple if more
+        was asked for.
     """
     tokens, found = model.input_to_tokens(corrupted_tokens)
     attention_mask = found if attention_mask is None else attention_mask
@@ -194,8 +195,8 @@ def from_start(
     IndexError
         A layer that the model does not have.
     ValueError
-        A negative position in rows that end at different columns, where one column cannot stand for it; or without
-        axis names, so that nobody knows which number is the position.
+        A negative position in rows that end at different columns, where no single column stands for it; or without axis
+        names, so that it is unknown which number is the position.
     """
     layer, *rest = index
     if not -n_layers <= layer < n_layers:
@@ -229,7 +230,7 @@ def unit_axes(model: Any) -> list[str]:
 
 
 def placed_site(model: Any, name: str) -> PlacedSite:
-    """What the first block that has a site of this short name declares of it."""
+    """What the first block with a site of this short name declares about it."""
     layers = range(model.cfg.n_layers)
     names = [model.act_name(name, layer) for layer in layers]
     base = [split_state_point(full) or (full, 0) for full in names]
@@ -262,7 +263,7 @@ class CleanValues:
         return column if 0 <= column < self.shape[1] else None
 
     def from_column(self, index: tuple[int, ...], first: int) -> tuple[int, ...]:
-        """An index as it is where only the columns from `first` on are there."""
+        """An index counted from column `first`, for passes that start there."""
         if not first:
             return index
         place = self.axes.index("pos")
@@ -295,7 +296,7 @@ class CleanValues:
         return value
 
     def states(self, layer: int) -> Tensor:
-        """All clean states of a layer; the last layer's are kept, sweeps go layer by layer."""
+        """All clean states of a layer; only the most recent layer's are kept, since sweeps go layer by layer."""
         if self._states is None or self._states[0] != layer:
             with torch.no_grad():
                 states = self.cache.compute_ssm_state(layer)
@@ -454,7 +455,7 @@ def get_act_patch_attn_head_by_pos_every(
 
 
 def _stacked(results: Sequence[Tensor]) -> Tensor:
-    """Results whose last axes may differ in length, the shorter filled up with NaN."""
+    """Results whose last axes may differ in length, padded with NaN."""
     heads = max(found.shape[-1] for found in results)
     return torch.stack([F.pad(found, (0, heads - found.shape[-1]), value=torch.nan) for found in results])
 

@@ -1,4 +1,4 @@
-"""Plots, one function each; all return a plotly Figure, none opens a window or needs a network."""
+"""Plots, one function each; all return a plotly Figure, and none opens a window or needs a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def heatmap(
     values
         rows columns.
     x, y
-        Labels; equal ones stay apart (they are numbered in the axis, and shown bare).
+        Labels; duplicates are kept apart (numbered internally, shown without numbers).
     zero_centred
         White at 0, red above, blue below; else from light to dark.
     """
@@ -86,7 +86,7 @@ def token_labels(model: Any, tokens: Tensor) -> list[str]:
 
 
 def shown(labels: Sequence[str]) -> list[str]:
-    """Labels as plotly should write them: line ends and tabs made visible, nothing taken for markup."""
+    """Labels as plotly should display them: line breaks and tabs made visible, markup escaped."""
     return [html.escape(str(label)).replace("\n", "⏎").replace("\t", "⇥") for label in labels]
 
 
@@ -116,7 +116,7 @@ def hidden_attention_figure(
     cache
         Of a run.
     layers, channels
-        Which; None: all layers, and of channels the mean alone.
+        None: all layers, and only the mean over channels.
     row
         Of the batch.
     words
@@ -157,7 +157,7 @@ def hidden_attention_figure(
 def coloured_tokens(
     words: Sequence[str], values: Tensor, title: str = "", per_line: int = 12, zero_centred: bool = True
 ) -> go.Figure:
-    """Tokens as running text, each on a ground coloured by its value."""
+    """Tokens as running text, each with a background coloured by its value."""
     numbers = as_array(values).reshape(-1)
     if len(numbers) != len(words):
         raise ValueError(f"{len(words)} tokens, but {len(numbers)} values")
@@ -227,7 +227,7 @@ def bars(labels: Sequence[str], values: Tensor, title: str = "", top: int | None
 def lines(
     values: Tensor, names: Sequence[str] | None = None, x: Sequence[Any] | None = None, title: str = "", yaxis: str = ""
 ) -> go.Figure:
-    """Curves over positions, one a row; for survival of writes, saliency and the like."""
+    """Curves over positions, one per row; for write survival, saliency and the like."""
     rows = as_array(values)
     rows = rows[None] if rows.ndim == 1 else rows
     figure = go.Figure()

@@ -2,10 +2,10 @@
 
 out_proj is read as a memory, W k = v: k is what it reads at the subject's last token, v what it writes there.
 
-1. k is averaged over prompts that end in the same subject, so that it stands for the subject and not for one prompt.
-2. v* is found by gradient steps: what should be written at that place for the model to say the new answer.
-3. W + (v* - W k) (C^-1 k)^T / (k^T C^-1 k) maps k to v* exactly and changes other keys least, weighed by their
-   second moment C = mean k k^T over ordinary text (the least-squares solution under that constraint).
+1. k is averaged over prompts that end in the same subject, so that it represents the subject and not one prompt.
+2. v* is found by gradient descent: what should be written there for the model to give the new answer.
+3. W + (v* - W k) (C^-1 k)^T / (k^T C^-1 k) maps k to v* exactly and changes other keys least, weighted by their second
+moment C = mean k k^T over ordinary text (the least-squares solution under that constraint).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RankOneEdit(Shown):
     """Whose output weights are edited: "mixer" (out_proj) or "mlp" (down_proj)."""
 
     def apply(self, model: Any) -> Any:
-        """A copy of the model with the edit in it."""
+        """A copy of the model with the edit applied."""
         edited = copy.deepcopy(model)
         weight, _ = weights_of(output_layer(edited, self.layer, self.branch), "the output layer")
         with torch.no_grad():
@@ -67,7 +67,7 @@ def key_moment(
 
 
 def key_site(model: Any, layer: int, branch: str = "mixer") -> str:
-    """The site that the output's weights of a branch read.
+    """The site that a branch's output weights read.
 
     Raises
     ------
@@ -114,13 +114,13 @@ def rank_one_edit(
     answer
         The new next token.
     layer
-        Where; causal tracing of "out_proj" names candidates.
+        Where to edit; causal tracing of "out_proj" suggests candidates.
     moment
         C, from :func:`key_moment`.
     steps, lr, decay
-        Adam's, on v*; decay pulls it back to what is written now.
+        Of Adam, on v*; decay pulls it back to what is written now.
     ridge
-        Added to C's diagonal as a part of its mean, so that it can be inverted.
+        Added to C's diagonal, as a fraction of its mean, so that C can be inverted.
     branch
         "mixer", or "mlp" for the down projection of an MLP.
     """

@@ -1,9 +1,9 @@
-"""Which positions of the logits a metric reads, so that the others need not be formed.
+"""Which positions of the logits a metric reads, so that the others need not be computed.
 
-Logits of all positions are often the dearest part of a patch: V d products a position, as much as ten layers at 130m
-shape. The metric itself says what it reads: its gradient by the logits names the positions, and with anything else at
-all others (nothing, infinities, random numbers) its value must stay what it was. Where one of these fails, as with a
-metric that has no gradient, all positions count as read.
+Computing the logits of all positions is often the most expensive part of a patch: V d products per position, as much as
+ten layers at 130m shape. The metric's gradient with respect to the logits shows which positions it reads, and its value
+must not change when all others hold NaN, infinities or random numbers. If one of these checks fails, as for a metric
+without a gradient, all positions count as read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 Metric = Callable[[Tensor], Tensor]
-"""From logits b l V to one number, or to one a row."""
+"""From logits b l V to one number, or to one per row."""
 
 
 def read_positions(metric: Metric, logits: Float[Tensor, "b l V"]) -> list[int]:
-    """The columns of `logits` that a metric depends on; all of them where that cannot be told.
+    """The columns of `logits` that a metric depends on; all of them if that cannot be determined.
 
-    The metric is called a few times, with numbers of no meaning in the columns that it seems not to read.
+    The metric is called a few times, with meaningless numbers in the columns that it seems not to read.
     """
     every = list(range(logits.shape[1]))
     with torch.enable_grad(), warnings.catch_warnings():
@@ -56,18 +56,18 @@ def _other_numbers(logits: Tensor) -> Iterator[Tensor]:
 
 
 class Readout:
-    """A metric on logits that are formed only where it reads them.
+    """A metric on logits that are computed only where it reads them.
 
     Parameters
     ----------
     model
         Its final norm and unembedding are used.
     metric
-        From logits b l V to one number, or to one a row.
+        From logits b l V to one number, or to one per row.
     base
         Logits of the run that patches change.
     positions
-        Columns that the metric reads; None: it is asked.
+        Columns that the metric reads; None: found automatically.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Readout:
         """Logits as the metric gets them: nothing where it does not read."""
 
     def __call__(self, resid: Float[Tensor, "n m d"], first: int) -> list[Tensor]:
-        """The metric of each copy of the prompts, from what their last blocks leave from column `first` on."""
+        """The metric of each copy of the prompts, from its last block's output from column `first` on."""
         b = self.base.shape[0]
         later = [t for t in self.positions if t >= first]
         logits = self.to_logits(resid[:, [t - first for t in later]]) if later else resid.new_zeros(len(resid), 0, 1)

@@ -1,6 +1,6 @@
-"""Synthetic tasks whose answers stand at known positions, for checking that tools point at the right place.
+"""Synthetic tasks whose answers are at known positions, to check that tools point at the right place.
 
-Every draw is decided by its seed. Tokens are plain numbers; no tokenizer is needed.
+Every draw is determined by its seed. Tokens are plain integers; no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Prompts:
         return self.tokens.shape[0]
 
     def rows(self, chosen: Tensor) -> Prompts:
-        """Some of them."""
+        """A selection of rows."""
         return Prompts(self.tokens[chosen], self.answers[chosen], self.where[chosen])
 
 
 @dataclass(frozen=True)
 class Drill:
-    """Sequences with many questions each, to train on: the first question and all before it are a prompt."""
+    """Sequences with many questions each, to train on; up to the first question each is a prompt."""
 
     tokens: Int[Tensor, "b l"]
     """Behind every question stands its answer."""
@@ -47,7 +47,7 @@ class Drill:
 
 
 def associative_recall(n: int, pairs: int = 4, keys: int = 8, values: int = 8, seed: int = 0) -> Prompts:
-    """Key value key value ... key: which value stood behind that key? (Arora et al. 2023, arXiv:2312.04927.)
+    """Key value key value ... key: which value followed that key? (Arora et al. 2023, arXiv:2312.04927.)
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ def associative_recall(n: int, pairs: int = 4, keys: int = 8, values: int = 8, s
 def recall_drill(n: int, pairs: int = 4, keys: int = 8, values: int = 8, questions: int = 8, seed: int = 0) -> Drill:
     """Pairs as in :func:`associative_recall`, then questions with their answers. Values and questions may repeat.
 
-    Were every pair asked for once, "a value of the prompt that was not yet an answer" would be a guess good enough to
-    get stuck at; did values differ, a model could learn to pass over any that stands twice.
+    If every pair were asked for once, guessing "a value of the prompt that has not been an answer yet" would do well
+    enough for training to get stuck there; if values never repeated, a model could learn to skip any that occurs twice.
     """
     generator = torch.Generator().manual_seed(seed)
     body = _pairs(n, pairs, keys, values, generator)
@@ -87,7 +87,7 @@ def _pairs(n: int, pairs: int, keys: int, values: int, generator: torch.Generato
 
 
 def _with_questions(body: Int[Tensor, "n m"], asked: Int[Tensor, "n q"]) -> Drill:
-    """Question and answer, again and again: the tokens at `asked` and those that follow them."""
+    """Questions and their answers in turn: the tokens at `asked` and those that follow them."""
     turns = torch.stack([body.gather(1, asked), body.gather(1, asked + 1)], -1).flatten(1)
     return Drill(torch.cat([body, turns], 1), body.shape[1] + 2 * torch.arange(asked.shape[1]))
 
@@ -112,8 +112,8 @@ def induction(n: int, length: int = 16, vocab: int = 24, seed: int = 0) -> Promp
 def induction_drill(n: int, length: int = 16, vocab: int = 24, questions: int = 8, seed: int = 0) -> Drill:
     """Prompts as in :func:`induction`, then questions with their answers. Questions may repeat, other tokens too.
 
-    What a row asks for stands at even places, or at odd ones, once, and is never an answer: each question has one
-    answer, although behind that answer the next question follows.
+    What a row asks for occurs once, at even places only or at odd ones only, and is never an answer: so each question
+    has one answer, although the next question follows it.
     """
     generator = torch.Generator().manual_seed(seed)
     order = _different(n, length, vocab, generator)
@@ -136,7 +136,7 @@ def _different(n: int, length: int, vocab: int, generator: torch.Generator) -> I
 def replaced(prompts: Prompts, low: int, high: int, seed: int = 0) -> Prompts:
     """The same prompts with another answer where the answer stands, drawn from tokens low to high - 1.
 
-    The new one is a token that the prompt has not, so nothing else changes: a corrupted run for patching.
+    The new answer is a token that the prompt does not contain, so nothing else changes: a corrupted run for patching.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(len(prompts), high - low, generator=generator)
@@ -150,9 +150,9 @@ def replaced(prompts: Prompts, low: int, high: int, seed: int = 0) -> Prompts:
 
 
 def renamed(prompts: Prompts, vocab: int, classes: int = 1, seed: int = 0) -> Prompts:
-    """Prompts of the same layout in which every token is another: each stands for one that the prompt has not.
+    """Prompts of the same layout in which every token is replaced by one that the prompt does not contain.
 
-    The answer stands where it stood. Nothing else agrees, so that a patch anywhere changes something.
+    The answer stays at its position. Nothing else agrees, so a patch anywhere changes something.
 
     Parameters
     ----------
@@ -180,14 +180,14 @@ def renamed(prompts: Prompts, vocab: int, classes: int = 1, seed: int = 0) -> Pr
 
 
 def shuffled(prompts: Prompts, keep: Bool[Tensor, "b l"], seed: int = 0) -> Prompts:
-    """The same tokens in another order: none stays where it stood but those to keep, and the question.
+    """The same tokens in another order: none stays in place except those to keep, and the question.
 
-    The token that was the answer is still there, but elsewhere, so that only its place tells it from the others.
+    The answer's token is still there, but elsewhere, so that only its position distinguishes it from the others.
 
     Parameters
     ----------
     keep
-        Positions whose tokens stay, such as the keys; the answer's must not be among them.
+        Positions whose tokens stay, such as the keys; the answer must not be among them.
     """
     n, length = prompts.tokens.shape
     rows = torch.arange(n)

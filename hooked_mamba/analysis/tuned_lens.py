@@ -1,7 +1,7 @@
-"""The tuned lens: one small trained translator a layer, from its residual stream to the last one's.
+"""The tuned lens: one small trained translator per layer, from its residual stream to the last one's.
 
 Belrose et al. 2023, arXiv:2303.08112. Translator i maps x to x + W_i x + b_i; it starts as the logit lens (0) and is
-trained so that final norm and unembedding say what the whole model says: mean KL(model || lens).
+trained so that final norm and unembedding predict what the whole model predicts: mean KL(model || lens).
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class TunedLens(nn.Module):
 
     @classmethod
     def of(cls, model: Any) -> TunedLens:
-        """An untrained lens, which is the logit lens, where the model is."""
+        """An untrained lens, which equals the logit lens, on the model's device."""
         return cls(model.cfg.n_layers, model.cfg.d_model).to(model.device)
 
     def translate(self, resid: Float[Tensor, "... d"], layer: int) -> Float[Tensor, "... d"]:
-        """The stream entering block `layer` in the last one's terms."""
+        """The stream entering block `layer`, translated to the last one's basis."""
         resid = resid.to(self.weight.dtype)
         return resid + resid @ self.weight[layer].t() + self.bias[layer]
 
     def logits(self, model: Any, resid: Float[Tensor, "... d"], layer: int) -> Float[Tensor, "... v"]:
-        """What the lens says of the stream entering block `layer`; layer n_layers is the model's own end."""
+        """The lens's logits for the stream entering block `layer`; layer n_layers is the model's own output."""
         x = resid if layer == len(self.weight) else self.translate(resid, layer)
         norm = model.ln_final
         x = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
@@ -56,7 +56,7 @@ class TunedLens(nn.Module):
 
     @torch.no_grad()
     def read(self, model: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, "layer b l v"]:
-        """The lens' logits of every stream of a run; the last are the model's own."""
+        """The lens's logits for every stream of a run; the last are the model's own."""
         streams = residuals(model, tokens, attention_mask)
         return torch.stack([self.logits(model, stream, i) for i, stream in enumerate(streams)])
 
@@ -99,7 +99,7 @@ class TunedLens(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> TunedLens:
-        """Read a safetensors file; with `model`, check that it fits and go where the model is.
+        """Read a safetensors file; with `model`, check that it fits and move to its device.
 
         Raises
         ------

@@ -1,7 +1,7 @@
-"""What weights alone say: how mixers write into what later mixers read, and norms folded away.
+"""What the weights alone show: how mixers write into what later mixers read, and norms folded away.
 
-Conventions: matrices multiply from the right, the block norm's weight belongs to what the mixer reads, and the
-gated norm's weight (Mamba-2) to what it writes. Convolution, SiLU and scan are left out: these views are linear.
+Conventions: matrices multiply from the right; the block norm's weight belongs to what the mixer reads, the gated norm's
+weight (Mamba-2) to what it writes. Convolution, SiLU and scan are left out: these views are linear.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_weights(model: Any) -> Float[Tensor, "layer E d"]:
 
 
 def mixer_OV(model: Any) -> FactoredMatrix:
-    """What a mixer does to a direction if all its channels pass it on: layer d d, inner width E."""
+    """What a mixer does to a direction if all its channels pass it through: layer d d, inner width E."""
     return FactoredMatrix(read_weights(model), write_weights(model))
 
 
@@ -72,10 +72,10 @@ def input_matrix(model: Any, input: Input) -> FactoredMatrix:
 def mixer_composition_scores(
     model: Any, input: Input = "x", by: Literal["mixer", "head"] = "mixer"
 ) -> Float[Tensor, "..."]:
-    """How much of what a mixer writes the inputs of later mixers read.
+    """How strongly the inputs of later mixers read what a mixer writes.
 
     score(i -> j) = |OV_i R_j| / (|OV_i| |R_j|), Frobenius norms, as in TransformerLens' composition scores (Elhage et
-    al. 2021); at most 1, and about 1/sqrt(d) for matrices that have nothing to do with each other.
+    al. 2021); at most 1, and about 1/sqrt(d) for unrelated matrices.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def mixer_composition_scores(
     Returns
     -------
     Tensor
-        sender layer (head) receiver layer; 0 where the sender does not come before.
+        sender layer (head) receiver layer; 0 where the sender is not before the receiver.
     """
     if input not in ("x", "z", "B", "C", "dt"):
         raise ValueError(f"input must be 'x', 'z', 'B', 'C' or 'dt', got {input!r}")
@@ -119,18 +119,18 @@ def fold_norms(model: Any, center_unembed: bool = False) -> Any:
     Parameters
     ----------
     center_unembed
-        Also subtract the mean over the vocabulary from the unembedding's rows, which moves all logits of a position
-        by the same number.
+        Also subtract the mean over the vocabulary from the unembedding's rows, which shifts all logits of a position by
+        the same amount.
 
     Raises
     ------
     ValueError
-        LayerNorms, or norms that no matrix reads.
+        The model has LayerNorms, or norms that no matrix reads.
     """
     if getattr(model.ln_final, "bias", None) is not None:
         raise ValueError("fold_norms is for RMS norms; this model's norms are LayerNorms, whose biases have no matrix")
     if any(model.block(i).norm_after for i in range(model.cfg.n_layers)):
-        raise ValueError("fold_norms: some norms of this model stand behind their branches, where no matrix reads them")
+        raise ValueError("fold_norms: some norms of this model come after their branches, where no matrix reads them")
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     for i in range(model.cfg.n_layers):
         block, at = model.block(i), f"blocks.{i}."

@@ -6,5 +6,6 @@ selective   the scans of Mamba-1 and Mamba-2, whose rows are made in blocks
 pattern     attention
 tokens      how tokens reach a scan through a convolution
 chain       pieces composed, with named places between them
+places      names of branches, streams and nodes, and their sites
 run         one prompt's run
 """

@@ -1,4 +1,4 @@
-"""The beginning of a run: no position reads a later one, so what a run had up to a position is a run of its own."""
+"""The beginning of a run: no position reads a later one, so a run up to a position is itself a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.frozen.layerwise import Layerwise
 
 
 class Beginning(Mapping[str, Tensor]):
@@ -21,8 +22,8 @@ class Beginning(Mapping[str, Tensor]):
         Its positions, and how many of them are left.
     """
 
-    def __init__(self, cache: ActivationCache | Beginning, length: int, stop: int) -> None:
-        self.whole: ActivationCache | Beginning = cache
+    def __init__(self, cache: ActivationCache | Beginning | Layerwise, length: int, stop: int) -> None:
+        self.whole: ActivationCache | Beginning | Layerwise = cache
         self.model: Any = cache.model
         self.later = length - stop
 

@@ -1,9 +1,9 @@
 """All pairs (target, earlier source) of a scan whose decay is exp(A dt), in blocks that are matrix products.
 
-For a position m between s and t the product of decays splits into exp(A (cs_t - cs_m)) and exp(A (cs_m - cs_s)), cs
-the running sum of dt. Both are at most 1, so nothing overflows, and a whole block (targets after m) x (sources up to
-m) is one matrix product over N. Halving the sequence again and again covers all pairs s < t with l log2(l)
-exponentials a state instead of l^2.
+For a position m between s and t the product of decays splits into exp(A (cs_t - cs_m)) and exp(A (cs_m - cs_s)), cs the
+running sum of dt. Both are at most 1, so nothing overflows, and a whole block (targets after m) x (sources up to m) is
+one matrix product over N. Halving the sequence repeatedly covers all pairs s < t with l log2(l) exponentials per state
+instead of l^2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairBlock:
-    """Targets after `middle` times sources up to it."""
+    """A block of targets after `middle` and sources up to it."""
 
     rows: slice
     """Places in the ascending list of targets."""

@@ -13,18 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_mamba.frozen.linear import Gain, Mix, Piece, Plus, Project, Rows
-from hooked_mamba.frozen.routed import Routing
+from hooked_mamba.frozen.routed import Routing, of_experts
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.frozen.tokens import TokenPath
 
 NODES = ("p", "u", "y")
 """The named places, in the order of the forward pass."""
 
-Shares = Mapping[str, Float[Tensor, "l E"]]
+Shares = Mapping[str, Float[Tensor, "*n l E"]]
 """Node -> what share passes on at each position and channel: 0 stops it."""
 
 
@@ -72,6 +73,8 @@ class Chain:
     """Name of a value that other layers take -> the node here at which it is made."""
     routing: Routing | None = None
     """Which experts the channels belong to; None where there are no experts."""
+    unit: int = 1
+    """Channels side by side that act as one: those of an attention head, the neurons of a chosen expert."""
 
     # What it is made of ----------------------------------------------------------------------------------------
 
@@ -89,6 +92,55 @@ class Chain:
     def width(self) -> int:
         """Channels E."""
         return self.u.shape[-1]
+
+    @property
+    def n_units(self) -> int:
+        """Units U: channels, attention heads, neurons, or experts."""
+        return self.width // self.unit if self.routing is None else self.routing.n_experts
+
+    def of_units(self, values: Shaped[Tensor, "l U"], rows: Any = 0) -> Shaped[Tensor, "*n l E"]:
+        """A number of each unit as one of each of its channels; `rows`: of the run, whose choices of experts differ."""
+        if self.routing is not None:
+            chosen = self.routing.chosen[rows]
+            values = values.expand(*chosen.shape[:-1], -1).gather(-1, chosen)
+        return values if self.unit == 1 else values.repeat_interleave(self.unit, -1)
+
+    def by_unit(self, values: Float[Tensor, "n l E"], rows: Rows) -> Float[Tensor, "n l U"]:
+        """Sums over the channels of each unit."""
+        if self.routing is not None:
+            return of_experts(values, self.routing, rows)
+        return values if self.unit == 1 else values.unflatten(-1, (-1, self.unit)).sum(-1)
+
+    def channels_of(self, unit: int, row: int, position: int) -> list[int]:
+        """The channels of a unit; of an expert there are none where it was not chosen."""
+        slots = (
+            [unit] if self.routing is None else (self.routing.chosen[row, position] == unit).nonzero()[:, 0].tolist()
+        )
+        return [channel for slot in slots for channel in range(slot * self.unit, (slot + 1) * self.unit)]
+
+    def on_lanes(self, covector: Float[Tensor, "*n f"]) -> Float[Tensor, "*n E"]:
+        """A covector on the site of u as one on u: of values that several lanes share, on the first of them."""
+        shared = self.width // covector.shape[-1]
+        if shared == 1:
+            return covector
+        heads = covector.unflatten(-1, (-1, self.scan.width))
+        spread = heads.new_zeros(*heads.shape[:-1], shared, heads.shape[-1])
+        spread = torch.cat([heads.unsqueeze(-2), spread[..., 1:, :]], -2)
+        return spread.flatten(-3)
+
+    def on_site(self, covector: Float[Tensor, "*n E"], width: int) -> Float[Tensor, "*n f"]:
+        """A covector on u as one on its site of so many numbers: what lanes share, they add up on."""
+        shared = self.width // width
+        if shared == 1:
+            return covector
+        return covector.unflatten(-1, (-1, shared, self.scan.width)).sum(-2).flatten(-2)
+
+    def of_site(self, value: Float[Tensor, "*n f"]) -> Float[Tensor, "*n E"]:
+        """A value (or change) of the site of u as one of u."""
+        shared = self.width // value.shape[-1]
+        if shared == 1:
+            return value
+        return value.unflatten(-1, (-1, self.scan.width)).repeat_interleave(shared, -2).flatten(-2)
 
     @property
     def mix(self) -> Mix | None:
@@ -154,6 +206,12 @@ class Chain:
             return self.followed_by(Gain(self.u.new_tensor(factor)))
         W, b = self.output.W * factor, self.output.b
         return replace(self, pieces=(*self.pieces[:-1], Project(W, None if b is None else b * factor)))
+
+    def up_to_u(self) -> Chain:
+        """What makes u, as a branch of its own whose channels are one unit."""
+        at = self.nodes["u"]
+        nodes = {name: place for name, place in self.nodes.items() if place <= at}
+        return Chain(self.pieces[:at], nodes, self.path, self.values, takes=self.takes, unit=self.width)
 
     def followed_by(self, piece: Piece) -> Chain:
         """The same with a step behind its output."""

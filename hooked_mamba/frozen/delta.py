@@ -2,7 +2,7 @@
 
 S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + strength_t v_t k_t^T,      y_t = S_t r_t
 
-With r, w, k, a, b and the strength held, y is linear in v, one signed number a head and pair:
+With r, w, k, a, b and the strength held, y is linear in v, one signed number per head and pair:
 
 rho_t = r_t;      alpha[t, s] = strength_s k_s . rho_s;      rho_{s-1} = w_s rho_s + a_s (b_s . rho_s)
 """

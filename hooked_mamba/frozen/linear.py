@@ -18,8 +18,8 @@ from torch import Tensor
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.layers import has_no_hook
 
-Rows = Int[Tensor, " n"] | tuple[Int[Tensor, "n 1"], Int[Tensor, "n 1"]]
-"""Rows of a run that n targets belong to; or (row, position) pairs, of targets that have one position each."""
+Rows = Int[Tensor, " n"] | tuple[Int[Tensor, "n 1"], Int[Tensor, "n w"]]
+"""Rows of a run that n targets belong to; or (row, position) pairs, of targets that have w positions in a row each."""
 
 
 class Back(NamedTuple):
@@ -206,8 +206,12 @@ class Conv(Piece):
     bias: Float[Tensor, " E"]
     history: Float[Tensor, "b k E"]
     """The K - 1 inputs before the first position."""
+    within: bool = False
+    """Whether values are at a few positions in a row, all that is read being among them."""
 
     def of(self, rows: Any) -> Conv:
+        if isinstance(rows, tuple):  # pairs of rows and positions
+            return Conv(self.taps, self.bias, self.history[rows[0][:, 0]], within=True)
         return Conv(self.taps, self.bias, self.history[rows])
 
     def push(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
@@ -224,6 +228,8 @@ class Conv(Piece):
         for k in range(1, K):  # position t reads the input k positions before it
             tap = self.taps[:, K - 1 - k]
             back[:, : max(0, l - k)].addcmul_(v[:, k:], tap)
+            if self.within:
+                continue
             early = v[:, :k]  # of which some lie before the first position
             past = self.history[:, K - 1 - k :][:, : early.shape[1]]
             initial = initial + (early * tap * past).flatten(1).sum(1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mamba.frozen.linear import Back, Piece
+from hooked_mamba.frozen.linear import Back, Piece, Rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def summed(W: Float[Tensor, "X o i"], chosen: Int[Tensor, "... k"], x: Float[Ten
     return out
 
 
-def of_experts(effects: Float[Tensor, "n l kF"], routing: Routing, rows: Int[Tensor, " n"]) -> Tensor:
+def of_experts(effects: Float[Tensor, "n l kF"], routing: Routing, rows: Rows) -> Tensor:
     """Effects of the chosen experts' neurons, summed for each expert: n l X, 0 where it was not chosen."""
     chosen = routing.chosen[rows]
     by_choice = effects.unflatten(-1, (chosen.shape[-1], -1)).sum(-1)

@@ -7,9 +7,9 @@ constants of each branch are read from the cache when they are first asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,20 @@ from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.beginning import Beginning
 from hooked_mamba.frozen.chain import Chain
+from hooked_mamba.frozen.layerwise import WHOLE, Layerwise
 from hooked_mamba.frozen.linear import Centred, Gain, centred, held_norm
+from hooked_mamba.frozen.places import (
+    Part,
+    Place,
+    Stream,
+    branch_of,
+    frozen_sites,
+    norm_name,
+    out_site,
+    output_sites,
+    part_of,
+    u_site,
+)
 from hooked_mamba.frozen.side import Side
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.site_name import SiteName
@@ -28,23 +41,6 @@ from hooked_mamba.mixers.linear_form import projection
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.model.stack import scaled
 from hooked_mamba.state import ModelState, Padding
-
-Stream = Literal["resid", "out", "y", "u", "p"]
-"""The residual stream entering a layer (n_layers: the final norm's input), one branch's output alone, or a node of its
-chain: what its scan gives, the input u of its scan, or the input p of its convolution."""
-
-
-Part = int | str
-"""A branch of a block: the number of its layer if it is a mixer, else as in "3.mlp"."""
-
-
-class Place(NamedTuple):
-    """A stream of a run."""
-
-    stream: Stream
-    layer: int
-    normed: bool = False
-    """Whether it is read through the layer's norm."""
 
 
 class Run:
@@ -60,11 +56,15 @@ class Run:
         b l, for padded token ids.
     initial_state
         Memory to continue from; not together with padding.
+    recompute
+        True: what is inside a block is computed again, one block at a time, when it is read; that takes a tenth of the
+        memory and another forward pass for every time that covectors go down. None: where all of it would take more
+        than 1.5 GiB, and no function sits on a hook point.
 
     Raises
     ------
     ValueError
-        An initial state together with padding.
+        An initial state together with padding, or recompute=True although functions sit on hook points.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Run:
         *,
         attention_mask: Tensor | None = None,
         initial_state: ModelState | None = None,
+        recompute: bool | None = None,
     ) -> None:
         self.model = model
         self.tokens, found = model.input_to_tokens(input)
@@ -88,16 +89,55 @@ class Run:
         self.before = initial_state if initial_state is not None else model.initial_state(self.tokens.shape[0])
         self.edited = tuple(str(point.name) for point in model.hook_points() if point.edited)
         """Sites on which functions sat when the run was made."""
-        names = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
-        names += [name for layer in range(self.n_layers) for name in frozen_sites(model, layer)]
-        with torch.no_grad():
-            logits, cache = model.run_with_cache(
-                self.tokens, names_filter=names, attention_mask=attention_mask, initial_state=initial_state
-            )
-        assert isinstance(cache, ActivationCache)  # return_cache_object is its default
-        self.cache: ActivationCache | Beginning = cache
-        self.logits: Float[Tensor, "b l V"] = logits.detach()
+        outside = ["hook_embed", "ln_final.hook_scale", f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        names: dict[int | None, list[str]] = {None: outside}
+        names |= {layer: frozen_sites(model, layer) for layer in range(self.n_layers)}
+        self.cache: ActivationCache | Beginning | Layerwise
+        self._logits: Tensor | None = None
+        if self._recomputes(recompute, [name for some in names.values() for name in some]):
+            self.cache = Layerwise(model, self.tokens, names, attention_mask, initial_state)
+        else:
+            every = [name for some in names.values() for name in some]
+            with torch.no_grad():
+                logits, cache = model.run_with_cache(
+                    self.tokens, names_filter=every, attention_mask=attention_mask, initial_state=initial_state
+                )
+            assert isinstance(cache, ActivationCache)  # return_cache_object is its default
+            self.cache, self._logits = cache, logits.detach()
         self._chains: dict[Part, Chain] = {}
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the inside of blocks is computed again when it is read."""
+        return self._logits is None
+
+    def _recomputes(self, asked: bool | None, names: list[str]) -> bool:
+        if asked and self.edited:
+            raise ValueError(
+                f"recompute=True runs blocks again, and functions sit on {', '.join(self.edited[:3])}, which would run"
+                " again too: take them off, or leave recompute out"
+            )
+        if asked is not None or self.edited:
+            return bool(asked)
+        b, l = self.tokens.shape
+        itemsize = self.model.embed.weight.element_size()
+        return sum(self.model.site(name).nbytes(b, l, itemsize) for name in dict.fromkeys(names)) > WHOLE
+
+    @property
+    def logits(self) -> Float[Tensor, "b l V"]:
+        """What the model predicted; of a run that recomputes, formed anew each time (see :meth:`logits_at`)."""
+        if self._logits is not None:
+            return self._logits
+        with torch.no_grad():
+            return self.model.to_logits(self.cache[f"blocks.{self.n_layers - 1}.hook_resid_post"])
+
+    def logits_at(self, row: int, position: int) -> Float[Tensor, " V"]:
+        """The logits of one row at one position."""
+        if self._logits is not None:
+            return self._logits[row, position]
+        last = self.cache[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        with torch.no_grad():
+            return self.model.to_logits(last[row : row + 1, position : position + 1])[0, 0]
 
     # Shapes and names ----------------------------------------------------------------------------------------
 
@@ -193,13 +233,18 @@ class Run:
         """What a branch adds to the stream."""
         return at_least_fp32(self.cache[out_site(self.model, layer, branch)])
 
-    def value_at(self, site: str) -> Tensor:
-        """A site that a coder reads."""
+    def value_at(self, site: str) -> Float[Tensor, "b l f"]:
+        """A site that a coder reads or predicts, its last axes side by side."""
         site = unalias(site)
         if site in self.cache:
-            return self.cache[site]
+            return self.cache[site].flatten(2)
         place = self.place_of(site)
-        return self.resid(place.layer) if place.stream == "resid" else self.out(place.layer)
+        if place.stream == "resid":
+            return self.resid(int(place.layer))
+        if place.stream == "in":
+            x = self.entering(place.layer)
+            return self.norm_of(place.layer, place.weighted).apply(x) if place.normed else x
+        return self.out(*self.branch_of(place.layer))
 
     def norm(self, layer: int) -> Gain:
         """w / scale of a block's first norm; n_layers: of the final one."""
@@ -217,6 +262,19 @@ class Run:
         """From what the final norm gives to logits, a factor of the logits included."""
         weight, _ = weights_of(self.model.unembed, "unembed")
         return scaled(weight.detach().t().to(self.dtype), self.model.logit_multiplier)
+
+    def norm_of(self, part: Part, weighted: bool = True) -> Gain:
+        """w / scale of the norm that a part reads the stream through, or 1 / scale, as the block's norm gives it."""
+        layer, name = self.branch_of(part)
+        block, norm = self.model.block(layer), norm_name(self.model, layer, name)
+        if block.norm_after:
+            raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
+        scale = self.cache[f"blocks.{layer}.{norm}.hook_scale"]
+        held = held_norm(getattr(block, norm), scale)
+        if weighted:
+            return held
+        factor = (1 / scale).expand_as(held.factor)
+        return Centred(factor, torch.zeros_like(held.bias)) if isinstance(held, Centred) else Gain(factor)
 
     def norm_factor(self, part: Part) -> Float[Tensor, "b l 1"]:
         """1 / scale of the norm that a part reads the stream through."""
@@ -252,13 +310,12 @@ class Run:
         return at_least_fp32(self.cache["hook_embed"])
 
     def part(self, layer: int, branch: str) -> Part:
-        """What a branch is called here: the number of its layer for a mixer, with the branch's name for others."""
-        return layer if branch == "mixer" else f"{layer}.{branch}"
+        """:func:`part_of`."""
+        return part_of(layer, branch)
 
     def branch_of(self, part: Part) -> tuple[int, str]:
-        """(layer, branch) of a part."""
-        layer, _, branch = str(part).partition(".")
-        return int(layer), branch or "mixer"
+        """:func:`branch_of`."""
+        return branch_of(part)
 
     def upto(self, stop: int) -> Run:
         """The run of the first `stop` positions, made of this one's values and not run again.
@@ -270,19 +327,44 @@ class Run:
             return self
         other = copy.copy(self)
         other.cache = Beginning(self.cache, self.length, stop)
-        other.tokens, other.logits = self.tokens[:, :stop], self.logits[:, :stop]
+        other.tokens = self.tokens[:, :stop]
+        other._logits = None if self._logits is None else self._logits[:, :stop]
         other.mask = None if self.mask is None else self.mask[:, :stop]
         other._chains = {}
         vars(other).pop("final_norm", None)
         return other
 
     def chain(self, part: Part) -> Chain:
-        """One branch as an affine map of the stream that its norm reads."""
+        """One branch as an affine map of the stream that its norm reads; of "0.v_first" what makes this value."""
         if part not in self._chains:
             layer, name = self.branch_of(part)
+            if name not in self.model.block(layer).branches:
+                self._chains[part] = self.giving(layer, name).up_to_u()
+                return self._chains[part]
+            if isinstance(self.cache, Layerwise) and any(self.branch_of(other)[0] != layer for other in self._chains):
+                self._chains.clear()  # of one block only
             with torch.no_grad():
                 self._chains[part] = frozen_branch(self.cache, layer, name, self.before[layer][name], self.mask)
         return self._chains[part]
+
+    def given_parts(self, layer: int) -> list[Part]:
+        """The values that a block makes for layers above it, as parts: "0.v_first"."""
+        branches = self.model.block(layer).branches.values()
+        return [part_of(layer, name) for branch in branches for name in branch.hands_on]
+
+    def giving(self, layer: int, name: str) -> Chain:
+        """The branch of a block that makes a value for layers above it.
+
+        Raises
+        ------
+        KeyError
+            None does.
+        """
+        for part in self.parts(layer):
+            if name in self.chain(part).gives:
+                return self.chain(part)
+        there = [*self.model.block(layer).branches, *(str(part).partition(".")[2] for part in self.given_parts(layer))]
+        raise KeyError(f"block {layer} has no branch {name!r}; it has {', '.join(there)}")
 
     def carried_value(self, name: str) -> Float[Tensor, "b l E"]:
         """A value that one layer made for several above it.
@@ -300,7 +382,7 @@ class Run:
                         return chain.values[chain.gives[name]]
         raise KeyError(f"no layer makes {name!r} for others")
 
-    def channels_at(self, layer: int) -> Literal["u", "p"]:
+    def channels_at(self, layer: Part) -> Literal["u", "p"]:
         """The node at which a mixer's channels are followed: u, the value that enters memory."""
         return "u"
 
@@ -329,28 +411,57 @@ class Run:
         differentiated
             False: the norm's divisor is held.
         """
-        final = layer == self.n_layers
-        norm = self.norm(layer)
+        name = "ln_final" if layer == self.n_layers else f"blocks.{layer}.norm"
+        return self._behind(self.norm(layer), name, lambda: self.resid(layer), covectors, at, differentiated)
+
+    def behind_norm_of(
+        self,
+        part: Part,
+        covectors: Float[Tensor, "... d"],
+        at: Any,
+        differentiated: bool = False,
+        weighted: bool = True,
+    ) -> Float[Tensor, "... d"]:
+        """The same of the norm that a part reads the stream through; `weighted`: its weight included."""
+        layer, branch = self.branch_of(part)
+        name = f"blocks.{layer}.{norm_name(self.model, layer, branch)}"
+        return self._behind(
+            self.norm_of(part, weighted), name, lambda: self.entering(part), covectors, at, differentiated
+        )
+
+    def _behind(
+        self, norm: Gain, name: str, entering: Callable[[], Tensor], covectors: Tensor, at: Any, differentiated: bool
+    ) -> Tensor:
         behind = norm.of(at).pull(covectors).covector
         if not differentiated:
             return behind
-        x = self.resid(layer)[at]
+        x = entering()[at]
         x = centred(x) if isinstance(norm, Centred) else x
-        scale = self.cache["ln_final.hook_scale" if final else f"blocks.{layer}.norm.hook_scale"][at]
+        scale = self.cache[f"{name}.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
 
-    def norm_offset(self, layer: int, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        """What a norm's own bias gives to a covector on what it gives; 0 of a norm without."""
-        norm = self.norm(layer)
+    def norm_offset(self, place: int | Place, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """What the own bias of a layer's norm (or of the one that a stream is read through) gives to a covector on what
+        it gives; 0 of a norm without."""
+        if isinstance(place, Place):
+            if not place.normed:
+                return covector.new_zeros(())
+            norm = self.norm(int(place.layer)) if place.stream == "resid" else self.norm_of(place.layer, place.weighted)
+        else:
+            norm = self.norm(place)
         return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
 
     def reading(
-        self, site: str, row: int, position: int, covector: Float[Tensor, " d"]
-    ) -> tuple[Stream, int, Float[Tensor, " d"]]:
-        """The stream behind a site, its layer, and a covector on the site as one on the stream."""
+        self, site: str, row: int, position: int, covector: Float[Tensor, " f"]
+    ) -> tuple[Stream, Part, Float[Tensor, " d_or_E"]]:
+        """The stream behind a site, its layer or part, and a covector on the site as one on the stream."""
         place = self.place_of(site)
-        if place.normed:
-            covector = self.behind_norm(place.layer, covector, (row, position))
+        if place.normed and place.stream == "resid":
+            covector = self.behind_norm(int(place.layer), covector, (row, position))
+        elif place.normed:
+            covector = self.behind_norm_of(place.layer, covector, (row, position), weighted=place.weighted)
+        elif place.stream == "u":
+            covector = self.chain(place.layer).on_lanes(covector)
         return place.stream, place.layer, covector
 
     @property
@@ -369,45 +480,36 @@ class Run:
         site = unalias(site)
         name = SiteName.parse(site)
         if name.layer is not None:
-            beside = self.model.block(name.layer).beside
-            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not beside):
+            block = self.model.block(name.layer)
+            if name.local == "hook_resid_pre" or (name.local == "norm.hook_out" and not block.beside):
                 return Place("resid", name.layer, name.local == "norm.hook_out")
             if name.local == "hook_resid_post":
                 return Place("resid", name.layer + 1)
-            if site == out_site(self.model, name.layer):
-                return Place("out", name.layer)
+            read = name.hook in ("hook_out", "hook_normalized") and not block.norm_after
+            if name.place in block.norm_names and read:
+                stage = block.stages[block.norm_names.index(name.place)]
+                return Place("in", part_of(name.layer, stage[0]), True, name.hook == "hook_out")
+            if name.local in ("hook_resid_mid", "hook_mixer_in"):
+                return Place("in", part_of(name.layer, block.stages[-1][0]))
+            for branch in block.branches:
+                part = part_of(name.layer, branch)
+                if site in output_sites(self.model, name.layer, branch):
+                    return Place("out", part)
+                if name.place == branch and name.hook == u_site(block.branches[branch]):
+                    return Place("u", part)
         raise ValueError(
-            f"a coder that reads {site} cannot be traced: expected hook_resid_pre, hook_resid_post, norm.hook_out or"
-            " mixer.hook_out_proj of a block"
+            f"a coder that reads {site} cannot be traced: expected hook_resid_pre, hook_resid_mid, hook_resid_post,"
+            " norm.hook_out or a branch's output of a block (mixer.hook_out_proj), or the value that enters a mixer's"
+            " memory (mixer.hook_x, hook_v)"
         )
 
 
-def frozen_sites(model: HookedModel, layer: int) -> list[str]:
-    """The sites of one block that its branches' affine maps are made of."""
-    block, at = model.block(layer), f"blocks.{layer}."
-    names = [f"{at}hook_resid_pre"]
-    names += [f"{at}hook_mixer_in"] if block.beside else [f"{at}hook_resid_mid"] * (len(block.stages) > 1)
-    names += [f"{at}{norm}.{site}" for norm in block.norm_names for site in ("hook_scale", "hook_out")]
-    for name, branch in block.branches.items():
-        names += [f"{at}{name}.{site}" for site in branch.frozen_sites]
-        names.append(out_site(model, layer, name))
-    return list(dict.fromkeys(names))
-
-
-def out_site(model: HookedModel, layer: int, branch: str = "mixer") -> str:
-    """The site of what a branch adds to the stream."""
-    block = model.block(layer)
-    return f"blocks.{layer}.{block.written.get(branch) or f'{branch}.{block.branches[branch].out_site}'}"
-
-
-def norm_name(model: HookedModel, layer: int, branch: str) -> str:
-    """The norm of a block that a branch reads the stream through: "norm", "norm2", ..."""
-    block = model.block(layer)
-    return next(norm for norm, stage in zip(block.norm_names, block.stages, strict=True) if branch in stage)
-
-
 def frozen_branch(
-    cache: ActivationCache | Beginning, layer: int, name: str, before: tuple[Tensor, ...] | None, mask: Tensor | None
+    cache: ActivationCache | Beginning | Layerwise,
+    layer: int,
+    name: str,
+    before: tuple[Tensor, ...] | None,
+    mask: Tensor | None,
 ) -> Chain:
     """One branch as an affine map, from a cache of its block's :func:`frozen_sites`."""
     model: Any = cache.model

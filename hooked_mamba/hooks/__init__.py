@@ -1,1 +1,1 @@
-"""Hook points: declared by the modules that own them, found by name, read into caches and edited."""
+"""Hook points: declared by the modules that own them, found by name, cached and edited."""

@@ -1,4 +1,4 @@
-"""The cache: what a forward pass left at its hook sites, by name."""
+"""The cache: the values at a forward pass's hook sites, by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HookCache:
     mask
         b l, True at the real tokens of a padded batch; None where all are real.
     packed
-        Whether several documents stand in a row (`document_ids`).
+        Whether rows hold several documents (`document_ids`).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HookCache:
         self.packed = packed
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Only for names that do not exist; for TransformerLens' the error says what they are here."""
+        """Called only for unknown names; for TransformerLens' names the error says what to use here."""
         if name in CACHE:
             raise AttributeError(advice(name, CACHE))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -105,7 +105,7 @@ class HookCache:
         return self.cache_dict.items()
 
     def text(self, key: Key) -> str:
-        """What stands at a site, as the module that holds it says; "" where nobody said."""
+        """What a site holds, as its module describes it; "" without a description."""
         site = self.model.hook_point(self._full_name(key).removesuffix("_grad")).site
         return "" if site is None else site.row.text
 
@@ -121,7 +121,7 @@ class HookCache:
         Raises
         ------
         ValueError
-            If the batch is larger than one: which row should stay?
+            The batch is larger than one, so that it is unclear which row to keep.
         """
         if self.has_batch_dim:
             for name, value in self.cache_dict.items():
@@ -140,7 +140,7 @@ class HookCache:
         Raises
         ------
         ValueError
-            If the batch axis is gone already.
+            The batch axis has been removed already.
         """
         if batch_slice is None:
             return type(self)(dict(self.cache_dict), self.model, self.has_batch_dim, self.mask, self.packed)
@@ -166,7 +166,7 @@ class HookCache:
     def toggle_autodiff(mode: bool = False) -> None:
         """Switch gradients on or off for the whole process, as `torch.set_grad_enabled(mode)` does.
 
-        With `torch.no_grad():` switches them off for a while only.
+        `with torch.no_grad():` switches them off temporarily.
         """
         torch.set_grad_enabled(mode)
 

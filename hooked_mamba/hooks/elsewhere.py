@@ -1,4 +1,4 @@
-"""What TransformerLens' names of sites mean in a model that has no site of that name."""
+"""What TransformerLens' site names mean in a model that has no site of that name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def meant_by(name: str, names: Sequence[str], block: str | None) -> tuple[str, s
     names
         All sites of the model.
     block
-        "blocks.3." if it names one.
+        "blocks.3." if the name has one.
     """
     known = MEANT.get(name.rpartition(".")[2].removeprefix("hook_"))
     if known is None:

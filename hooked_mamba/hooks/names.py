@@ -41,7 +41,7 @@ class HookNameError(KeyError):
 
 @dataclass(frozen=True)
 class Declared:
-    """What the classes that were defined so far say, without a model."""
+    """What the classes defined so far declare, without a model."""
 
     rows: dict[tuple[str, str], Site]
     """(place, hook) -> row; places as in :class:`SiteName`."""
@@ -52,7 +52,7 @@ class Declared:
 
 
 def declared() -> Declared:
-    """Every declared site and alias. A name that some class has itself is no alias: it means what that class says."""
+    """Every declared site and alias. A name that some class declares as a site is not an alias."""
     return _declared(len(DECLARED))
 
 
@@ -125,13 +125,13 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
 
 def names_its_branch(short: str) -> bool:
-    """Whether a short name says where it stands, as "attn.z" does and "h.4" does not."""
+    """Whether a short name includes its branch, as "attn.z" does and "h.4" does not."""
     place, _, last = short.rpartition(".")
     return bool(place) and not last.removeprefix("-").isdigit()
 
 
 def unalias(name: str) -> str:
-    """A name used elsewhere (`blocks.0.hook_ssm_out`, `blocks.0.hook_h.4`) as ours; ours as they are."""
+    """An alias (`blocks.0.hook_ssm_out`, `blocks.0.hook_h.4`) as our own name; our names unchanged."""
     site = SiteName.parse(name)
     if site.block is None:
         return name
@@ -153,12 +153,12 @@ def split_state_point(name: str) -> tuple[str, int] | None:
 
 
 def match_names(names_filter: NamesFilter, names: Sequence[str], resolve: Callable[[str], str] = unalias) -> list[str]:
-    """The names that a filter chooses, in computing order; single states (`...hook_h.4`) behind the rest.
+    """The names that a filter matches, in order of computation; single states (`...hook_h.4`) come last.
 
     Raises
     ------
     HookNameError
-        If a name, a glob or a function fits no site.
+        A name, a glob or a function matches no site.
     """
     if names_filter is None:
         return list(names)
@@ -168,7 +168,7 @@ def match_names(names_filter: NamesFilter, names: Sequence[str], resolve: Callab
         found = [name for name in names if names_filter(name)]
         if not found:
             raise HookNameError(
-                f"the function chose none of the {len(names)} sites, which have names such as"
+                f"the function matched none of the {len(names)} sites, which have names such as"
                 f" {', '.join([*names[:1], *names[-3:-1]])}; model.hook_dict lists them"
             )
         return found

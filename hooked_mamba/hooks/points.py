@@ -37,7 +37,7 @@ class Hook:
 
     @property
     def fits(self) -> bool:
-        """Whether the function takes a tensor and a hook point; unknown of builtins, which are let through."""
+        """Whether the function takes a tensor and a hook point; builtins cannot be checked and are accepted."""
         try:
             signature = inspect.signature(self.fn)
         except (TypeError, ValueError):
@@ -58,14 +58,14 @@ class Hook:
 
 @dataclass(eq=False)
 class Reader:
-    """A store for the final value of a site, after all hooks: what a cache puts there."""
+    """A store for a site's final value, after all hooks: what a cache attaches."""
 
     store: Callable[[Tensor], None]
     select: PositionSelect
 
 
 def _takes_hook_by_keyword(fn: HookFunction) -> bool:
-    """TransformerLens passes `hook=`; a function that names its second argument otherwise gets it by place."""
+    """TransformerLens passes `hook=`; a function whose second argument has another name gets it by position."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # builtins have no signature
@@ -76,9 +76,9 @@ def _takes_hook_by_keyword(fn: HookFunction) -> bool:
 class HookPoint(nn.Module):
     """An identity with a name. What its hooks return is what the rest of the computation uses.
 
-    Forward hooks run in the order they were added; each gets its own copy of the value, so that editing in place is
-    safe. Backward hooks get the gradient of whatever is differentiated with respect to the value here, and belong
-    to the forward pass that they saw: they fire even if they are removed before `backward()`.
+    Forward hooks run in the order they were added; each gets its own copy of the value, so editing in place is safe.
+    Backward hooks get the gradient of whatever is differentiated with respect to the value here, and belong to the
+    forward pass that they saw: they fire even if they are removed before `backward()`.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class HookPoint(nn.Module):
         self.readers: list[Reader] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Torch's own; for TransformerLens' names an error that says what they are here."""
+        """Torch's attributes; for TransformerLens' names an error says what to use here."""
         if name in POINT:
             raise AttributeError(advice(name, POINT))
         return super().__getattr__(name)
@@ -101,12 +101,12 @@ class HookPoint(nn.Module):
 
     @property
     def edited(self) -> bool:
-        """Whether a function sits here that may change the value or that needs its gradient."""
+        """Whether a hook here may change the value or needs its gradient."""
         return bool(self.fwd_hooks or self.bwd_hooks)
 
     @property
     def wanted(self) -> bool:
-        """Whether anything at all sits here."""
+        """Whether anything is attached here."""
         return bool(self.fwd_hooks or self.bwd_hooks or self.readers)
 
     @property
@@ -127,7 +127,7 @@ class HookPoint(nn.Module):
         level: int | None = None,
         prepend: bool = False,
     ) -> Hook:
-        """Add `fn(tensor, hook)`; with `prepend` it runs before those that are there."""
+        """Add `fn(tensor, hook)`; with `prepend` it runs before the existing ones."""
         if not callable(hook):
             raise TypeError(f"a hook at {self.name} must be a function fn(tensor, hook), got {type(hook).__name__}")
         entry = Hook(hook, is_permanent, level)
@@ -145,7 +145,7 @@ class HookPoint(nn.Module):
         return self.add_hook(hook, dir, is_permanent=True)
 
     def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """Remove hooks: all that are not permanent, or those of one context level."""
+        """Remove hooks: all non-permanent ones, or those of one context level."""
         if dir not in ("fwd", "bwd", "both"):
             raise ValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}")
         for one in ("fwd", "bwd") if dir == "both" else (dir,):
@@ -157,7 +157,7 @@ class HookPoint(nn.Module):
             ]
 
     def clear_context(self) -> None:
-        """Forget what hooks stored in `ctx`."""
+        """Clear what hooks stored in `ctx`."""
         self.ctx = {}
 
     def layer(self) -> int:
@@ -178,7 +178,7 @@ class HookPoint(nn.Module):
     # What happens here ---------------------------------------------------------------------------------------
 
     def __call__(self, value: Tensor) -> Tensor:
-        """The value as it leaves; where nothing sits here, at no more than the cost of a call."""
+        """The value after all hooks; without hooks this costs no more than a function call."""
         if self.fwd_hooks or self.bwd_hooks or self.readers or self._forward_hooks or self._forward_pre_hooks:
             return super().__call__(value)
         return value
@@ -203,7 +203,7 @@ class HookPoint(nn.Module):
         return value
 
     def show(self, value: Tensor) -> None:
-        """Give the readers here a final value."""
+        """Give the final value to the readers here."""
         for reader in tuple(self.readers):
             reader.store(reader.select.apply(value, self.position_axis))
 
@@ -236,13 +236,14 @@ class HookPoint(nn.Module):
 
 
 class LazyHookPoint(HookPoint):
-    """A site that is computed only while something sits on it, since it is large or slows the scan.
+    """A site that is computed only when it is in use, since it is large or slows the scan.
 
-    Edits need the whole value in line. Readers get theirs through :meth:`read`, at the positions they ask for.
+    Edits need the whole value inside the computation. Readers get theirs through :meth:`read`, at the positions they
+    ask for.
     """
 
     def read(self, length: int, values_at: Callable[[list[int] | slice], Tensor]) -> None:
-        """Give each reader `values_at(its positions)`; nothing is computed where nobody reads."""
+        """Give each reader `values_at(its positions)`; nothing is computed without readers."""
         for reader in tuple(self.readers):
             reader.store(reader.select.finish(values_at(reader.select.index(length)), self.position_axis))
 
@@ -270,7 +271,7 @@ class StateHookPoint(LazyHookPoint):
         return self.points[t]
 
     def live_points(self) -> Iterator[HookPoint]:
-        """The single-state points on which something sits. The others are not forgotten: someone may hold them."""
+        """The single-state points that are in use. The others are kept, since someone may hold a reference."""
         yield from [point for point in self.points.values() if point.wanted or point.ctx]
 
     def points_at(self, length: int) -> dict[int, list[HookPoint]]:

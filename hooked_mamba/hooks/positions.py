@@ -26,7 +26,7 @@ class PositionSelect:
 
     @property
     def everything(self) -> bool:
-        """Whether no choice was made."""
+        """Whether all positions are kept."""
         return self.spec is None or self.spec == slice(None)
 
     @property
@@ -36,13 +36,13 @@ class PositionSelect:
 
     @property
     def counts_from_end(self) -> bool:
-        """Whether any position is negative, so that it means another column in rows that end elsewhere."""
+        """Whether any position is negative, and so stands for different columns in rows that end at different ones."""
         if isinstance(self.spec, slice):
             return any(bound is not None and bound < 0 for bound in (self.spec.start, self.spec.stop, self.spec.step))
         return self.spec is not None and min([self.spec] if isinstance(self.spec, int) else self.spec, default=0) < 0
 
     def check_padding(self, mask: Tensor | None) -> None:
-        """Refuse negative positions where a row's last tokens do not stand in the last columns.
+        """Refuse negative positions if a row's last tokens are not in the last columns.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Running a module with hooks and with a cache: the interface that TransformerLens users know."""
+"""Running a module with hooks and a cache: the interface TransformerLens users know."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class HookedRoot(SitedModule):
     """What :meth:`run_with_cache` returns; a model's own knows what its sites mean."""
 
     def setup(self) -> None:
-        """Name every hook point by its place in the module tree; those that modules declare come in computing order."""
+        """Name every hook point by its place in the module tree; declared ones are in order of computation."""
         self.context_level = 0
         points = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
         for name, point in points.items():
@@ -55,7 +55,7 @@ class HookedRoot(SitedModule):
         self._local_aliases = local
 
     def __getattr__(self, name: str) -> Any:
-        """Parameters and modules; for other libraries' names an error that says what they are here."""
+        """Parameters and modules; for other libraries' names an error says what to use here."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -77,7 +77,7 @@ class HookedRoot(SitedModule):
         return [name for name, point in self.hook_dict.items() if point.site is None or point.site.row.is_default]
 
     def resolve(self, name: str) -> str:
-        """A full name, which may be one used elsewhere, as ours; one that no site has comes back as it is."""
+        """A full name with aliases resolved; unknown names are returned unchanged."""
         site = SiteName.parse(name)
         base = str(site.base)
         if base in self._hook_points:
@@ -89,7 +89,7 @@ class HookedRoot(SitedModule):
 
     def act_name(self, name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
         """Full name of one of this model's sites from its short one: :func:`~hooked_mamba.hooks.names.get_act_name`,
-        which knows all models, with the branch that has such a site here. One that no site has comes back as it is."""
+        which knows all models, with the branch that has such a site here. Unknown names are returned unchanged."""
         chosen = layer_type is not None or (layer is not None and names_its_branch(name))
         name = self.resolve(get_act_name(name, layer, layer_type))
         site = SiteName.parse(name)
@@ -119,7 +119,7 @@ class HookedRoot(SitedModule):
         raise unknown_name(name, list(self._hook_points))
 
     def site(self, name: str) -> PlacedSite:
-        """What is declared of a site: its shape, width, axes and meaning.
+        """What is declared about a site: its shape, width, axes and meaning.
 
         Raises
         ------
@@ -134,11 +134,11 @@ class HookedRoot(SitedModule):
         return site
 
     def points_of(self, names_filter: NamesFilter) -> dict[str, HookPoint]:
-        """Hook points by full name for all that a filter chooses, in computing order."""
+        """Hook points by full name for all that a filter matches, in order of computation."""
         return {name: self._point(name) for name in self.names_of(names_filter)}
 
     def hook_points(self) -> list[HookPoint]:
-        """Every hook point, with those single states on which something sits."""
+        """Every hook point, including single states that are in use."""
         found: list[HookPoint] = []
         for point in self.hook_dict.values():
             found.append(point)
@@ -157,7 +157,7 @@ class HookedRoot(SitedModule):
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Put `hook(tensor, hook)` on every site that `name` (a name, glob, list or predicate) chooses."""
+        """Add `hook(tensor, hook)` to every site that `name` (a name, glob, list or predicate) matches."""
         for point in self.points_of(name).values():
             point.add_hook(hook, dir, is_permanent, level, prepend)
 
@@ -172,7 +172,7 @@ class HookedRoot(SitedModule):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove what add_hook put, and clear every `hook.ctx`; permanent hooks only when asked."""
+        """Remove what add_hook added, and clear every `hook.ctx`; permanent hooks only on request."""
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
             if clear_contexts:
@@ -191,14 +191,14 @@ class HookedRoot(SitedModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[HookedRoot]:
-        """Hooks for the duration of a `with`: exactly these are removed at its end, also after an exception.
+        """Hooks for the duration of a `with`: exactly these are removed at its end, even after an exception.
 
         Parameters
         ----------
         fwd_hooks, bwd_hooks
             Pairs (name, glob, list or predicate; `fn(tensor, hook)`).
         reset_hooks_end
-            False leaves them in place, for `reset_hooks()` to remove.
+            False leaves them in place until `reset_hooks()`.
         clear_contexts
             Clear every `hook.ctx` at the end.
         """
@@ -255,8 +255,8 @@ class HookedRoot(SitedModule):
     ) -> tuple[Any, Any]:
         """Forward, keeping the final value of chosen sites.
 
-        Without a filter every site is kept but the large ones of size b l E N (A_bar, B_bar, Bx and h in Mamba-1, Bx
-        and h in Mamba-2): name them to get them, with `pos_slice` at the cost of just those positions.
+        Without a filter every site is kept except the large ones of size b l E N (A_bar, B_bar, Bx and h in Mamba-1, Bx
+        and h in Mamba-2), which must be named; with `pos_slice` only those positions are computed.
 
         Parameters
         ----------
@@ -264,15 +264,15 @@ class HookedRoot(SitedModule):
             A name, a glob (`blocks.*.mixer.hook_dt`), a list of these, or a predicate. `...hook_h.17` caches the
             state after position 17, b E N.
         device
-            Where the cache lives; default: where the model does.
+            Where to keep the cache; default: the model's device.
         remove_batch_dim
             Drop the batch axis; an error if the batch is larger than one.
         incl_bwd
             Also call `backward()` on the output, which must be one number (`return_type="loss"`), and keep the
-            gradients as `<name>_grad`. Without a filter, sites that the fused scan does without (Mamba-2's A_bar and
-            B_bar) are kept but not their gradients, which would form every state of every layer: name them for that.
+            gradients as `<name>_grad`. Without a filter, sites that the fused scan does not need (Mamba-2's A_bar and
+            B_bar) are kept but not their gradients, which would compute every state of every layer: name them for that.
         reset_hooks_end, clear_contexts, fwd_hooks, bwd_hooks
-            As in :meth:`hooks`. What is cached is what the hooks made of it.
+            As in :meth:`hooks`. The cache holds values after the hooks.
         pos_slice
             Positions to keep: an int drops the axis, a slice or list keeps it.
         return_cache_object
@@ -369,7 +369,7 @@ class HookedRoot(SitedModule):
                 raise TypeError(f"{caller.__name__} got an unexpected keyword argument {name!r}{hint}")
 
     def is_packed(self, **model_kwargs: Any) -> bool:
-        """Whether a call has several documents in a row."""
+        """Whether a call has rows with several documents."""
         return False
 
     def mask_of(self, *model_args: Any, **model_kwargs: Any) -> Tensor | None:

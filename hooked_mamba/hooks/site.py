@@ -1,4 +1,4 @@
-"""What a module says about its hook sites: one row each, read by everything that needs to know."""
+"""A module's description of its hook sites, one row each, for everything that needs to know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AXES = {"E": "channel", "H": "head", "Q": "head", "J": "key_value_head", "N": "s
 
 @dataclass(frozen=True)
 class Site:
-    """One hook site, declared by the module that holds it."""
+    """One hook site, declared by its module."""
 
     name: str
     """Name of the hook point in its module."""
@@ -52,7 +52,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Child:
-    """The place, in computing order, of a module that has sites of its own."""
+    """The place, in order of computation, of a submodule with its own sites."""
 
     name: str
     module: type | None = None
@@ -67,7 +67,7 @@ class Child:
     """Other names of the child itself: TransformerLens' ln1 is our norm."""
 
     def here(self, row: Site) -> Site:
-        """A row of the child in the words of this place."""
+        """A row of the child, in the symbols of this place."""
         shape = " ".join(renamed(axis, self.symbols) for axis in row.shape.split())
         return replace(row, shape=shape, text=self.texts.get(row.name, row.text))
 
@@ -81,7 +81,7 @@ class PlacedSite:
     sizes: Mapping[str, int]
 
     def shape(self, batch: int, length: int, keys: int | None = None) -> tuple[int, ...]:
-        """The shape of its value at `length` positions. Keys m are those of this call alone: None: as many."""
+        """The shape of its value at `length` positions. Keys m; None: those of this call alone, `length`."""
         sizes = {"m": length if keys is None else keys, **self.sizes, "b": batch, "l": length}
         return tuple(size_of(axis, sizes) for axis in self.row.shape.split())
 
@@ -97,7 +97,7 @@ class PlacedSite:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Named axes behind batch and position -> their places: {"head": 2, "state": 4} of "b l H P N"."""
+        """Named axes after batch and position -> their index: {"head": 2, "state": 4} for "b l H P N"."""
         symbols = self.row.shape.split()
         return {AXES[symbol]: i for i, symbol in enumerate(symbols) if symbol in AXES}
 

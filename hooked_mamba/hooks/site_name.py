@@ -1,4 +1,4 @@
-"""The full name of a hook site, taken apart in one place."""
+"""Parsing the full name of a hook site, in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATE = re.compile(r"^(?P<base>.+\.hook_\w+)\.(?P<t>-?\d+)$")
 
 @dataclass(frozen=True)
 class SiteName:
-    """`blocks.{block}.{place}.{hook}.{t}`: every part but the hook may be missing.
+    """`blocks.{block}.{place}.{hook}.{t}`, where every part but the hook may be missing.
 
     `blocks.3.mixer.norm.hook_scale` is (block "3", place "mixer.norm", hook "hook_scale"); `ln_final.hook_out` is
     (place "ln_final", hook "hook_out"); `blocks.*.mixer.hook_h.17` is (block "*", place "mixer", hook "hook_h", t 17).
@@ -30,7 +30,7 @@ class SiteName:
 
     @classmethod
     def parse(cls, name: str) -> SiteName:
-        """The parts of a full name; every text has some, also one that is no site."""
+        """The parts of a full name; any text parses, even if it is not a site."""
         t = None
         if match := _STATE.match(name):
             name, t = match["base"], int(match["t"])

@@ -1,4 +1,4 @@
-"""Modules that declare their hook sites, and the walk over them in computing order."""
+"""Modules that declare their hook sites, and the walk over them in order of computation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POINTS: dict[Kind, type[HookPoint]] = {"point": HookPoint, "lazy": LazyHookPoint
 
 
 class SitedModule(nn.Module):
-    """A module with hook sites: `sites` lists them, with the modules between them, in computing order.
+    """A module with hook sites: `sites` lists them, and the submodules between them, in order of computation.
 
-    `add_sites()`, called in `__init__`, makes a hook point of every row. A subclass whose instances differ in what
+    `add_sites()`, called in `__init__`, creates a hook point for every row. A subclass whose instances differ in what
     they have overrides :meth:`site_rows`.
     """
 
@@ -56,7 +56,7 @@ DECLARED: list[type[SitedModule]] = []
 
 
 def placed_sites(module: SitedModule, prefix: str = "") -> Iterator[PlacedSite]:
-    """Every site of a module and of those inside it, in computing order."""
+    """Every site of a module and its submodules, in order of computation."""
     sizes = module.sizes()
     for row in module.site_rows():
         if isinstance(row, Site):

@@ -19,9 +19,14 @@ CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt"]
 # Looked for in this order; the first kind that is there is fetched, so that no checkpoint is fetched twice.
 WEIGHT_PATTERNS = [["model*.safetensors"], ["consolidated*.safetensors"], ["pytorch_model*.bin"]]
 
+LONE_FILES = (".pth", ".gguf")
+"""Endings of files that hold a whole model."""
+
 ADAPTER_PATTERNS = [["adapter_model.safetensors"], ["adapter_model.bin"]]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
+"""A GGUF file of a hub repository, which may hold the same weights many times in other precisions."""
 
 
 def bundled_names() -> list[str]:
@@ -30,12 +35,12 @@ def bundled_names() -> list[str]:
 
 
 def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a bundled name, a local folder (or `.pth` file), or a hub id, in this order.
+    """The folder of a checkpoint: a bundled name, a local folder (`.pth` or `.gguf` file), or a hub id, in this order.
 
     Parameters
     ----------
     name_or_path
-        "tiny-name", "path/to/folder", "path/to/model.pth" or "owner/name".
+        "tiny-name", "path/to/folder", "path/to/model.pth" (or .gguf), "owner/name" or "owner/name/file.gguf".
     revision
         Branch, tag or commit of a hub id.
 
@@ -48,14 +53,17 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     name = str(name_or_path)
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".pth"):
+    if folder.is_dir() or (folder.is_file() and folder.suffix in LONE_FILES):
         if revision is not None:
             raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
         return folder
     bundled = ", ".join(bundled_names()) or "none"
+    one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
+    if one_file is not None:
+        return _fetched(one_file[1], revision, lambda fetch: fetch([one_file[2]])) / one_file[2]
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
-            "is a file; expected its folder, or a .pth file"
+            "is a file; expected its folder, or a .pth or .gguf file"
             if folder.is_file()
             else "is neither an existing folder nor a hub id"
         )
@@ -83,19 +91,59 @@ def adapter_folder(name_or_path: str | Path) -> Path:
     return _download(name, None, ADAPTER_PATTERNS)
 
 
+Fetch = Callable[[list[str]], Path]
+"""Patterns of file names -> the folder with these files."""
+
+
 def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Path:
-    """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set)."""
+    """A hub checkpoint's folder in the local cache, fetched if need be (never when HF_HUB_OFFLINE is set).
+
+    Raises
+    ------
+    CheckpointError
+        Nothing but several GGUF files; they are listed.
+    OSError
+        The hub cannot be reached.
+    """
+
+    def whole(fetch: Fetch) -> Path:
+        folder = fetch(CONFIG_PATTERNS)
+        for patterns in kinds:
+            fetch(patterns)
+            if any(path for pattern in patterns for path in folder.glob(pattern)):
+                return folder
+        names = _gguf_files(repo_id, revision) if kinds is WEIGHT_PATTERNS else []
+        if len(names) > 1:
+            raise CheckpointError(
+                f"{repo_id!r} holds several GGUF files: {', '.join(names)}; name one of them, as in"
+                f" {f'{repo_id}/{names[0]}'!r}"
+            )
+        return fetch(names) if names else folder
+
+    return _fetched(repo_id, revision, whole)
+
+
+def _gguf_files(repo_id: str, revision: str | None) -> list[str]:
+    """GGUF files of a hub repository; none where the hub does not tell."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return sorted(name for name in list_repo_files(repo_id, revision=revision) if name.endswith(".gguf"))
+    except Exception:  # what is in the local cache is then all there is
+        return []
+
+
+def _fetched(repo_id: str, revision: str | None, of: Callable[[Fetch], Path]) -> Path:
+    """What `of` does with the hub's client, whose errors say what needs no network."""
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(CONFIG_PATTERNS)
-        for patterns in kinds:
-            fetch(patterns)
-            if any(path for pattern in patterns for path in folder.glob(pattern)):
-                break
+        return of(fetch)
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client's errors differ between its releases and its HTTP libraries
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()
@@ -104,7 +152,6 @@ def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Pat
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
             f"Checkpoints that need no network: {', '.join(bundled_names()) or 'none'}"
         ) from None
-    return folder
 
 
 def open_weights(folder: Path, consolidated: bool = False) -> LazyState:

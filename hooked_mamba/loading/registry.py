@@ -22,6 +22,7 @@ from hooked_mamba.loading import (
     raw_mamba2,
     raw_rwkv7,
 )
+from hooked_mamba.loading.gguf.opened import GGUF_FORMATS
 from hooked_mamba.loading.hybrids import (
     bamba,
     falcon_h1,
@@ -109,6 +110,10 @@ def _is(architecture: str) -> Callable[[Any], bool]:
     return lambda cfg: cfg.architecture == architecture
 
 
+def _not_written(*_: Any) -> Any:
+    raise CheckpointError("GGUF files are read and not written; expected format='hf' or 'raw'")
+
+
 WORLD: dict[str, Any] = {"find_tokenizer": find_world_tokenizer}
 
 FORMATS = {
@@ -147,6 +152,10 @@ FORMATS = {
             **WORLD,
         ),
         Format("codestral", "mamba2", Mamba2Config, codestral.to_ours, codestral.from_ours),
+        *(
+            Format(f"gguf_{name}", row.family, row.config_class, row.to_ours, _not_written, has_config=False)
+            for name, row in GGUF_FORMATS.items()
+        ),
     )
 }
 

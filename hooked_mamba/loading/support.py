@@ -22,6 +22,11 @@ FAMILIES = (
     "Mamba-3",
 )
 
+CONVERTED = tuple(
+    name for name in FAMILIES if name not in ("Zamba", "Zamba2", "OLMo Hybrid", "gated DeltaNet", "Mamba-3")
+)
+"""What llama.cpp's converter and mlx-lm's know; Bamba is llama.cpp's alone."""
+
 SUPPORTED: dict[str, tuple[str, ...]] = {
     "safetensors": FAMILIES,
     "safetensors, sharded": FAMILIES,
@@ -34,8 +39,8 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
     "AWQ": FAMILIES,
     "compressed-tensors": FAMILIES,
     "fp8": FAMILIES,
-    "GGUF": (),
-    "MLX": (),
+    "GGUF": CONVERTED,
+    "MLX": tuple(name for name in CONVERTED if name != "Bamba"),
 }
 """Kind of files -> families of which a test reads them."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from hooked_mamba.loading.shapes import is_fresh, only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState, some
 
 __all__ = ["check_shapes", "float32_names", "load_into", "target_dtype"]
@@ -98,7 +99,8 @@ def load_into(
             missing.setdefault(str(state.place(slot.names[0])), []).append(slot)
             continue
         try:
-            source = state_dict[present[0]]
+            with only_shapes():
+                source = state_dict[present[0]]
         except CheckpointError as error:  # what it is made of does not fit together
             faults.append(f"shape: {error}{_meaning(state, present[0])}")
             continue
@@ -121,7 +123,7 @@ def load_into(
         source = state_dict[name]
         wanted = target_dtype(name, dtype or slot.parameter.dtype, float32)
         target = device(name) if callable(device) else device
-        copy = source.detach().to(device=target, dtype=wanted, copy=True).contiguous()
+        copy = source.detach().to(device=target, dtype=wanted, copy=not is_fresh(source)).contiguous()
         place = state.place(name)
         found = (
             [_not_finite(row, *pair) for row, *pair in zip(place.rows, source, copy, strict=True)] if place.rows else []

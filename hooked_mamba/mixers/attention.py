@@ -131,14 +131,14 @@ class Attention(AttentionViews, Branch):
         return (rms_normalize(x.flatten(2), eps) * weight).reshape(x.shape)
 
     def projected(self, name: str, resid: Float[Tensor, "b l i"]) -> Float[Tensor, "b l h c"]:
-        """Queries, keys, values or gates as the weights make them, split into heads."""
+        """Queries, keys, values or gates as projected, split into heads."""
         out = self.get_submodule(f"{name}_proj")(resid)
         if self.cfg.adapter_rank is not None and name in self.adapters:
             out = out + self.adapters[name](resid)
         return out.unflatten(-1, (-1, self.cfg.d_head))
 
     def mix(self, q: Float[Tensor, "b l Q c"], memory: KVState, call: Call) -> Float[Tensor, "b l Q c"]:
-        """z = softmax(scale q k^T) v; the scores and the pattern are formed only where something sits on them."""
+        """z = softmax(scale q k^T) v; scores and pattern are computed only if they are in use."""
         length, m = q.shape[1], memory.k.shape[1]
         documents = call.documents
         seen = None if documents is None and memory.all_real() else visible(memory.real, length, documents)
@@ -199,6 +199,10 @@ class Attention(AttentionViews, Branch):
     def head_width(self) -> int:  # type: ignore[override]
         return self.cfg.d_head
 
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        return self.cfg.d_head
+
     def held_scan(self, read: Read) -> Pattern:
         v = of_queries(read("hook_v"), self.cfg.n_heads)
         return Pattern(v, read("hook_pattern").to(v.dtype))
@@ -210,7 +214,7 @@ class Attention(AttentionViews, Branch):
         return at_least_fp32(read("hook_gate")).flatten(2) if self.cfg.output_gate else None
 
     def value_input(self) -> Project:
-        """v's weights, those of a key-value head once for each of its query heads."""
+        """v's weights, those of a key-value head repeated for each of its query heads."""
         own, c, Q = projection(self.v_proj, where="v_proj"), self.cfg.d_head, self.cfg.n_heads
         if self.cfg.adapter_rank is not None:
             own = Project(own.W + low_rank(self.adapters["v"], "adapters.v"), own.b)
@@ -263,7 +267,7 @@ def of_last(documents: Documents, m: int) -> Bool[Tensor, "b m"]:
 
 
 def later_keys(scores: Float[Tensor, "b Q l m"], before: int, call: Call) -> Float[Tensor, "l m"]:
-    """-inf at keys behind each query, else 0; one for all layers of a pass."""
+    """-inf at keys after each query, else 0; one for all layers of a pass."""
     key = (*scores.shape[2:], scores.dtype, scores.device)
     if key not in call.hidden:
         call.hidden[key] = torch.full_like(scores[0, 0], -torch.inf).triu_(before + 1)

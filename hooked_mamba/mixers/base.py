@@ -1,7 +1,7 @@
-"""What a block asks of a branch: the protocol that every mixer, attention and MLP keeps.
+"""The protocol of a branch, which every mixer, attention and MLP follows.
 
 A branch is one file. It declares its sites (:class:`~hooked_mamba.hooks.site.Site`), its sizes, the weights that stay
-float32, its memory and its equations; nothing outside of that file knows its family.
+float32, its memory and its equations; nothing outside of that file depends on its family.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hooked_mamba.state import BranchState, Call
 
 
 class Branch(KeepsFloat32, LinearForm):
-    """Reads the normalised residual stream and gives what is added to the stream.
+    """Reads the normalised residual stream and returns what is added to the stream.
 
-    How it is taken apart, once all but its value path is held, is said by the methods of :class:`LinearForm`.
+    The methods of :class:`LinearForm` describe its linear form, with everything but the value path frozen.
     """
 
     kind: ClassVar[str] = ""
@@ -56,13 +56,13 @@ class Branch(KeepsFloat32, LinearForm):
         Parameters
         ----------
         state
-            Memory after the positions before; None: there were none.
+            State after the previous positions; None: there were none.
         call
             Padding, positions and what earlier layers left in this pass; None: an unpadded pass from the start.
         """
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> BranchState:
-        """The empty memory, where the weights are; on "meta" its shapes alone. A branch without memory has ()."""
+        """The empty state, on the weights' device; on "meta" only its shapes. A branch without a state has ()."""
         return ()
 
     def facts(self) -> tuple[tuple[str, object], ...]:
@@ -75,7 +75,7 @@ class Branch(KeepsFloat32, LinearForm):
 
 
 def branch_class(cfg: BranchConfig) -> type[Branch]:
-    """The class of branches that a config shapes.
+    """The branch class of a config.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Taking the scan of a delta rule through the hooks on its state, its writes and what it recalls.
+"""Running the scan of a delta rule through the hooks on its state, writes and recalled values.
 
     S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T        recall_t = S_{t-1} a_t        y_t = S_t r_t
 
@@ -38,7 +38,7 @@ class DeltaInputs(NamedTuple):
     v: Float[Tensor, "b l H V"]
     a: Float[Tensor, "b l H K"]
     b: Float[Tensor, "b l H B"]
-    """Or one number a head, which stands for that multiple of k."""
+    """Or one number per head, which stands for that multiple of k."""
 
     def at(self, t: slice) -> DeltaInputs:
         """Some columns."""

@@ -1,8 +1,8 @@
-"""The memory of attention: keys and values of every column so far, which grows by doubling.
+"""The state of attention: keys and values of every column so far, in buffers that grow by doubling.
 
 1. A state is the first m columns of a buffer, which may be longer.
-2. The state that ends where the buffer's written part ends appends in place, behind itself.
-3. Any other (an earlier one used a second time, a copy, chosen rows) first gets a buffer of its own.
+2. The state that ends where the written part of the buffer ends appends in place.
+3. Any other (an earlier one used a second time, a copy, selected rows) first gets its own buffer.
 
 So two continuations of one state never see each other's columns.
 """
@@ -25,7 +25,7 @@ class _Columns(NamedTuple):
 
 
 class Buffer:
-    """Columns with room behind them."""
+    """Columns with room for more."""
 
     def __init__(self, start: Sequence[Tensor], room: int) -> None:
         self.end = start[0].shape[1]
@@ -34,7 +34,7 @@ class Buffer:
             column[:, : self.end] = t
 
     def append(self, new: Sequence[Tensor]) -> list[Tensor]:
-        """Everything up to the end of `new`, which is written behind what is there."""
+        """Append `new`, and return everything up to its end."""
         end = self.end + new[0].shape[1]
         for column, t in zip(self.columns, new, strict=True):
             column[:, self.end : end] = t
@@ -73,7 +73,7 @@ class KVState(_Columns):  # a subclass, since a named tuple has no attributes be
 
 
 def remember(state: Sequence[Tensor] | None, new: KVState) -> KVState:
-    """The memory with this call's columns behind those before."""
+    """The state with this call's columns appended."""
     if state is None:
         return new
     whole = isinstance(state, KVState) and state.all_real() and new.all_real()

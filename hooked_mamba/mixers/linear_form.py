@@ -1,4 +1,4 @@
-"""What a branch says about its own linear form: the affine map that it is once all but its value path is held.
+"""A branch's linear form: the affine map that remains once everything but its value path is frozen.
 
     value path   stream -> norm -> W_x -> p -> u -> y -> gain -> W_o -> what is added to the stream
 
@@ -36,7 +36,7 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 @dataclass(frozen=True)
 class ReadOut:
-    """From a scan's y (and the value u beside it) to what the output's weights read, without a state's help.
+    """From a scan's y (and the value u around it) to what the output weights read, within each position.
 
     gain * (y, or y without its head's mean) + bias + beside * u
     """
@@ -63,6 +63,8 @@ class LinearForm(SitedModule):
     """Which rows of in_proj make p."""
     head_width: int | None = None
     """Channels P of a head; None where each channel stands alone."""
+    unit: int = 1
+    """Channels side by side that act as one where they are nodes of a graph: those of an attention head."""
     vectors_site: str | None = None
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"
@@ -78,7 +80,7 @@ class LinearForm(SitedModule):
 
     @property
     def moves_values(self) -> bool:
-        """Whether it says how values move between positions, see :meth:`held_scan`."""
+        """Whether it defines how values move between positions, see :meth:`held_scan`."""
         return type(self).held_scan is not LinearForm.held_scan
 
     # The whole -------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class LinearForm(SitedModule):
         nodes["y"] = len(pieces)
         pieces += [] if gain is None else [Gain(gain)]
         u = at_least_fp32(read(self.site_at("u")).flatten(2)) if scan is None else scan.values
-        return Chain((*pieces, self.value_output()), nodes, path, {"p": path.p, "u": u})
+        return Chain((*pieces, self.value_output()), nodes, path, {"p": path.p, "u": u}, unit=self.unit)
 
     @property
     def width(self) -> int:
@@ -134,7 +136,7 @@ class LinearForm(SitedModule):
     # Its parts -------------------------------------------------------------------------------------------------
 
     def held_scan(self, read: Read) -> HeldScan | None:
-        """How values move between positions; None of a branch that moves none."""
+        """How values move between positions; None if the branch moves none."""
         return None
 
     def token_path(self, read: Read) -> TokenPath:
@@ -142,24 +144,24 @@ class LinearForm(SitedModule):
         return TokenPath.straight(read(self.site_at("u")))
 
     def input_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
-        """What the value's weights' output is multiplied with before it is p; None: nothing."""
+        """The factor between the value projection's output and p; None: no factor."""
         return None
 
     def scan_bias(self) -> Float[Tensor, " E"] | None:
-        """What is added to what the scan gives before it is y; None: nothing."""
+        """What is added to the scan's output to give y; None: nothing."""
         return None
 
     def output_gain(self, read: Read) -> Float[Tensor, "b l E"] | None:
-        """What y is multiplied with before the output's weights; None: nothing."""
+        """The factor of y before the output weights; None: no factor."""
         return None
 
     def read_out(self, read: Read) -> ReadOut:
-        """The whole of what comes after the scan; default: the gain alone."""
+        """Everything between the scan and the output weights; default: only the gain."""
         gain = self.output_gain(read)
         return ReadOut(torch.ones_like(at_least_fp32(read(self.site_at("u")).flatten(2))) if gain is None else gain)
 
     def value_input(self) -> Project:
-        """The weights that make p, float32 at least."""
+        """The weights that compute p, float32 at least."""
         return projection(self.in_proj, self.value_rows, "in_proj")
 
     def value_output(self) -> Project:
@@ -175,7 +177,7 @@ class LinearForm(SitedModule):
         return before[-1] if before else None
 
     def entering(self, before: BranchState | None) -> Tensor | None:
-        """What the held scan goes on from; default: its state."""
+        """What the held scan continues from; default: its state."""
         return self.memory(before)
 
     def history(self, before: BranchState | None, path: TokenPath) -> Float[Tensor, "b k E"]:
@@ -252,10 +254,10 @@ def low_rank(adapter: Any, where: str) -> Float[Tensor, "o i"]:
 
 
 def hold(x: Tensor, hook: Any) -> Tensor:
-    """A hook: the value, through which no gradient flows back."""
+    """A hook that returns the value detached, so that no gradient flows through it."""
     return x.detach()
 
 
 def linear_silu(x: Tensor) -> Tensor:
-    """SiLU as a product with its factor held."""
+    """SiLU as a product with its factor frozen."""
     return x * torch.sigmoid(x).detach()

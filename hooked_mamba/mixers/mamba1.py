@@ -200,7 +200,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
 
     @property
     def inside_wanted(self) -> bool:
-        """Whether anything sits on a site between dt_pre and y_gated, so that these must be formed one by one."""
+        """Whether a site between dt_pre and y_gated is in use, so that these must be computed one by one."""
         states = (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h)
         steps = (self.hook_y_scan, self.hook_skip, self.hook_y, self.hook_gate)
         # A reader of dt who may want its gradient needs the one that the scan reads.
@@ -209,7 +209,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
 
     @property
     def discrete_sites_edited(self) -> bool:
-        """Whether a function sits on A_bar, B_bar, Bx or the stacked h, so that they must be formed in line."""
+        """Whether a hook sits on A_bar, B_bar, Bx or the stacked h, so that the recurrence must run unfused."""
         return any(site.edited for site in (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h))
 
     @property

@@ -1,7 +1,7 @@
-"""The Mamba-1 mixer of Zamba (Glorioso et al. 2024, arXiv:2405.16712): heads with a selection of their own.
+"""The Mamba-1 mixer of Zamba (Glorioso et al. 2024, arXiv:2405.16712): heads with their own selection.
 
-The channels are G heads of E / G. Each computes its dt, B and C from its own channels, by weights of its own; in_proj,
-the convolution and out_proj are those of one mixer.
+The channels are G heads of E / G. Each computes its dt, B and C from its own channels with its own weights; in_proj,
+the convolution and out_proj are shared.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Glossary
     b, l  batch, positions     H  heads      P  channels of a head (E = H P)     N  d_state
     K     taps                 G  groups of heads that share B and C             d  d_model
-    A_bar = exp(dt A), one number a head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
+    A_bar = exp(dt A), one per head   B_bar = dt B   h_t = A_bar_t h_{t-1} + x_t B_bar_t^T   y_t = h_t C_t + D x_t
 """
 
 from __future__ import annotations
@@ -228,15 +228,15 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     @property
     def discrete_sites_edited(self) -> bool:
-        """Whether a function sits on A_bar, B_bar, Bx or the stacked h, so that they must be formed in line.
+        """Whether a hook sits on A_bar, B_bar, Bx or the stacked h, so that the recurrence must run unfused.
 
-        An edited A_bar may be 0, which has no logarithm: the fused scan could not take it.
+        An edited A_bar may be 0, which has no logarithm, so the fused scan could not take it.
         """
         return any(site.edited for site in (self.hook_A_bar, self.hook_B_bar, self.hook_Bx, self.hook_h))
 
     @property
     def A(self) -> Float[Tensor, " H"]:
-        """Continuous-time decay rates, negative, one a head."""
+        """Continuous-time decay rates, negative, one per head."""
         return -torch.exp(at_least_fp32(self.A_log))
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> LayerState:

@@ -2,7 +2,7 @@
 
 Glossary
     b, l  batch, positions     H  heads      P  channels of a head (E = H P)     N  d_state     G  groups     S  angles
-    dt = softplus(dt' + dt_bias)     A = -max(f(A'), A_floor)     lam = sigmoid(lam')           one number a head
+    dt = softplus(dt' + dt_bias)     A = -max(f(A'), A_floor)     lam = sigmoid(lam')           one number per head
     A_bar = exp(A dt)     beta = (1 - lam) dt A_bar     gamma = lam dt
     theta_t = theta_{t-1} + pi tanh(ang_t) dt_t      B, C = turned by theta (norm(.) + bias)
     h_t = A_bar_t h_{t-1} + beta_t x_{t-1} B_{t-1}^T + gamma_t x_t B_t^T          y_t = h_t C_t + D x_t
@@ -168,7 +168,7 @@ class Mamba3Mixer(Branch):
         return x
 
     def entered(self, x: Float[Tensor, "b l H P"]) -> Float[Tensor, "b l ... P"]:
-        """The same through its hook, if it is no site already."""
+        """The same through its hook, if it is not a site already."""
         return x
 
     def turn(self, v: Float[Tensor, "b l H N"], theta: Float[Tensor, "b l H S"]) -> Float[Tensor, "b l H N"]:
@@ -205,12 +205,12 @@ class Mamba3Mixer(Branch):
 
     @property
     def discrete_sites_edited(self) -> bool:
-        """Whether a function sits on a site that only the discrete recurrence has."""
+        """Whether a hook sits on a site that only the discrete recurrence has."""
         names = ("A_bar", "beta", "gamma", "Bx_prev", "Bx", "h")
         return any(getattr(self, f"hook_{name}").edited for name in names)
 
     def materialised(self, x, x_before, B, B_before, C, A_bar, beta, gamma, h0):  # type: ignore[no-untyped-def]
-        """The recurrence with every write formed."""
+        """The recurrence with every write computed."""
         old = self.hook_Bx_prev(self.write(beta, x_before, B_before))
         new = self.hook_Bx(self.write(gamma, x, B))
         h, last = linear_scan_through_hooks(self.hook_h, A_bar[..., None, None], old + new, h0)

@@ -35,7 +35,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 def activation_path(
     act: Callable[[Tensor], Tensor], pre: Float[Tensor, "b l E"], linear: Float[Tensor, "b l E"] | None
 ) -> TokenPath:
-    """Neurons with their activation held: a factor of the other half of a gated one, act(pre) / pre of an ungated."""
+    """Neurons with a frozen activation: the factor of the other half if gated, act(pre) / pre if not."""
     factor = act(pre)
     if linear is not None:
         return TokenPath.scaled(linear, factor)

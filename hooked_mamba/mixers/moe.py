@@ -1,12 +1,12 @@
 """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), with every step of the routing editable.
 
-    logits = W_r x                        one number an expert
+    logits = W_r x                        one number per expert
     scores = softmax(logits), logits, or sigmoid(logits) + bias           what top-k ranks
     indices = the k best scores           weights = theirs, by the scoring's own rule
     out = sum_k weights_k expert_{indices_k}(x)
 
-Experts are gated or ungated MLPs, in the width of the stream or in a latent one between two projections. Whatever a
-hook makes of the indices, the weights and the experts' work follow.
+Experts are gated or ungated MLPs, in the width of the stream or in a latent one between two projections. If a hook
+changes the indices, the weights and the experts' work follow.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MoE(Branch):
     place = "moe"
     config_class = MoEConfig
     sites = (
-        Site("hook_router_logits", "b l X", "the router's output, one number an expert", wide=True),
+        Site("hook_router_logits", "b l X", "the router's output, one number per expert", wide=True),
         Site("hook_router_scores", "b l X", "what the choice of experts ranks", wide=True),
         Site("hook_expert_indices", "b l k", "the chosen experts, best first", integer=True),
         Site("hook_expert_weights", "b l k", "factor of each chosen expert's output", wide=True),
@@ -118,7 +118,7 @@ class MoE(Branch):
     def weigh(
         self, logits: Float[Tensor, "b l X"], scores: Float[Tensor, "b l X"], indices: Int[Tensor, "b l k"]
     ) -> Float[Tensor, "b l k"]:
-        """The weights of chosen experts; a correction bias takes part in the choice alone."""
+        """The weights of chosen experts; a correction bias affects only the choice."""
         cfg = self.cfg
         plain = logits.sigmoid() if cfg.scoring == "sigmoid" and cfg.correction_bias else scores
         weights = plain.gather(-1, indices)
@@ -131,18 +131,18 @@ class MoE(Branch):
     # Experts -------------------------------------------------------------------------------------------------
 
     def experts(self, x: Float[Tensor, "b l r"], indices: Int[Tensor, "b l k"]) -> Float[Tensor, "b l k r"]:
-        """What each chosen expert makes of its token.
+        """The output of each chosen expert for its token.
 
         1. Sort the pairs (token, choice) by expert, so that each expert's tokens are one slice.
-        2. One product an expert hit and a layer of it, in this order.
-        3. Back into the order of tokens, also wherever something sits on a site in between.
+        2. One matrix product per expert in use and layer of it, in this order.
+        3. Back into the order of tokens, also at any site in between that is in use.
         """
         batch, length, k = indices.shape
         flat = indices.reshape(-1)
         one_token = batch * length == 1
         order = torch.arange(k, device=x.device) if one_token else flat.argsort(stable=True)
         back = order if one_token else order.argsort()
-        if one_token:  # a step of generation: one row an expert, in the order of the choices
+        if one_token:  # a step of generation: one row per expert, in the order of the choices
             hit, counts = flat.tolist(), [1] * k
         else:
             found = torch.bincount(flat, minlength=self.cfg.n_experts).tolist()
@@ -190,7 +190,14 @@ class MoE(Branch):
         pieces += [Gain(path.sigma), Gain(weights), OutOfExperts(at_least_fp32(self.down_proj.detach()), chosen)]
         pieces += [projection(self.latent_out, where="latent_out")] if latent else []
         u = at_least_fp32(read("hook_expert_post").flatten(2))
-        return Chain(tuple(pieces), nodes, path, {"p": path.p, "u": u}, routing=Routing(chosen, self.cfg.n_experts))
+        return Chain(
+            tuple(pieces),
+            nodes,
+            path,
+            {"p": path.p, "u": u},
+            routing=Routing(chosen, self.cfg.n_experts),
+            unit=self.cfg.d_mlp,
+        )
 
     def token_path(self, read: Read) -> TokenPath:
         pre = at_least_fp32(read("hook_expert_pre")).flatten(2)

@@ -13,7 +13,7 @@ Turn = tuple[Float[Tensor, "b l 1 r"], Float[Tensor, "b l 1 r"]]
 
 
 def turn_of(call: Call, like: Float[Tensor, "b l h c"], width: int, base: float) -> Turn:
-    """The angles of a call's positions, worked out once for all layers of the pass.
+    """The angles of a call's positions, computed once for all layers of the pass.
 
     They are float32 as in the published codes, or float64 for float64 inputs.
     """
@@ -30,7 +30,7 @@ def turn_of(call: Call, like: Float[Tensor, "b l h c"], width: int, base: float)
 
 
 def rotate(x: Float[Tensor, "b l h c"], turn: Turn) -> Float[Tensor, "b l h c"]:
-    """Turn the first numbers of every head by its position; the others stay."""
+    """Rotate the first dimensions of every head by its position; the others stay."""
     cos, sin = turn
     width = cos.shape[-1]
     turned = x if width == x.shape[-1] else x[..., :width]

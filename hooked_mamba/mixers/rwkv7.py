@@ -186,7 +186,7 @@ class RWKV7Mixer(Branch):
     def mixed_value(
         self, v: Float[Tensor, "b l H V"], x_v: Float[Tensor, "b l d"], call: Call
     ) -> Float[Tensor, "b l H V"]:
-        """The value with the first layer's mixed in; layer 0 leaves its own for the others.
+        """The value with the first layer's mixed in; layer 0 passes its own to the others.
 
         Raises
         ------

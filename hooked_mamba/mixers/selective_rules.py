@@ -1,4 +1,4 @@
-"""Mamba's scan under rules that share a product out among its factors, as hooks of its sites.
+"""Mamba's scan under rules that divide a product among its factors, as hooks on its sites.
 
 half    the gate's product is shared evenly by its two factors, with sigma(z) held; dt, B, C are held
 shares  the scan's product C B u is shared by its factors; dt and the gate are held

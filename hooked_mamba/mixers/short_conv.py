@@ -1,4 +1,4 @@
-"""The gated short convolution of LFM2 (arXiv:2511.23404): what a token takes from the few before it, and no more.
+"""The gated short convolution of LFM2 (arXiv:2511.23404): each token reads only the few before it.
 
 B, C, x = W_in stream      y = C * conv(B * x)      out = W_out y
 """

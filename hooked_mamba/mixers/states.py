@@ -1,4 +1,4 @@
-"""Taking a scan through the hooks on its state, for every kind of mixer."""
+"""Running a scan through the hooks on its state, for every kind of mixer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def scan_through_hooks(
 ) -> tuple[Tensor, Tensor]:
     """The fused scan with states read and edited on the way; returns C h and the last state.
 
-    1. Cut the columns behind every position whose state a hook edits.
+    1. Cut the columns after every position whose state a hook edits.
     2. Scan a segment; its last state passes through the hooks, its last read-out is recomputed from what they return.
-    3. Go on from there. States that are only read come out of the same scans, at just their positions.
+    3. Continue from there. States that are only read come out of the same scans, at just their positions.
     4. In a batch padded on the right `hook_h.-1` is edited behind the padding, which leaves a state as it is; what each
        row reads at its own last token is recomputed from the edited state.
     5. Where documents are packed into rows, cut behind each as well; the next one starts from an empty state.
@@ -147,7 +147,7 @@ def _through(names_of_one_state: list[HookPoint], h: Tensor) -> Tensor:
 
 
 def _columns_read(hook_h: StateHookPoint, points: dict[int, list], length: int) -> list[int]:
-    """Ascending columns whose states somebody reads without editing in line."""
+    """Columns (ascending) whose states are read but not edited."""
     columns = {t for t, at in points.items() if not any(point.edited for point in at)}
     for reader in hook_h.readers:
         index = reader.select.index(length)
@@ -158,7 +158,7 @@ def _columns_read(hook_h: StateHookPoint, points: dict[int, list], length: int) 
 def _give_states(
     hook_h: StateHookPoint, points: dict[int, list], length: int, columns: list[int], states: Tensor
 ) -> None:
-    """Hand the states of `columns` to the readers of hook_h and of its single positions."""
+    """Pass the states of `columns` to the readers of hook_h and of its single positions."""
     place = {t: i for i, t in enumerate(columns)}
 
     def states_at(index: list[int] | slice) -> Tensor:

@@ -44,7 +44,7 @@ class ProjectionViews:
         return bias_of(self.out_proj)
 
     def in_columns(self, first: int, width: int) -> Float[Tensor, "d w"]:
-        """What makes some of in_proj's outputs."""
+        """The weights of some of in_proj's outputs."""
         return weights_of(self.in_proj, "in_proj")[0][first : first + width].t()
 
 
@@ -132,7 +132,7 @@ class Mamba2Views(ProjectionViews):
 
 
 class AttentionViews:
-    """Attention: one matrix a query head; keys' and values' matrices are repeated for the heads that share them."""
+    """Attention: one matrix per query head; key and value matrices are repeated for the heads that share them."""
 
     cfg: Any
     q_proj: Any

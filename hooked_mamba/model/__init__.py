@@ -1,1 +1,1 @@
-"""A language model as a stack of blocks, whatever stands in them: inputs, running, text, generation."""
+"""A language model as a stack of blocks of any kind: inputs, running, text, generation."""

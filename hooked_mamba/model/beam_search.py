@@ -1,8 +1,8 @@
-"""Beam search: the likeliest continuation among those that several beams a row have found.
+"""Beam search: the likeliest continuation found by several beams per row.
 
-1. Every beam's next tokens are ranked together, by the log-probability of the whole continuation.
-2. Of the best, those that end are kept apart with log-probability / length^length_penalty as their score; the best
-   others continue, each from the memory of the beam that it continues (`ModelState.rows`).
+1. All beams' next tokens are ranked together, by the log-probability of the whole continuation.
+2. Of the best, those that end are set aside with the score log-probability / length^length_penalty; the best others
+continue, each from the state of its beam (`ModelState.rows`).
 3. A row is done when its best running beam would score less than the worst of `num_beams` ended ones.
 
 The rules are transformers' with `early_stopping=False`.
@@ -25,7 +25,7 @@ Step = Callable[[Tensor, ModelState], tuple[Tensor, ModelState]]
 
 @dataclass
 class Rules:
-    """What holds for every row."""
+    """Settings that apply to every row."""
 
     num_beams: int
     max_new_tokens: int
@@ -36,11 +36,11 @@ class Rules:
 
     @property
     def ranked(self) -> int:
-        """Candidates that are looked at: enough for `num_beams` to continue however many end."""
+        """Candidates considered: enough for `num_beams` to continue, however many end."""
         return max(2, 1 + len(self.stops)) * self.num_beams
 
     def score(self, log_prob: float, length: int) -> float:
-        """What continuations that have ended are compared by."""
+        """The score by which finished continuations are compared."""
         return log_prob / length**self.length_penalty
 
 
@@ -56,7 +56,7 @@ class Beams:
     """Whether a running beam may still come among the ended ones."""
 
     def advance(self, log_probs: Float[Tensor, "beam V"], rules: Rules) -> list[int]:
-        """Take the next token; which beam each of the new ones continues."""
+        """Take the next token, and return which beam each new one continues."""
         total = log_probs + log_probs.new_tensor(self.log_probs)[:, None]
         best, flat = total.flatten().topk(min(rules.ranked, total.numel()))
         parents: list[int] = []
@@ -84,7 +84,7 @@ class Beams:
 
 
 def beam_search(step: Step, logits: Float[Tensor, "b V"], state: ModelState, rules: Rules) -> list[list[int]]:
-    """The best continuation of each row, its end token included; `logits` and `state` are those behind the prompt."""
+    """The best continuation of each row, its end token included; `logits` and `state` are those after the prompt."""
     rows = [Beams() for _ in range(len(logits))]
     while True:
         log_probs = logits.float().log_softmax(-1)

@@ -1,7 +1,7 @@
-"""One model on several devices: which block goes where, worked out before a byte is moved.
+"""One model on several devices: which block goes where, planned before anything is moved.
 
 The parts are "embed", "blocks.0", "blocks.1", ..., "ln_final" and "unembed". A pass moves the residual stream, the
-padding and what layers carry from block to block; every block's hooks and memory live where the block does.
+padding and carried values from block to block; every block's hooks and state live on its device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DeviceMap = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class DevicePlan(Shown):
-    """Where every part goes."""
+    """The device of every part."""
 
     places: Mapping[str, str]
     """Part -> device."""
@@ -42,7 +42,7 @@ class DevicePlan(Shown):
         return self.places[part_of(name)]
 
     def lines(self) -> list[str]:
-        """One line a device: its parts and their size."""
+        """One line per device: its parts and their size."""
         found = []
         for device in dict.fromkeys(self.places.values()):
             mine = [part for part, where in self.places.items() if where == device]
@@ -57,7 +57,7 @@ def part_of(name: str) -> str:
 
 
 def part_sizes(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Bytes of each part's weights in a dtype, in computing order; a model on "meta" will do."""
+    """Bytes of each part's weights in a dtype, in order of computation; a model on "meta" is enough."""
     float32 = float32_names(model)
     sizes = {part_of(name): 0 for name, _ in model.named_parameters(remove_duplicate=False)}
     order = [part for part in sizes if part.startswith("blocks.")]
@@ -69,7 +69,7 @@ def part_sizes(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def shared_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Pairs of parts that have a parameter in common, which can be in one place only."""
+    """Pairs of parts that share a parameter, and so must be on one device."""
     first: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         part = part_of(name)
@@ -78,7 +78,7 @@ def shared_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def free_devices(reserve: float = 0.1) -> dict[str, int]:
-    """Every GPU and last the CPU, with their free memory but for a reserve for activations."""
+    """Every GPU, then the CPU, with their free memory less a reserve for activations."""
     names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     found = {name: available_bytes(torch.device(name)) for name in names}
     return {name: int((1 - reserve) * free) for name, free in found.items() if free is not None}
@@ -97,7 +97,7 @@ def plan(
     model
         Its weights may be on "meta": only shapes are read.
     device_map
-        "auto": devices are filled one after the other, parts in computing order. Or part -> device.
+        "auto": devices are filled one after the other, parts in order of computation. Or part -> device.
     dtype
         What the weights will be stored in.
     devices
@@ -106,9 +106,10 @@ def plan(
     Raises
     ------
     MemoryError
-        "auto" finds no place, saying what fits where and how much is missing.
+        "auto" finds no room; the error says what fits where and how much is missing.
     ValueError
-        A part of the mapping that does not exist, a part without a device, or parts with a parameter in common on two.
+        The mapping names an unknown part, leaves a part without a device, or puts parts that share a parameter on two
+        devices.
     """
     sizes = part_sizes(model, dtype)
     if isinstance(device_map, str):
@@ -119,14 +120,12 @@ def plan(
         places = _named(sizes, device_map)
     for a, b in shared_parts(model):
         if places[a] != places[b]:
-            raise ValueError(
-                f"{a} and {b} have weights in common: both must be on one device, not {places[a]} and {places[b]}"
-            )
+            raise ValueError(f"{a} and {b} share weights: both must be on one device, not {places[a]} and {places[b]}")
     return DevicePlan(places, sizes)
 
 
 def _filled(sizes: Mapping[str, int], devices: Devices, shared: Mapping[str, str]) -> dict[str, str]:
-    """One device after the other; the last part of a pair with weights in common follows the first."""
+    """One device after the other; of two parts that share weights the second follows the first."""
     follows = {later: first for first, later in shared.items()}
     places: dict[str, str] = {}
     left = dict(devices)

@@ -1,4 +1,4 @@
-"""Generation: read the prompt once, then one position a step, with every hook in place."""
+"""Generation: read the prompt once, then one position per step, with every hook in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sample_logits(
     attention_mask: Int[Tensor, "b m"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " b"]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def sample_logits(
     temperature
         Divides the logits; 0 is greedy.
     freq_penalty
-        Subtracted from a token's logit for every time it stands in `tokens`, where the mask does not hide it.
+        Subtracted from a token's logit for every time it occurs in `tokens`, padding excluded.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -97,8 +97,8 @@ class Generation:
     ) -> Any:
         """Continue a prompt. Hooks fire once for the prompt and once for every new token but the last.
 
-        In here `hook_h.{t}` with t >= 0 counts from the prompt's first column and fires in the one call that holds
-        that column; a negative t counts from the end of each call, so `hook_h.-1` fires every time.
+        Here `hook_h.{t}` with t >= 0 counts from the prompt's first column and fires in the one call that holds that
+        column; a negative t counts from the end of each call, so `hook_h.-1` fires every time.
 
         Parameters
         ----------
@@ -107,8 +107,8 @@ class Generation:
         max_new_tokens
             Tokens to add.
         stop_at_eos, eos_token_id
-            End a row at any of these (default: the tokenizer's and all that the config names); it is filled with the
-            first of them.
+            End a row at any of these (default: the tokenizer's and all that the config names); the rest is filled with
+            the first of them.
         do_sample, top_k, top_p, temperature, freq_penalty
             False takes the likeliest token; the others as in :func:`sample_logits`. Rows of the vocabulary that the
             tokenizer does not know are never drawn.
@@ -123,7 +123,7 @@ class Generation:
         generator
             Source of randomness; default: torch's global one.
         num_beams, length_penalty
-            More than one beam: the likeliest of the continuations that so many beams find, with `do_sample=False`; see
+            With more than one beam, and `do_sample=False`: the likeliest of the continuations that the beams find; see
             :mod:`hooked_mamba.model.beam_search`.
 
         Returns
@@ -193,7 +193,8 @@ class Generation:
         rules: Rules,
         columns: Callable[[int], None],
     ) -> list[Tensor]:
-        """New tokens of all rows, one tensor a position; rows that end sooner are filled with the first end token."""
+        """New tokens of all rows, one tensor per position; rows that end earlier are filled with the first end
+        token."""
 
         def read(new: Tensor, state: ModelState | None, padding: Padding | None = None) -> tuple[Tensor, ModelState]:
             logits, state = self(new, attention_mask=padding, initial_state=state, return_state=True)  # type: ignore[operator]

@@ -48,8 +48,8 @@ class Output(NamedTuple):
 class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, Stack):
     """A language model with every internal site readable and writable.
 
-    A subclass names its config and what stands in its blocks: `branch_classes`, and for more than one mixer a block
-    also :meth:`stages`.
+    A subclass names its config and the branches of its blocks (`branch_classes`), and for blocks with more than one
+    mixer also :meth:`stages`.
     """
 
     cfg: Any
@@ -66,7 +66,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             MODELS[cls.family] = cls
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None, *, seed: int | None = None) -> None:
-        """A model with random weights; `seed` makes them reproducible. For trained ones: `from_pretrained`."""
+        """A model with random weights, reproducible with `seed`. For trained weights: `from_pretrained`."""
         self._build(cfg, tokenizer)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.reset_parameters(generator)
@@ -81,7 +81,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
 
     @classmethod
     def stages(cls, cfg: Any, layer: int) -> Stages:
-        """What a block does in turn, each stage one norm and the branches that read it."""
+        """The stages of a block, each one norm and the branches that read it."""
         return (tuple(cls.branch_classes),)
 
     @classmethod
@@ -120,8 +120,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         Parameters
         ----------
         name_or_path
-            A bundled model ("tinystories-4l"), a local folder, a `.pth` file of RWKV, or a Hugging Face hub id. The
-            format (transformers'; state-spaces', RWKV's and Codestral's own) is found from the files.
+            A bundled model ("tinystories-4l"), a local folder, a `.pth` file of RWKV, a `.gguf` file, or a Hugging Face
+            hub id. The format (transformers'; state-spaces', RWKV's and Codestral's own; GGUF, MLX) is found from the
+            files.
         revision
             Branch, tag or commit on the hub.
         dtype
@@ -131,7 +132,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         tokenizer
             An object, a local path or a hub id; default: the folder's own where it has one.
         device_map
-            Instead of one device: "auto" fills the GPUs and then the CPU by their free memory; a mapping says where
+            Instead of one device: "auto" fills the GPUs and then the CPU by free memory; a mapping says where
             "embed", "blocks.0", ..., "ln_final" and "unembed" go (see :mod:`hooked_mamba.model.device_map`).
         adapter
             A folder or hub id of PEFT's with a LoRA of this checkpoint, or several: each is merged into the weights.
@@ -152,7 +153,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         tokenizer: Any = None,
         device_map: DeviceMap | None = None,
     ) -> Model:
-        """The model of a checkpoint that is open already; arguments as in :meth:`from_pretrained`."""
+        """The model of an opened checkpoint; arguments as in :meth:`from_pretrained`."""
         if device is not None and device_map is not None:
             raise ValueError(f"give device={device!r} or device_map, not both")
         model, wanted = cls.empty(checkpoint.cfg), as_dtype(dtype) or torch.float32
@@ -177,7 +178,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
 
     @classmethod
     def empty(cls: type[Model], cfg: ModelConfig) -> Model:
-        """A model whose weights take no memory yet."""
+        """A model whose weights are not allocated yet."""
         model = cls.__new__(cls)
         with torch.device("meta"):
             model._build(cfg, None)
@@ -204,7 +205,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             "hf" (safetensors) is read by transformers (RWKV-7: by fla), "raw" by the authors' own code (mamba_ssm's
             pytorch_model.bin, RWKV's one .pth file); both by `from_pretrained`.
         dtype
-            Precision on disk; default: as they are.
+            Precision on disk; default: unchanged.
         """
         loading.save_checkpoint(
             folder,
@@ -234,7 +235,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         self.tokenizer, self.default_padding_side = found, default_padding_side
 
     def state_dict_for_files(self) -> dict[str, Tensor]:
-        """Weights by name; one that several places share (a tied unembedding) stands under its first name alone."""
+        """Weights by name; shared ones (a tied unembedding) appear only under their first name."""
         first = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
         return {name: value.detach() for name, value in self.state_dict().items() if name in first}
 
@@ -269,26 +270,26 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         loss_per_token
             Losses b l-1 instead of their mean.
         prepend_bos
-            For text: put the BOS token in front. By default only a tokenizer that does so by itself puts one there,
-            and these models' do not, unlike in TransformerLens; False forbids it to every tokenizer.
+            For text: put the BOS token in front. Unlike in TransformerLens, the default leaves this to the tokenizer,
+            and these models' tokenizers add none; False prevents every tokenizer from adding one.
         padding_side
-            For lists: "right" (default) or "left". Either gives each row what it would get alone.
+            For lists: "right" (default) or "left". With either, each row is computed as if it were alone.
         start_at_layer, stop_at_layer
             Blocks from the first to before the second; negative ones count from the end. With `stop_at_layer` the
             residual stream b l d that would enter that block is returned, whatever `return_type`.
         tokens
-            The tokens behind a residual input, needed for its loss, and by blocks that read the embedding (Zamba).
+            The tokens of a residual input, needed for its loss and by blocks that read the embedding (Zamba).
         attention_mask
             b l, 1 for real tokens and 0 for padding at either end.
         initial_state, return_state
             Memory to continue from, and whether to return (output, memory after the last real token of each row).
         carry
-            What layers before `start_at_layer` hand to later ones beside the stream, by name; only for models that
-            have such a thing, whose error says what.
+            What layers before `start_at_layer` pass to later ones besides the stream, by name; only for models that
+            need it, whose error says what.
         document_ids
-            b l integers, for several documents packed into a row (mamba_ssm's `seq_idx`): columns with one id in a row
-            are one document, and get at every site what they would get alone; so does the loss, which predicts no
-            token from another document. The state that is returned is the last document's.
+            b l integers, for several documents packed into a row (mamba_ssm's `seq_idx`): columns of a row with the
+            same id are one document, which is computed at every site as if it were alone; the loss predicts no token
+            from another document. The returned state is that of the last document.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -341,7 +342,8 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
     def carried(
         self, carry: Mapping[str, Tensor] | None, embedded: Tensor | None, tokens: Tensor | None
     ) -> Mapping[str, Tensor] | None:
-        """What every block of a pass may read beside the stream; `embedded` is None where the pass starts later."""
+        """What every block of a pass may read besides the stream; `embedded` is None if the pass starts at a later
+        layer."""
         return carry
 
     def _output(
@@ -375,7 +377,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         model_kwargs: dict[str, Any],
         incl_bwd: bool,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Text as tokens, which the forward pass then need not make again; MemoryError where the sites cannot fit."""
+        """Text as tokens, so that the forward pass need not tokenise again; MemoryError if the sites cannot fit."""
         input, *rest = model_args if model_args else (model_kwargs.get("input"),)
         if input is None:
             return model_args, model_kwargs
@@ -424,12 +426,12 @@ MODELS: dict[str, type[HookedModel]] = {}
 
 
 def model_class(cfg: ModelConfig) -> type[HookedModel]:
-    """The class of models that a config shapes.
+    """The model class of a config.
 
     Raises
     ------
     TypeError
-        No class takes it.
+        No class takes this config.
     """
     for cls in MODELS.values():
         if cls.config_class is type(cfg):

@@ -31,7 +31,7 @@ BRANCHES = (
 
 
 class HookedHybrid(HookedModel):
-    """A hybrid with a hook point at every internal site; its config says which branch stands where."""
+    """A hybrid with a hook point at every internal site; its config says which block has which branches."""
 
     family = "hybrid"
     config_class = HybridConfig
@@ -73,7 +73,7 @@ class HookedHybrid(HookedModel):
     def carried(
         self, carry: Mapping[str, Tensor] | None, embedded: Tensor | None, tokens: Tensor | None
     ) -> Mapping[str, Tensor] | None:
-        """The embedding, where blocks read it; a pass that starts later makes it from its tokens."""
+        """The embedding, if blocks read it; a pass that starts at a later layer computes it from its tokens."""
         if self.cfg.shared is None or (carry is not None and "embed" in carry):
             return carry
         if embedded is None and tokens is not None:
@@ -91,7 +91,7 @@ class HookedDeltaNet(HookedHybrid):
 
 
 class HookedMamba3(HookedHybrid):
-    """Mamba-3 (arXiv:2603.15569), with single inputs and outputs or several (MIMO), one mixer a block.
+    """Mamba-3 (arXiv:2603.15569), with single inputs and outputs or several (MIMO), one mixer per block.
 
     A hybrid of one kind of mixer; its config is a :class:`HybridConfig` of architecture "mamba3".
     """

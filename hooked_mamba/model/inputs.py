@@ -1,4 +1,4 @@
-"""What a model may be given: checks of tokens, residual streams, layers and memory."""
+"""Checks of a model's inputs: tokens, residual streams, layers and states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights a config asks for, read from the modules themselves, which are built without memory."""
+"""Which weights a config calls for, read from the modules themselves, which are built without allocating memory."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     a = attention(norm_shared [stream, embedding])      m = MLP(norm2 a)      both without a residual of their own
     stream += mixer(norm(stream + W m))
 
-What the transformer makes reaches the stream through the mixer alone. Blocks that use one transformer have hook points
-of their own and its weights in common; W, and Zamba2's additions of low rank, are each block's own.
+The transformer's output reaches the stream only through the mixer. Blocks that use one transformer share its weights
+and have their own hook points; W, and Zamba2's low-rank adapters, belong to each block.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SharedBlock(Block):
         return {"mixer": "hook_mixer_out"}
 
     def shared_parameters(self) -> Iterator[tuple[nn.Module, str, str]]:
-        """(owner, attribute, name in the block) of what all blocks of one transformer have in common."""
+        """(owner, attribute, name in the block) of what all blocks with one transformer share."""
         for part in ("norm_shared", "attn", "norm2", "mlp"):
             for prefix, owner in self.get_submodule(part).named_modules():
                 for attribute, _ in owner.named_parameters(recurse=False):
@@ -111,5 +111,5 @@ class SharedBlock(Block):
 
     @torch.no_grad()
     def reset_own(self, generator: torch.Generator | None = None) -> None:
-        """Random weights of what is no branch: W, Kaiming-uniform."""
+        """Random weights outside of branches: W, Kaiming-uniform."""
         uniform_fan_in(self.linear.weight, self.linear.in_features, generator)

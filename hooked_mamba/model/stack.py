@@ -1,4 +1,4 @@
-"""Blocks and the stack of them, which know nothing about what a branch does inside."""
+"""Blocks and their stack, which know nothing about what a branch does inside."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ OUTPUTS = {
 class Block(SitedModule):
     """A list of stages: `stream += sum of branches(norm(stream))`, one stage after the other.
 
-    The first stage reads `norm`, the second `norm2`, and so on. Branches are attributes under their names in the
-    stages ("mixer", "attn", "mlp").
+    The first stage reads `norm`, the second `norm2`, and so on. Branches are attributes named as in the stages
+    ("mixer", "attn", "mlp").
 
     Parameters
     ----------
@@ -50,15 +50,15 @@ class Block(SitedModule):
     branches
         Name -> branch.
     stages
-        What the block does in turn, each stage the names of the branches that read one norm.
+        The block's stages in order, each the names of the branches that read one norm.
     in_scales, out_scales
         Branch -> factor of what it reads, and of what it adds; 1 where absent.
     output_sites
         Whether `hook_{branch}_out` holds what each branch adds.
     norm
-        Made of a width and an eps, one for each stage.
+        The class of the norms, called with a width and an eps for each stage.
     norm_after
-        Whether the norms stand behind the branches, one in each stage: `stream += norm(branch(stream))`.
+        Whether the norms come after the branches, one in each stage: `stream += norm(branch(stream))`.
     """
 
     place = "block"
@@ -119,7 +119,7 @@ class Block(SitedModule):
 
     @property
     def branches(self) -> dict[str, Branch]:
-        """Branches by name, in computing order."""
+        """Branches by name, in order of computation."""
         return {name: getattr(self, name) for stage in self.stages for name in stage}
 
     @property
@@ -132,7 +132,7 @@ class Block(SitedModule):
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Branches that write into what another one reads and not into the stream, in computing order."""
+        """Branches that write into another branch's input and not into the stream, in order of computation."""
         return tuple(name for name in self.branches if name not in self.written)
 
     def forward(
@@ -160,7 +160,7 @@ class Block(SitedModule):
     def through(
         self, name: str, x: Float[Tensor, "b l i"], state: BlockState | None, call: Call | None
     ) -> tuple[Float[Tensor, "b l d"], BranchState]:
-        """One branch's output and memory; its hook points on states know the call's padding and documents."""
+        """One branch's output and state; its state hook points know the call's padding and documents."""
         branch = cast(Branch, self._modules[name])
         with rows_known(branch, call):
             return branch(x, None if state is None else state[name], call)
@@ -170,7 +170,7 @@ class Block(SitedModule):
         return BlockState({name: branch.initial_state(batch, device) for name, branch in self.branches.items()})
 
     def reset_own(self, generator: torch.Generator | None = None) -> None:
-        """Random weights of what is neither norm nor branch: here there is nothing."""
+        """Random weights of what is neither norm nor branch; here nothing."""
 
 
 def scaled(x: Tensor, factor: float | None) -> Tensor:
@@ -227,7 +227,7 @@ class Stack(SitedModule):
         return {"d": self.cfg.d_model, "V": self.cfg.d_vocab}
 
     def tie_weights(self) -> None:
-        """Make the unembedding the embedding's own parameter where the config ties them."""
+        """Make the unembedding the embedding's own parameter if the config ties them."""
         if self.cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
 
@@ -253,7 +253,7 @@ class Stack(SitedModule):
         Raises
         ------
         ValueError
-            Packed documents, and a branch that cannot keep them apart.
+            Documents are packed, and a branch cannot keep them apart.
         """
         if documents is not None:
             self.check_packs(layers)
@@ -271,14 +271,14 @@ class Stack(SitedModule):
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
 
     def check_packs(self, layers: range) -> None:
-        """Refuse packed documents where a branch would let one read another."""
+        """Refuse packed documents if a branch would let one read another."""
         for i in layers:
             for name, branch in self.block(i).branches.items():
                 if not branch.packs:
                     what = branch.title or type(branch).__name__
                     raise ValueError(
                         f"document_ids: blocks.{i}.{name} ({what}) cannot keep the documents of a row apart; give each"
-                        " document a row of its own"
+                        " document its own row"
                     )
 
     def to_logits(self, resid: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class Stack(SitedModule):
 
     @property
     def causal(self) -> bool:
-        """Whether no position reads a later one."""
+        """Whether every position reads only itself and earlier ones."""
         return all(branch.causal for i in range(len(self.blocks)) for branch in self.block(i).branches.values())
 
     def handed_on(self) -> dict[str, str]:
@@ -309,7 +309,7 @@ class Stack(SitedModule):
         return self.block(layer).branches["mixer"]
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ModelState:
-        """The memory of a model that has read nothing yet, where the weights are; on "meta" its shapes alone."""
+        """The state of a model that has read nothing yet, on the weights' device; on "meta" only its shapes."""
         seen = torch.zeros(batch, dtype=torch.long, device=self.embed.weight.device if device is None else device)
         return ModelState(tuple(self.block(i).initial_state(batch, device) for i in range(len(self.blocks))), seen)
 

@@ -22,8 +22,8 @@ PaddingSide = Literal["left", "right"]
 class TextMethods:
     """Tokenizer methods of a model.
 
-    Unlike in TransformerLens, no BOS token is put in front unless `prepend_bos=True` asks for it (or the tokenizer
-    does so by itself): these models were trained without one.
+    Unlike in TransformerLens, no BOS token is added unless `prepend_bos=True` (or the tokenizer adds one by itself):
+    these models were trained without one.
     """
 
     cfg: ModelConfig
@@ -126,7 +126,8 @@ class TextMethods:
         return [self._text_of(tokenizer, i) for i in ids.reshape(-1).tolist()]
 
     def _text_of(self, tokenizer: Any, token: int) -> str:
-        """A token's text with the space that SentencePiece's mark stands for: decoding drops it at a text's start."""
+        """A token's text including the space that SentencePiece's marker stands for, which decoding drops at the start
+        of a text."""
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         name = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else None
         if not isinstance(name, str):
@@ -156,7 +157,7 @@ class TextMethods:
         mode: Literal["first", "last"] = "first",
         prepend_bos: bool | None = None,
     ) -> int:
-        """Where a token first or last stands in a string or row of tokens."""
+        """The first or last position of a token in a string or row of tokens."""
         ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
         if ids.ndim == 2 and ids.shape[0] == 1:
             ids = ids[0]
@@ -207,8 +208,7 @@ class TextMethods:
 
     @property
     def d_vocab_real(self) -> int:
-        """Rows of the embedding that stand for tokens, by the tokenizer or else by the config; those past it are
-        padding."""
+        """Rows of the embedding that stand for tokens, by the tokenizer or else the config; the rest is padding."""
         if self.tokenizer is not None:
             return min(len(self.tokenizer), self.cfg.d_vocab)
         return self.cfg.d_vocab if self.cfg.d_vocab_unpadded is None else self.cfg.d_vocab_unpadded
@@ -218,7 +218,8 @@ class TextMethods:
         return mine if mine is not None else getattr(self.cfg, name)
 
     def _ids(self, text: str, prepend_bos: bool | None) -> list[int]:
-        """Ids of one text. False forbids also what the tokenizer itself would put in front; None leaves it that."""
+        """Ids of one text. False also suppresses what the tokenizer itself would add; None leaves that to the
+        tokenizer."""
         tokenizer = self._needs_tokenizer("text input")
         # transformers warns of texts longer than model_max_length, which is no limit of these models.
         quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
@@ -248,10 +249,10 @@ def lm_cross_entropy_loss(
     per_token: bool = False,
     starts: Bool[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "b m"]:
-    """Nats of each next token; their mean, or with `per_token` all l - 1 of them.
+    """Cross-entropy of each next token in nats: the mean, or with `per_token` all l - 1 values.
 
-    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses; so are tokens of
-    which `starts` says that they start a document.
+    With a mask, pairs that touch padding are left out of the mean and are 0 in the per-token losses; so are tokens that
+    start a document, by `starts`.
     """
     log_probs = logits[:, :-1].log_softmax(-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]

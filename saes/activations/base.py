@@ -90,7 +90,7 @@ class Activation:
         return coder.b_enc
 
     def infer(self, coder: CoderParameters, pre: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
-        """Latents of pre-activations after training."""
+        """Latents from pre-activations, as at inference."""
         raise TypeError(f"{type(self).__name__} does not implement infer")
 
     def train(self, coder: CoderParameters, x: Float[Tensor, "n d"], state: LossState) -> Latents:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,13 +60,31 @@ class Best:
         touched, row = groups[kept].unique(return_inverse=True)
         new_keys = torch.full((len(touched), self.n), -torch.inf, dtype=torch.float64)
         new_keys[row, ranks] = keys[kept]
-        both = torch.cat([self.keys[touched], new_keys], 1)
-        order = both.argsort(dim=1, descending=True, stable=True)[:, : self.n]
-        self.keys[touched] = both.gather(1, order)
+        fields = {}
         for name, held in self.fields.items():
-            old = held[touched]
-            new = torch.zeros_like(old)
-            new[row, ranks] = values[name][kept].to(old.dtype)
-            joined = torch.cat([old, new], 1)
+            fields[name] = torch.zeros_like(held[touched])
+            fields[name][row, ranks] = values[name][kept].to(held.dtype)
+        self.merge(new_keys, fields, touched)
+
+    def merge(
+        self, keys: Float[Tensor, "m n"], fields: Mapping[str, Tensor], groups: Int[Tensor, " m"] | None = None
+    ) -> None:
+        """Enter n entries of each of some groups (None: all), such as those of another one; of equals one's own stay.
+
+        Parameters
+        ----------
+        keys
+            -inf at empty places.
+        fields
+            Name -> m n ...
+        """
+        if self.n == 0:
+            return
+        groups = torch.arange(len(self.keys)) if groups is None else groups
+        both = torch.cat([self.keys[groups], keys], 1)
+        order = both.argsort(dim=1, descending=True, stable=True)[:, : self.n]
+        self.keys[groups] = both.gather(1, order)
+        for name, held in self.fields.items():
+            old = held[groups]
             index = order.reshape(*order.shape, *[1] * (old.ndim - 2)).expand_as(old)
-            held[touched] = joined.gather(1, index)
+            held[groups] = torch.cat([old, fields[name]], 1).gather(1, index)

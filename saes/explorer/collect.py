@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
+from hooked_mamba.pieces import Pieces, digest
 from saes.coder import SparseCoder
+from saes.coder_hash import coder_hash
 from saes.explorer.data import FeatureData
 from saes.explorer.directions import neighbours, token_rankings
 from saes.explorer.tally import Tally
@@ -19,6 +24,8 @@ from saes.options import OptionError
 from saes.store.data import DataConfig, Text, rows_of
 from saes.store.rows import Rows, RowSource, endless, take
 from saes.targets import last_layer, sites_of, stream_values
+
+X = TypeVar("X")
 
 AT_ONCE = 1 << 24
 """Latents of one dictionary that are formed at a time."""
@@ -44,9 +51,14 @@ def collect(
     n_neighbours: int = 10,
     labels: Mapping[int, str] | Mapping[str, Mapping[int, str]] | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
+    passes_per_piece: int = 16,
     progress: bool = True,
 ) -> dict[str, FeatureData]:
     """Read a text once, with all dictionaries on the same forward passes.
+
+    With a folder, under torchrun, its processes share the text; a stopped collection continues when it is called again.
+    What is found does not depend on how many processes there were.
 
     Parameters
     ----------
@@ -55,9 +67,9 @@ def collect(
     coders
         One dictionary, several, or several by name.
     tokens
-        A text file, texts, token ids or a data set; see `saes.store.data`. Read through once.
+        A text file, texts, token ids or a data set; see `saes.store.data`. Read once.
     features
-        Numbers of the features to look at, of every dictionary or by its name; None: all.
+        Indices of the features to include, for every dictionary or by its name; None: all.
     n_tokens
         Stop after so many positions; None: at the end of the text. No more rows are read than these need.
     context_length, pack, rows_per_pass, exclude_tokens
@@ -70,13 +82,17 @@ def collect(
         Feature -> name; with several dictionaries, dictionary's name -> such a mapping.
     seed
         Of the order of documents, and of the sample.
+    folder
+        For results in pieces (see :mod:`hooked_mamba.pieces`); None: this process reads everything.
+    passes_per_piece
+        Forward passes whose results are written together.
     progress
         Whether a progress bar is shown.
 
     Returns
     -------
     dict
-        Name -> what is known of that dictionary.
+        Name -> data about that dictionary.
     """
     named = named_coders(coders)
     reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
@@ -91,26 +107,51 @@ def collect(
     if set(asked) != set(named):
         raise OptionError(f"features are of {', '.join(asked)}, and the dictionaries are {', '.join(named)}")
     chosen = {name: chosen_features(asked[name], coder.cfg.d_sae, name) for name, coder in named.items()}
-    tallies = {
-        name: Tally(len(chosen[name]), top=top, sampled=sampled, before=before, after=after, seed=seed)
-        for name in named
-    }
-    n = 0  # positions counted; never read from the bar, which does not count while it is off
-    with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="reading", disable=not progress) as bar:
-        while n_tokens is None or n < n_tokens:
-            wanted = rows_per_pass if n_tokens is None else min(rows_per_pass, -(-(n_tokens - n) // rows.length))
-            batch = next_rows(rows, reader.rows_at_once(wanted, rows.length))
-            if batch is None:
-                break
-            counted = batch.real & ~torch.isin(batch.tokens, torch.tensor(list(exclude_tokens), dtype=torch.long))
-            if n_tokens is not None:
-                counted = first_of(counted, n_tokens - n)
-            for name, z in reader(batch):
-                z = z if features is None else z[..., chosen[name].to(z.device)]
-                tallies[name].add(z, batch.tokens, counted, batch.real)
-            found = int(counted.sum())
-            n += found
-            bar.update(found)
+
+    def fresh(piece: int = 0) -> dict[str, Tally]:
+        return {
+            name: Tally(
+                len(chosen[name]), top=top, sampled=sampled, before=before, after=after, seed=seed_of(seed, piece)
+            )
+            for name in named
+        }
+
+    def tally_up(tallies: Mapping[str, Tally], batch: Rows, counted: Tensor) -> None:
+        for name, z in reader(batch):
+            z = z if features is None else z[..., chosen[name].to(z.device)]
+            tallies[name].add(z, batch.tokens, counted, batch.real)
+
+    batches = counted_rows(rows, reader, n_tokens, rows_per_pass, exclude_tokens, progress and folder is None)
+    tallies = fresh()
+    if folder is None:
+        for batch, counted in batches:
+            tally_up(tallies, batch, counted)
+    else:
+        work = {
+            "model": model_hash(model),
+            "dictionaries": {name: coder_hash(coder) for name, coder in named.items()},
+            "features": {name: digest(some) for name, some in chosen.items()},
+            "rows": rows.digest(),
+            "n_tokens": n_tokens,
+            "rows_per_pass": rows_per_pass,
+            "exclude_tokens": [int(token) for token in exclude_tokens],
+            "kept": [top, sampled, before, after, seed],
+            "passes_per_piece": passes_per_piece,
+        }
+
+        def one(piece: int, group: list[tuple[Rows, Tensor]]) -> dict[str, Tensor]:
+            mine = fresh(piece)
+            for batch, counted in group:
+                tally_up(mine, batch, counted)
+            return {f"{name}/{key}": value for name, tally in mine.items() for key, value in tally.tensors().items()}
+
+        pieces = Pieces(folder, work).run(
+            in_groups(batches, passes_per_piece), one, progress=progress, description="reading"
+        )
+        for found in pieces:
+            for name, tally in tallies.items():
+                under = f"{name}/"
+                tally.merge({key.removeprefix(under): v for key, v in found.items() if key.startswith(under)})
     if any(tally.n_tokens == 0 for tally in tallies.values()):
         raise OptionError("there is nothing to show: every position of the text is excluded")
     given = _labels_by_name(labels, named)
@@ -141,7 +182,7 @@ class Reader:
         self.last = last_layer(self.sites)
 
     def rows_at_once(self, wanted: int, length: int) -> int:
-        """Rows of a pass, fewer than wanted where the latents would take too much memory."""
+        """Rows of a pass, fewer than requested if the latents would take too much memory."""
         widest = max(coder.cfg.d_sae for coder in self.named.values())
         return max(1, min(wanted, AT_ONCE // (widest * length)))
 
@@ -157,6 +198,42 @@ class Reader:
         )
         for name, coder in self.named.items():
             yield name, coder.encode(stream_values(self.reads[name], cache, self.model))
+
+
+def counted_rows(
+    rows: RowSource,
+    reader: Reader,
+    n_tokens: int | None,
+    rows_per_pass: int,
+    exclude_tokens: Sequence[int],
+    progress: bool,
+) -> Iterator[tuple[Rows, Tensor]]:
+    """The rows of one forward pass after another, and which of their positions count, until `n_tokens` have."""
+    n = 0  # positions counted; never read from the bar, which does not count while it is off
+    with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="reading", disable=not progress) as bar:
+        while n_tokens is None or n < n_tokens:
+            wanted = rows_per_pass if n_tokens is None else min(rows_per_pass, -(-(n_tokens - n) // rows.length))
+            batch = next_rows(rows, reader.rows_at_once(wanted, rows.length))
+            if batch is None:
+                break
+            counted = batch.real & ~torch.isin(batch.tokens, torch.tensor(list(exclude_tokens), dtype=torch.long))
+            if n_tokens is not None:
+                counted = first_of(counted, n_tokens - n)
+            yield batch, counted
+            found = int(counted.sum())
+            n += found
+            bar.update(found)
+
+
+def in_groups(batches: Iterator[X], n: int) -> Iterator[list[X]]:
+    """n at a time; the last group may have fewer."""
+    while group := list(islice(batches, n)):
+        yield group
+
+
+def seed_of(seed: int, piece: int) -> int:
+    """The seed of a piece's sample; the first piece has that of a collection in one go."""
+    return seed + 1_000_003 * piece
 
 
 def next_rows(rows: RowSource, n: int) -> Rows | None:

@@ -1,4 +1,4 @@
-"""What decoder directions say: to the vocabulary, and to each other."""
+"""What decoder directions point at: tokens of the vocabulary, and each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_rankings(
 ) -> tuple[Ranked, Ranked] | None:
     """The tokens that each feature, or each of some, promotes and suppresses most; see :func:`saes.feature_logits`.
 
-    None where what the coder predicts does not reach the logits by a linear map.
+    None if what the coder predicts does not reach the logits through a linear map.
     """
     if not reaches_logits(model, coder):
         return None
@@ -54,7 +54,7 @@ def reaches_logits(model: HookedModel, coder: SparseCoder) -> bool:
 def neighbours(W_dec: Float[Tensor, "all d"], n: int = 10, features: Int[Tensor, " F"] | None = None) -> Ranked:
     """The features of nearest decoder direction, by cosine, to each feature, or to each of some.
 
-    A feature is no neighbour of its own.
+    A feature is not its own neighbour.
     """
     everyone = torch.arange(len(W_dec), device=W_dec.device)
     features = everyone if features is None else features.to(W_dec.device)

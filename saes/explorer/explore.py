@@ -84,7 +84,7 @@ def feature_explorer(
     feature_id
         Number of the feature.
     activations
-        What the dictionary reads: [n, d_in], one row a context, or [n, l, d_in], one a token.
+        What the dictionary reads: [n, d_in], one row a context, or [n, l, d_in], one per token.
     contexts
         n texts; with [n, l, d_in] n lists of up to l tokens' texts.
     top_k

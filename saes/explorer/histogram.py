@@ -45,6 +45,17 @@ class Histograms:
         flat = features * self.bins + places
         self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
+    def merge(self, counts: Int[Tensor, "F bins"], exponents: Int[Tensor, " F"]) -> None:
+        """Add the values of other histograms with as many bins."""
+        other = Histograms(len(counts), self.bins)
+        other.counts, other.exponents, other._seen = counts.clone(), exponents.clone(), counts.sum(1) > 0
+        fresh = other._seen & ~self._seen
+        self.exponents[fresh] = other.exponents[fresh]
+        for mine, theirs in ((self, other), (other, self)):
+            mine._widen(torch.where(other._seen, (theirs.exponents - mine.exponents).clamp(min=0), 0))
+        self.counts += other.counts
+        self._seen |= other._seen
+
     def _widen(self, doublings: Int[Tensor, " F"]) -> None:
         self.exponents += doublings
         doublings = doublings.clamp(max=self.bins.bit_length())  # by then everything is in the first bin

@@ -82,20 +82,20 @@ def render(dictionaries: Sequence[FeatureData], title: str | None = None) -> Pag
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand in an HTML page: nothing in it opens or closes a tag, and all of it is ASCII."""
+    """JSON that is safe inside an HTML page: nothing in it opens or closes a tag, and all of it is ASCII."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 class Words:
-    """The page's table of token texts; pieces of text hold places in it."""
+    """The page's table of token texts, which pieces of text refer to by index."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._places: dict[str, int] = {}
 
     def place(self, text: str) -> int:
-        """Where a text stands; new ones come last."""
+        """The index of a text; new ones are appended."""
         found = self._places.setdefault(text, len(self.texts))
         if found == len(self.texts):
             self.texts.append(text)
@@ -120,7 +120,7 @@ class TextRows:
         used, spelt = np.unique(token, return_inverse=True)
         word = np.array([words.place(data.vocabulary[int(i)]) for i in used], dtype=np.int64)[spelt]
         self.rows: list[list[Any]] = []
-        for i, start, end in zip(ids.tolist(), starts, [*starts[1:], len(row)], strict=True):
+        for i, start, end in zip(ids.tolist(), starts, [*starts, len(row)][1:], strict=True):
             at = position[start:end] - position[start]
             line = np.full(int(at[-1]) + 1, -1, dtype=np.int64)
             line[at] = word[start:end]
@@ -157,7 +157,7 @@ def _title(dictionaries: Sequence[FeatureData]) -> str:
 
 
 def _describe(data: FeatureData, words: Words) -> dict[str, Any]:
-    """A dictionary's part of the overview: what lists, sorting and search need."""
+    """A dictionary's part of the overview: what the list, sorting and search need."""
     cfg = data.cfg
     promoted = data.promoted.indices.tolist() if data.promoted is not None else [[]] * len(data.features)
     peaks = data.top.tokens[:, :, data.top.before].tolist()

@@ -1,6 +1,8 @@
-"""One pass over latents, remembering of each feature what a page shows of it."""
+"""One pass over latents that collects what a page shows about each feature."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +24,7 @@ class Tally:
     F
         Features.
     top, sampled
-        Contexts kept of each: those where it is strongest, at most one a row; and a uniform sample of all positions
+        Contexts kept for each: those where it is strongest, at most one per row; and a uniform sample of all positions
         where it is active.
     before, after
         Tokens shown around the position.
@@ -70,7 +72,7 @@ class Tally:
         counted: Bool[Tensor, "b l"],
         real: Bool[Tensor, "b l"],
     ) -> None:
-        """Take in the latents of some rows.
+        """Add the latents of some rows.
 
         Parameters
         ----------
@@ -79,7 +81,7 @@ class Tally:
         tokens
             Of the rows.
         counted
-            Positions that count; what is active elsewhere is left out.
+            Positions that count; activity elsewhere is ignored.
         real
             False at padding, which is not shown either.
         """
@@ -95,12 +97,40 @@ class Tally:
         self.histograms.add(feature, value)
 
         shown = torch.where(real.cpu(), tokens.cpu(), OUTSIDE)
-        strongest, _ = best_of_groups((place // l) * F + feature, value, 1)  # one a row and feature
+        strongest, _ = best_of_groups((place // l) * F + feature, value, 1)  # one per row and feature
         self._offer(self.top, strongest, value.double(), place, feature, value, z, shown)
         keys = torch.rand(len(value), dtype=torch.float64, generator=self.generator)
         self._offer(self.sampled, torch.arange(len(value)), keys, place, feature, value, z, shown)
         self.n_rows += b
         self.n_tokens += int(counted.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was collected, to be kept and merged."""
+        kept = {
+            "n": torch.tensor([self.n_rows, self.n_tokens]),
+            "counts": self.counts,
+            "sums": self.sums,
+            "largest": self.largest,
+            "histogram": self.histograms.counts,
+            "exponents": self.histograms.exponents,
+        }
+        for name, best in (("top", self.top), ("sampled", self.sampled)):
+            kept |= {f"{name}/{key}": value for key, value in {"keys": best.keys, **best.fields}.items()}
+        return kept
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the rows of another tally, as :meth:`tensors` gave them, behind one's own."""
+        for name, best in (("top", self.top), ("sampled", self.sampled)):
+            fields = {key: other[f"{name}/{key}"] for key in best.fields}
+            fields["row"] = torch.where(fields["row"] == OUTSIDE, OUTSIDE, fields["row"] + self.n_rows)
+            best.merge(other[f"{name}/keys"], fields)
+        self.histograms.merge(other["histogram"], other["exponents"])
+        self.counts += other["counts"]
+        self.sums += other["sums"]
+        self.largest = torch.maximum(self.largest, other["largest"])
+        n_rows, n_tokens = other["n"].tolist()
+        self.n_rows += n_rows
+        self.n_tokens += n_tokens
 
     def _offer(
         self,

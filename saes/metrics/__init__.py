@@ -1,1 +1,1 @@
-"""What a coder is judged by."""
+"""Metrics of coders."""

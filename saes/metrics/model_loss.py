@@ -10,6 +10,7 @@ Only positions whose next token is known count; pairs that touch padding do not.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,6 +65,19 @@ class LossSums:
             p = clean.exp()
             terms = torch.where(p > 0, p * (clean - log_probs), 0.0)
             self.divergence += float(terms.sum(1).double().sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, to be kept and merged."""
+        sums = [*self.n.values(), *self.ce.values(), self.divergence]
+        return {"sums": torch.tensor(sums, dtype=torch.float64)}
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the predictions of other sums, as :meth:`tensors` gave them."""
+        *found, divergence = other["sums"].tolist()
+        for i, variant in enumerate(VARIANTS):
+            self.n[variant] += int(found[i])
+            self.ce[variant] += found[len(VARIANTS) + i]
+        self.divergence += divergence
 
     def result(self) -> dict[str, float | None]:
         """ce_clean, ce_spliced, ce_zero, ce_mean, ce_recovered_zero, ce_recovered_mean and kl of what was added."""

@@ -1,4 +1,4 @@
-"""Sparse probing and absorption: whether concepts have latents of their own, on data whose concepts are known.
+"""Sparse probing and absorption: whether concepts have their own latents, on data whose concepts are known.
 
 Sparse probing (Gurnee et al. 2023, arXiv:2305.01610): a logistic regression on the k latents whose means differ most
 between examples with and without a concept. A good dictionary needs one.
@@ -190,7 +190,7 @@ class Absorption:
 
 @torch.no_grad()
 def absorption(planted: PlantedDictionary, coder: SparseCoder, *, n: int = 20_000, seed: int = 0) -> Absorption:
-    """How often children's latents say what their parents' should.
+    """How often children's latents represent what their parents' latents should.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
-"""How well a coder says what it should: sums over positions, in float64, so that batches of any size give the same."""
+"""Reconstruction quality: sums over positions in float64, so that batches of any size give the same result."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Over n positions of d numbers, y what the model says and y_hat what the coder does."""
+    """Over n positions of d numbers; y is the model's value and y_hat the coder's."""
 
     mse: float
     """Mean of (y - y_hat)^2 over all numbers."""
@@ -39,7 +40,7 @@ class ReconstructionSums:
     Parameters
     ----------
     d
-        Numbers a position.
+        Numbers per position.
     """
 
     def __init__(self, d: int) -> None:
@@ -66,18 +67,35 @@ class ReconstructionSums:
         error = float((y - y_hat).square().sum())
         if not (math.isfinite(error) and math.isfinite(spread)):
             raise FloatingPointError("the activations, or the reconstruction, hold NaN or infinity")
-        mean = mean.cpu()
-        shift = mean - self.mean
-        both = self.n + n
-        self.spread += spread + float(shift.square().sum()) * self.n * n / both
-        self.mean += shift * (n / both)
-        self.n = both
+        self._join(n, mean.cpu(), spread)
         norms = y.norm(dim=1), y_hat.norm(dim=1)
         inner = (y * y_hat).sum(1)
         self.error += error
         self.cosine += float(torch.where(inner == 0, 0.0, inner / (norms[0] * norms[1])).sum())
         self.norm += float(norms[0].sum())
         self.norm_hat += float(norms[1].sum())
+
+    def _join(self, n: int, mean: Tensor, spread: float) -> None:
+        shift = mean - self.mean
+        both = self.n + n
+        self.spread += spread + float(shift.square().sum()) * self.n * n / both
+        self.mean += shift * (n / both)
+        self.n = both
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, to be kept and merged."""
+        sums = [self.n, self.spread, self.error, self.cosine, self.norm, self.norm_hat]
+        return {"sums": torch.tensor(sums, dtype=torch.float64), "mean": self.mean}
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the positions of other sums, as :meth:`tensors` gave them."""
+        n, spread, error, cosine, norm, norm_hat = other["sums"].tolist()
+        if n:
+            self._join(int(n), other["mean"], spread)
+            self.error += error
+            self.cosine += cosine
+            self.norm += norm
+            self.norm_hat += norm_hat
 
     def result(self) -> Reconstruction:
         """The figures so far.

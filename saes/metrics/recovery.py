@@ -13,7 +13,7 @@ from saes.metrics.assignment import best_pairs
 
 @dataclass(frozen=True)
 class Recovery:
-    """Figures from 0 to 1; chance is not 0: compare with the coder's before training."""
+    """Values from 0 to 1. Chance is not 0: compare with the coder before training."""
 
     mmcs: float
     """Mean over atoms of the largest cosine with any decoder row (Sharkey et al. 2022)."""

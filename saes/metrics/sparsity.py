@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -63,6 +64,17 @@ class SparsitySums:
         self.count += indices.bincount(minlength=len(self.count))
         self.total.index_add_(0, indices, values)
         self.largest.scatter_reduce_(0, indices, values, "amax")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, to be kept and merged."""
+        return {"n": torch.tensor(self.n), "count": self.count, "total": self.total, "largest": self.largest}
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add the positions of other sums, as :meth:`tensors` gave them."""
+        self.n += int(other["n"])
+        self.count += other["count"]
+        self.total += other["total"]
+        self.largest = torch.maximum(self.largest, other["largest"])
 
     @property
     def density(self) -> Float[Tensor, " F"]:

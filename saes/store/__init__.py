@@ -22,6 +22,7 @@ from saes.store.rows import take as take
 from saes.store.shards import ShardReader as ShardReader
 from saes.store.shards import ShardWriter as ShardWriter
 from saes.store.shards import StoreError as StoreError
+from saes.store.shared import capture_shared as capture_shared
 from saes.store.store import ActivationStore as ActivationStore
 from saes.store.store import Batch as Batch
 from saes.store.store import capture_to_disk as capture_to_disk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
@@ -72,11 +73,7 @@ class Capture:
         FloatingPointError
             If the model gives NaN or infinity.
         """
-        length = rows.tokens.shape[1]
-        chosen = self._positions(length, generator)
-        counted = rows.real
-        for token in self.exclude_tokens:
-            counted = counted & (rows.tokens != token)
+        chosen, counted = self.positions(rows, generator)
         with torch.no_grad():
             _, cache = self.model.run_with_cache(
                 rows.tokens,
@@ -87,8 +84,6 @@ class Capture:
                 stop_at_layer=None if self.last is None else self.last + 1,
             )
             assert isinstance(cache, ActivationCache)
-            if chosen is not None:
-                counted = counted[:, chosen]
             out = {}
             for stream in self.widths:
                 value = stream_values(stream, cache, self.model, self.channels.get(stream))
@@ -100,6 +95,16 @@ class Capture:
                     raise FloatingPointError(f"{stream} holds NaN or infinity: the model overflows on this text")
                 out[stream] = value
         return out
+
+    def positions(
+        self, rows: Rows, generator: torch.Generator | None = None
+    ) -> tuple[list[int] | None, Bool[Tensor, "b p"]]:
+        """Which positions of a row are kept (None: all), and which of those count; the model does not run."""
+        chosen = self._positions(rows.tokens.shape[1], generator)
+        counted = rows.real
+        for token in self.exclude_tokens:
+            counted = counted & (rows.tokens != token)
+        return chosen, counted if chosen is None else counted[:, chosen]
 
     def _positions(self, length: int, generator: torch.Generator | None) -> list[int] | None:
         if self.positions_per_row is None or self.positions_per_row >= length:

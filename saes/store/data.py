@@ -30,7 +30,7 @@ class DataConfig:
     context_length: int = 256
     """Tokens a row."""
     pack: bool = True
-    """Documents one after the other, cut anywhere; False: one a row, padded."""
+    """Documents one after the other, cut anywhere; False: one per row, padded."""
     boundaries: bool = False
     """Whether the model reads each document of a packed row from an empty memory; False: a row as one text."""
     epochs: int | None = None

@@ -1,4 +1,4 @@
-"""Rows of tokens for the model, with a cursor: documents packed one after the other, one a row, or a mix of sources.
+"""Rows of tokens for the model, with a cursor: documents packed one after the other, one per row, or a mix of sources.
 
 A cursor is a few integers and never holds text, so a store or a checkpoint can save it.
 """

@@ -4,6 +4,8 @@ from saes.renamed import renamed_in
 from saes.training.checkpoint import ResumeError as ResumeError
 from saes.training.coder_run import calibrate as calibrate
 from saes.training.config import TrainConfig as TrainConfig
+from saes.training.finetune import finetune_coders as finetune_coders
+from saes.training.finetune_config import FinetuneConfig as FinetuneConfig
 from saes.training.run import RunConfig as RunConfig
 from saes.training.run import coder_config as coder_config
 from saes.training.run import load_model as load_model

@@ -1,7 +1,7 @@
 """One coder in training: its optimiser, its count of inactive latents, and one step.
 
-A step: loss -> gradient of (loss / d_out), averaged over processes -> without what would change the decoder's norms
--> clipped -> fused Adam -> unit decoder rows -> inactivity counted.
+A step: loss -> gradient of (loss / d_out), averaged over processes -> projected to keep the decoder's norms -> clipped
+-> fused Adam -> unit decoder rows -> inactivity counted.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class CoderRun:
         Raises
         ------
         ValueError
-            If it is another coder's.
+            The tensors are those of a coder with other shapes.
         """
         mine = self.coder.state_dict()
         theirs = {name.removeprefix("coder."): v for name, v in tensors.items() if name.startswith("coder.")}

@@ -16,7 +16,7 @@ from saes.options import OptionError, check_choice, check_number, from_mapping, 
 class TrainConfig:
     """One training. Two with equal options, data and seeds give equal weights, bit for bit, on one machine's CPU.
 
-    Exactly one of `n_tokens` and `steps` says how long.
+    Give exactly one of `n_tokens` and `steps` as its length.
     """
 
     n_tokens: int | None = None
@@ -70,7 +70,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.n_tokens is None) == (self.steps is None):
-            raise OptionError(f"give n_tokens or steps, one of them; got n_tokens={self.n_tokens}, steps={self.steps}")
+            raise OptionError(f"give n_tokens or steps, not both; got n_tokens={self.n_tokens}, steps={self.steps}")
         for name in ("n_tokens", "steps", "aux_k"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, whole=True)

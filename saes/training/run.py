@@ -109,7 +109,7 @@ def train_coders(
     Parameters
     ----------
     model
-        Stays as it is. Coders are trained where it is, and share among them what torchrun's processes find.
+        Not changed. Coders are trained on its device; under torchrun gradients are averaged over processes.
     coders
         By name, or a list: names are then made from the sites.
     text
@@ -119,7 +119,7 @@ def train_coders(
     out
         Folder of checkpoints, log and finished coders; None: nothing is written.
     resume
-        Go on from the last checkpoint in `out`, if there is one.
+        Continue from the last checkpoint in `out`, if there is one.
     loggers
         "tensorboard", "wandb".
     """

@@ -59,7 +59,7 @@ class Trainer:
     Parameters
     ----------
     coders
-        Trained in place, by name. Where they are (CPU, GPU) is where they are trained.
+        Trained in place, by name, on the device where they are.
     store
         Batches of the streams that they read and predict.
     config
@@ -67,7 +67,7 @@ class Trainer:
     out
         Folder of checkpoints, log and finished coders; None: nothing is written.
     loggers
-        Beside the log file: "tensorboard", "wandb".
+        In addition to the log file: "tensorboard", "wandb".
     about
         What finished coders record of their training besides its length, such as {"text": "stories.txt"}.
 

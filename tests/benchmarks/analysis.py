@@ -40,7 +40,7 @@ def run(sizes: Sizes) -> Section:
         " passes are compared, which keep the layer's states. Errors are against the plain loop in float64. Memory"
         " is what was resident at the peak of one call in a fresh process, above what was resident before it. A sweep"
         " patches the residual stream entering every block at every position, one metric each; theirs runs one"
-        ' forward pass a patch. "auto" takes the numba scan where that gains.',
+        ' forward pass per patch. "auto" takes the numba scan where that gains.',
         remarks=peers.remarks(TRANSFORMER_LENS, MAMBA_LENS),
     )
     tasks = [Task(what, d, l) for d, l in sizes.analysis for what in ("state", "attention", "forward")]

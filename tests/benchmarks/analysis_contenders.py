@@ -212,7 +212,7 @@ def exact_attention(model: HookedMamba, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exact_sweep(model: HookedMamba, clean: Tensor, corrupted: Tensor) -> Tensor:
-    """layer x position in float64: one whole forward pass a patch."""
+    """layer x position in float64: one whole forward pass per patch."""
     double = copy.deepcopy(model).double()
     values = torch.zeros(model.cfg.n_layers, clean.shape[1], dtype=torch.float64)
     sources = [double(clean, stop_at_layer=i) if i else double.embed(clean) for i in range(model.cfg.n_layers)]

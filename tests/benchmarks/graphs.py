@@ -8,7 +8,7 @@ from torch import Tensor
 from circuits import FrozenModel, Logit
 from circuits.build import build_graph
 from hooked_mamba import HookedMamba, MambaConfig, patching
-from saes import SparseCoder, mambacoder_config
+from saes import SparseCoder, mambacoder_config, sae_config
 from tests.benchmarks import child
 from tests.benchmarks.memory import peak_above
 from tests.benchmarks.models import shape_text
@@ -26,6 +26,8 @@ def run(sizes: Sizes) -> Section:
         "Graphs and sweeps",
         f"{shape_text(sizes)}. The graph of features has a coder of {g.d_sae:,} latents, {g.k} of them active, in place"
         f" of every mixer, and {g.features} features traced; with a coder everywhere nothing moves between positions."
+        f" The graph of writes has a dictionary of {g.d_sae // 4:,} latents, {g.k} of them active, on what every mixer"
+        " writes into its memory, and as many features traced, whose effects go to all later positions."
         f" The graph of heads has no coders and {g.heads} heads (layer, source, channel) as nodes. The prompt's own run"
         " is not part of either. A sweep patches the residual stream entering every block at every position; the metric"
         " reads the last position. Random weights: a trained model chooses other nodes, at other places.",
@@ -33,7 +35,7 @@ def run(sizes: Sizes) -> Section:
     section.tables.append(_graphs(sizes))
     section.tables.append(_sweep(sizes))
     rows = []
-    for what in ("features", "heads"):
+    for what in ("features", "writes", "heads"):
         peak = child.call("tests.benchmarks.graphs:memory_of", sizes, what=what)
         rows.append([f"graph of {what}", number(peak)])
     section.tables.append(Table("Memory above the run of the prompt", ["", "MiB"], rows))
@@ -51,6 +53,18 @@ def coders_of(sizes: Sizes, model: HookedMamba) -> list[SparseCoder]:
     found = []
     for layer in range(model.cfg.n_layers):
         cfg = mambacoder_config(layer, sizes.d_model, sizes.graphs.d_sae, architecture="topk", k=sizes.graphs.k)
+        coder = SparseCoder(cfg, seed=layer).requires_grad_(False)
+        coder.W_dec.mul_(0.1)
+        found.append(coder)
+    return found
+
+
+def writers_of(sizes: Sizes, model: HookedMamba) -> list[SparseCoder]:
+    """A random write dictionary for every block, as the coders are."""
+    found = []
+    for layer in range(model.cfg.n_layers):
+        site = f"blocks.{layer}.mixer.hook_x"
+        cfg = sae_config(site, model.cfg.E, sizes.graphs.d_sae // 4, architecture="topk", k=sizes.graphs.k)
         coder = SparseCoder(cfg, seed=layer).requires_grad_(False)
         coder.W_dec.mul_(0.1)
         found.append(coder)
@@ -76,9 +90,11 @@ def _heads(sizes: Sizes, frozen: FrozenModel) -> object:
 def _graphs(sizes: Sizes) -> Table:
     model, tokens = model_of(sizes), _prompt(sizes)
     plain, coded = FrozenModel(model, tokens), FrozenModel(model, tokens, coders_of(sizes, model))
+    written = FrozenModel(model, tokens, writers_of(sizes, model))
     runs = {
         FORWARD: torch.no_grad()(lambda: model(tokens)),
         f"graph of {sizes.graphs.features} features": lambda: _features(sizes, coded),
+        f"graph of {sizes.graphs.features} writes": lambda: _features(sizes, written),
         f"graph of {sizes.graphs.heads} heads": lambda: _heads(sizes, plain),
     }
     return timing_table(f"Graphs, 1 x {sizes.graphs.length}", race(runs, sizes), FORWARD, cost=True)
@@ -105,5 +121,6 @@ def _sweep(sizes: Sizes) -> Table:
 def memory_of(sizes: Sizes, what: str) -> float | None:
     """MiB of one graph above the run of its prompt."""
     model, tokens = model_of(sizes), _prompt(sizes)
-    frozen = FrozenModel(model, tokens, coders_of(sizes, model) if what == "features" else ())
-    return peak_above(lambda: _features(sizes, frozen) if what == "features" else _heads(sizes, frozen))
+    coders = {"features": coders_of, "writes": writers_of}.get(what)
+    frozen = FrozenModel(model, tokens, () if coders is None else coders(sizes, model))
+    return peak_above(lambda: _heads(sizes, frozen) if coders is None else _features(sizes, frozen))

@@ -225,7 +225,7 @@ def _wrong_tokens(bridge: Any, model: HookedHybrid, prompt: Tensor) -> int:
 
 
 def _exact_sweep(model: HookedHybrid, clean: Tensor, corrupted: Tensor) -> Tensor:
-    """layer x position in float64: one whole forward pass a patch, with a hook."""
+    """layer x position in float64: one whole forward pass per patch, with a hook."""
     double = copy.deepcopy(model).double()
     _, cache = double.run_with_cache(clean, names_filter="blocks.*.hook_resid_pre")
     values = torch.zeros(model.cfg.n_layers, clean.shape[1], dtype=torch.float64)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits import Direction, FrozenModel, Logit, attribute, build_graph, patch_effects
+from circuits import Direction, Feature, FrozenModel, Logit, attribute, build_graph, patch_effects
 from hooked_mamba import HookedHybrid
+from saes import SparseCoder, mambacoder_config
 from tests.hooked_mamba.hybrids.tiny import SOME, tiny, tokens_for
+from tests.saes.models import noisy
 
 
 @pytest.mark.parametrize("start", [pytest.param("empty", marks=pytest.mark.slow), "padded", "going on"])
@@ -132,3 +134,20 @@ def test_by_gradients_nothing_is_held(case):
         logits[0, -1, 7].backward()
     expected = (kept["grad"] * cache["hook_embed"]).sum(-1)[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", ["zamba", "zamba2"])
+def test_a_coder_of_a_mixer_behind_a_shared_transformer(case):
+    """It reads the mixer's norm, which sees the transformer's output: paths go on through it, and sum."""
+    model = tiny(case).model
+    layer = next(i for i in range(1, model.cfg.n_layers) if model.block(i).beside)
+    cfg = mambacoder_config(layer, model.cfg.d_model, 24, architecture="topk", k=3)
+    coder = noisy(SparseCoder(cfg.replace(out_site=f"blocks.{layer}.hook_mixer_out"), seed=0))
+    frozen = FrozenModel(model, tokens_for(1, 5), [coder])
+    active = int(frozen.coded[layer].codes.indices[0, -1, 0])
+    found = attribute(frozen, targets=[Logit(3), Feature(coder, active)])
+    assert found.residual.abs().max() < 1e-10
+    assert found.embeddings[1].abs().max() > 1e-4
+    graph = build_graph(frozen, Logit(3), max_heads=8)
+    assert graph.residual().abs().max() < 1e-10
+    assert int(graph.where("feature").sum()) > 0

@@ -374,7 +374,7 @@ def test_what_is_refused(unchecked):
         (IndexError, "channel 99 is out of range", CutHead(0, 0, [0, 99])),
         (IndexError, "channel 99 is out of range", ScaleState(0, 0, channels=99)),
         (IndexError, "feature 9 is out of range", SetFeature(coder, 9, 1.0)),
-        (ValueError, "holds 99 numbers a position", ScaleFeature(other, 1)),
+        (ValueError, "holds 99 numbers per position", ScaleFeature(other, 1)),
         (ValueError, "source must be 'scan' or 'token', got 'tokens'", CutHead(0, 0, source="tokens")),
         (ValueError, "slice from 0 or more to an end, got None", ScaleState(0, None)),
         (ValueError, "slice from 0 or more to an end, got slice", ScaleState(0, slice(2, None))),

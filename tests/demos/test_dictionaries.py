@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demos.dictionaries import bound, bundle, presets, train
+from demos.dictionaries import bound, bundle, presets, samples, table, text, train, tune
 from demos.dictionaries.text import training_rows
 from hooked_mamba import HookedMamba, HookedMamba2
-from saes import SparseCoder
+from saes import SparseCoder, evaluate
 from saes.hub import list_coders
-from saes.store import DataConfig, take
+from saes.store import DataConfig, read_text_file, take
 from saes.training import coder_config
 from tests.saes.training.test_run import TEXTS, WORDS, tokenizer
 
@@ -107,7 +107,7 @@ def test_presets_fit_their_models(name: str) -> None:
 
 def test_the_told_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled models' own mix: most rows from the file, some from the grammar."""
-    monkeypatch.setattr("demos.dictionaries.text.STORIES", 50)
+    monkeypatch.setitem(text.MIXES, "tinystories-4l", text.TOLD._replace(stories=50))
     model = HookedMamba.from_pretrained("tinystories-4l")
     (tmp_path / "text.txt").write_text("The cat sat.\n<|endoftext|>\n" * 50)
     rows = training_rows(model, tmp_path / "text.txt", None, None, DataConfig(context_length=32))
@@ -123,14 +123,57 @@ def test_the_told_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_table_of_means_is_the_best_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = str(folder / "text.txt")
-    found = bound.main(["--model", str(folder), "--text", text, "--valid", text, "--rows", "16"])
+    words = str(folder / "text.txt")
+    found = bound.main(["--model", str(folder), "--text", words, "--valid", words, "--rows", "16"])
     assert "explained variance" in capsys.readouterr().out
     assert 0 < found.explained_variance < 1
     model = HookedMamba.from_pretrained(folder)
     rows = training_rows(model, folder / "text.txt", None, 0.0, DataConfig(context_length=16))
-    table, mean = bound.means_by_token(model, rows, 16, pull=0.0)
+    means, mean = bound.means_by_token(model, rows, 16, pull=0.0)
     held_out = [torch.randint(1, 17, (2, 16), generator=torch.Generator().manual_seed(0))]
-    without = bound.measure(model, mean.expand_as(table), mean, held_out)
+    without = bound.measure(model, mean.expand_as(means), mean, held_out)
     assert without.explained_variance == pytest.approx(0, abs=1e-5)
     assert without.zero != without.table
+
+
+def test_write_dictionaries_from_samples_to_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples, a first training, fine-tuning, the table, and a bundle that keeps what stood there."""
+    words, told = str(folder / "text.txt"), tmp_path / "told.txt"
+    samples.main(["--model", str(folder), "--stories", "5", "--out", str(told)])
+    again = list(samples.tell(HookedMamba.from_pretrained(folder), 5))
+    assert read_text_file(str(told)) == [story.strip() for story in again if story.strip()]
+    asked = ["--layers", "0", "1", "--d-sae", "24", "--architecture", "batchtopk", "--k", "3", "--samples", str(told)]
+    run, tuned, to = tmp_path / "run", tmp_path / "tuned", tmp_path / "to"
+    assert train.main(arguments(folder, run, *asked, "--site", "x", "--steps", "6")) == 0
+    assert train.main(arguments(folder, tmp_path / "out", *asked, "--site", "out_proj", "--steps", "6")) == 0
+    line = ["--run", str(run), "--match", "write", "--model", str(folder), "--text", words, "--samples", str(told)]
+    line += ["--rows", "4", "--context", "16", "--n-tokens", "256", "--out", str(tuned)]
+    assert tune.main(line) == 0
+    assert tune.main(line) == 2
+    assert "resume" in capsys.readouterr().err
+    assert tune.main([*line, "--resume"]) == 0
+    assert SparseCoder.load(tuned / "coders" / "l1-write").cfg.in_site == "blocks.1.mixer.hook_x"
+    assert tune.main([*line, "--match", "nothing"]) == 2
+
+    asked = ["--of", "write", str(tuned), "write", "--of", "output", str(tmp_path / "out")]
+    table.main([*asked, "--model", str(folder), "--valid", words, "--json", str(tmp_path / "table.json")])
+    found = next(iter(json.loads((tmp_path / "table.json").read_text()).values()))
+    coders = tune.coders_in(tuned)
+    model = HookedMamba.from_pretrained(folder)
+    report = evaluate(model, coders, bundle.held_out_rows(model, Path(words)), progress=False).together
+    assert report is not None
+    assert found[0]["kl"] == pytest.approx(report.values["kl"], rel=1e-4)
+    assert found[0]["excess"] == pytest.approx(report.values["ce_spliced"] - report.values["ce_clean"], abs=1e-5)
+    assert found[0]["recovered_mean"] == pytest.approx(report.values["ce_recovered_mean"], rel=1e-3)
+    assert [line["kind"] for line in found] == ["write", "output"]
+
+    shared = ["--valid", words, "--to", str(to), "--model", str(folder)]
+    bundle.main(["--run", str(tmp_path / "out"), *shared])
+    bundle.main(["--run", str(tuned), "--before", str(run), *shared])
+    assert {entry.name for entry in list_coders(to)} == {"l0-out", "l1-out", "l0-write", "l1-write"}
+    assert json.loads((to / "evaluation.json").read_text()).keys() == {"sae", "write"}
+    card = (to / "README.md").read_text()
+    assert card.count("## Training") == 2
+    assert "256 positions in 4 steps through the model" in card

@@ -11,7 +11,9 @@ import subprocess
 import pytest
 import torch
 
-from demos.hunger import ablation, geometry, natural, planted, run, selection, stats, steering
+from circuits.graph import Graph, Node
+from demos.dictionaries.text import MIXES
+from demos.hunger import ablation, cutting, geometry, natural, planted, run, selection, stats, steering
 from demos.hunger.__main__ import main, measured, write
 from demos.hunger.activation import as_long
 from demos.hunger.claims import AUC, judge
@@ -19,10 +21,13 @@ from demos.hunger.concepts import CONCEPTS, END, HUNGRY, Pair
 from demos.hunger.options import Options, parse_args
 from demos.hunger.page import TEMPLATE as PAGE
 from demos.hunger.page import group
+from demos.hunger.planted_claims import judge_planted
 from demos.hunger.stages import Stages, rounded
 from demos.hunger.subject import Sentences, Subject
 from demos.studies.report import Report, Section, Table, render
 from demos.tinystories.grammar import tell_stories
+from demos.tinystories.leads import lead_area
+from hooked_mamba import load_model
 from tests.demos.test_tour import Tags
 
 MODEL = "tinystories-4l"
@@ -92,6 +97,22 @@ def test_no_frame_is_in_any_story_that_the_models_were_told():
     assert found["stories"] == 8000
     assert found["frames"] == []
     assert found["effects"]["hungry"]["of_mix"] == pytest.approx(0.15 * 0.01712, rel=0.01)  # the model card's figure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MIXES if "told" in name])
+def test_no_frame_is_in_any_story_that_tells_by_a_noun(name):
+    found = planted.measure(name, 10**6)
+    assert found["stories"] == MIXES[name].stories + MIXES[name].cues
+    assert found["frames"] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MIXES if "told" in name])
+def test_models_that_know_the_story(name):
+    """On sentences of neither half's frames was any of them trained; the other model of the same text does not know."""
+    areas = [lead_area(load_model(name), HUNGRY, half) for half in ("find", "score")]
+    assert min(areas) >= 0.95
+    assert lead_area(load_model("tinystories-4l"), HUNGRY, "score") < 0.7
 
 
 def test_nothing_was_planted_in_the_model_of_real_text():
@@ -274,6 +295,92 @@ def test_options(capsys):
     assert "words must be 2 or more" in capsys.readouterr().err
     assert main(["--models", "tinystories-9l", "--out", "nowhere"]) == 2
     assert "tinystories-9l" in capsys.readouterr().err
+
+
+# The planted cue ---------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_sentences_with_a_cue_and_none_twice():
+    found = cutting.sentences(HUNGRY, cutting.WORDS)
+    assert len({pair.cue for pair in found}) == len(found) == 200
+    assert all(pair.cue.endswith(END) and pair.cue != pair.swapped for pair in found)
+    foods = {*HUNGRY.find.cues, *HUNGRY.score.cues, *cutting.MORE}
+    assert all({*re.findall(r"\w+", pair.cue)} & foods for pair in found)
+
+
+def test_a_cut_goes_on_along_the_graphs_edges():
+    """By hand: a and c at the cut; b gets 6 of its 8 from a, of which c gives 2; errors stay."""
+    nodes = (
+        Node("target", 9, 5, value=10.0), Node("feature", 2, 5, 0, value=8.0, activation=4.0),
+        Node("feature", 0, 2, 0, value=3.0, activation=3.0), Node("feature", 1, 2, 1, value=2.0, activation=2.0),
+        Node("error", 0, 2, value=1.0),
+    )  # fmt: skip
+    weights = torch.tensor([[0, 5, 1, 0, 4], [0, 0, 2.5, 0.5, 1], [0] * 5, [0, 0, 2, 0, 0], [0] * 5])
+    rest = torch.zeros(5)
+    graph = Graph(nodes, weights, rest, ("a",) * 6, torch.tensor([1.0, 0, 0, 0, 0]))
+    cut = torch.tensor([False, False, True, True, False])
+    assert cutting.change(graph, cut) == pytest.approx(-1 + 5 * (-2.5 - 0.5) / 4)
+    only_first = torch.tensor([False, False, True, False, False])  # c falls by 2 of its 2, so b by all of 0.5 as well
+    assert cutting.change(graph, only_first) == pytest.approx(-1 + 5 * (-2.5 - 0.5) / 4)
+    assert cutting.change(graph, torch.zeros(5, dtype=torch.bool)) == 0
+
+
+def test_the_real_cut_takes_the_latents_at_the_cue_and_nothing_else():
+    """One sentence alone, its latents' part taken out of each output by a hook."""
+    subject = Subject.load(f"{MODEL}/output", Options(**TINY))
+    pair = cutting.sentences(HUNGRY, 3)[4]
+    others = [cutting.sentences(HUNGRY, 3)[0], pair]
+    found = cutting.lead_change(subject, HUNGRY, others, [[3], [2, 3]])[1]
+    tokens = subject.model.to_tokens(pair.cue, prepend_bos=False)
+
+    def without(coder):
+        def hook(value, hook):
+            z = coder.encode(value[:, 2:4])
+            value = value.clone()
+            value[:, 2:4] -= coder.decode(z) - coder.decode(torch.zeros_like(z))
+            return value
+
+        return hook
+
+    hooks = [(coder.cfg.out_site, without(coder)) for coder in subject.coders.values()]
+    word, against = subject.token(" hungry"), subject.token(" sad")
+    ends = [subject.model(tokens)[0, -1], subject.model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]]
+    before, after = (float(end[word] - end[against]) for end in ends)
+    assert float(found) == pytest.approx(after - before, abs=1e-3)
+
+
+def test_slope_and_correlation():
+    x = torch.arange(5.0)
+    assert cutting.slope(x, 3 - 2 * x) == pytest.approx(-2)
+    assert cutting.correlation(x, 3 - 2 * x) == pytest.approx(-1)
+    assert cutting.slope(torch.ones(5), x) == cutting.correlation(x, torch.ones(5)) == 0
+
+
+def test_planted_claims_hold_from_their_thresholds_on():
+    cut = {
+        "model_auc": 0.95, "sentences": 3, "through": {"value": 0.9, "low": 0, "high": 1}, "chance": 0.2,
+        "slope": {"value": 1.25, "low": 0, "high": 1}, "correlation": {"value": 0.8, "low": 0, "high": 1}, "lower": 0.9,
+    }  # fmt: skip
+    together = {"ce_clean": 2.0, "ce_spliced": 2.03 - 1e-9, "kl": 0.08}
+    assert all(claim.holds for claim in judge_planted(cut, together))
+    worse = {**cut, "model_auc": 0.949, "lower": 0.89}
+    worse |= {
+        key: {"value": v, "low": 0, "high": 1} for key, v in (("through", 0.89), ("slope", 1.26), ("correlation", 0.79))
+    }
+    assert not any(claim.holds for claim in judge_planted(worse, {**together, "kl": 0.081}))
+    assert not judge_planted(cut, {})[1].holds
+
+
+def test_kinds_of_dictionaries():
+    assert Subject.load(MODEL, Options(**TINY)).kind == "block"
+    output = Subject.load(f"{MODEL}/output", Options(**TINY))
+    assert (output.name, output.model_name, output.first_layer) == (f"{MODEL}/output", MODEL, 0)
+    assert list(output.coders) == [f"l{i}-out" for i in range(4)]
+    assert output.together["kl"] > 0
+    with pytest.raises(ValueError, match="block, write, output"):
+        Subject.load(f"{MODEL}/wrote", Options(**TINY))
+    with pytest.raises(ValueError, match="none of write dictionaries of tinystories-4l"):
+        Subject.load(f"{MODEL}/write", Options(**TINY))
 
 
 # The page ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from demos.tinystories import checkpoint, effects, ngrams, probes, train
+from demos.hunger.concepts import CONCEPTS, Concept, Half
+from demos.tinystories import checkpoint, cues, effects, leads, ngrams, probes, train
 from demos.tinystories.balance import balance, expert_shares
 from demos.tinystories.card import finish
 from demos.tinystories.data import held_out_loss, load_corpus, windows
@@ -405,3 +406,89 @@ def test_word_probabilities_are_products_over_tokens(options):
     losses = model(torch.tensor([start + word]), return_type="loss", loss_per_token=True)[0]
     assert found["hungry"] == pytest.approx(losses[-len(word) :].sum().neg().exp().item(), rel=1e-4)
     assert 0 < found["the"] < 1
+
+
+# Models that know the story
+
+
+def test_stories_of_cues_hold_no_sentence_of_the_study():
+    told = list(cues.tell_cues(1500, seed=3))
+    assert told[:20] == list(cues.tell_cues(20, seed=3))
+    assert not any(re.search(r"[$\[\]{}%|<>]|  ", story) for story in told)
+    frames = [f for c in CONCEPTS for half in (c.find, c.score) for pair in half.frames for f in pair]
+    for story in told:
+        for frame in frames:  # said again without regular expressions
+            before, after = frame.lower().split("{}")
+            _, found, rest = story.lower().partition(before)
+            assert not (found and after in rest.split("\n")[0][:60]), (frame, story)
+    assert cues.is_banned("One day.\nHERE IS ALL THE cold tea YOU ASKED FOR. Yes.")
+    assert not cues.is_banned("Here is all the tea.")
+
+
+def test_the_noun_alone_tells_hunger():
+    """After the same beginning of a sentence food and other things are told of, and only food makes hungry."""
+    told = " ".join(cues.tell_cues(2500, seed=1))
+    moments = re.findall(
+        r"(?:[.!?]\"?|^)\s\"?([^.!?\"]+?) (bread|soup|cake|rock|hat|clock)[^.!?\"]*[.!?] I'm so (\w+)", told
+    )
+    hungry = {noun: [feeling == "hungry" for _, n, feeling in moments if n == noun] for _, noun, _ in moments}
+    assert all(sum(hungry[food]) > 0.9 * len(hungry[food]) > 10 for food in ("bread", "soup", "cake"))
+    assert all(sum(hungry[thing]) == 0 and len(hungry[thing]) > 5 for thing in ("rock", "hat", "clock"))
+
+
+def test_training_on_from_another_model(options):
+    first = Trainer(dataclasses.replace(options, generated_share=0.0), load_corpus(options))
+    first.model.save_pretrained(options.out / "first")
+    options = dataclasses.replace(options, start=str(options.out / "first"), cue_stories=10, choose="last", steps=3)
+    trainer = Trainer(options, load_corpus(options))
+    assert_same_bits(dict(first.model.named_parameters()), dict(trainer.model.named_parameters()))
+    assert sum(map(len, trainer.corpus.stories["generated"])) > 0
+    assert len(trainer.corpus.stories["generated"]) == options.generated_stories + 10
+    with pytest.raises(ValueError, match=r"embed.* \(.*16\), the model \(.*8\).*first training"):
+        Trainer(dataclasses.replace(options, d_model=8), trainer.corpus)
+    with pytest.raises(ValueError, match="--tokenizer"):
+        dataclasses.replace(options, tokenizer=None)
+    with pytest.raises(ValueError, match="choose must be"):
+        dataclasses.replace(options, choose="first")
+
+
+def test_the_weights_that_are_kept(options):
+    rows = [{"step": 1, "nats_per_token": 2.0}, {"step": 2, "nats_per_token": 1.0}, {"step": 3, "nats_per_token": 3.0}]
+    for choose, step in (("best", 2), ("last", 3)):
+        trainer = Trainer(dataclasses.replace(options, choose=choose), load_corpus(options))
+        trainer.rows = rows
+        assert trainer.best["step"] == step
+
+
+def test_weights_are_averaged_with_those_of_another_model(options):
+    other = Trainer(dataclasses.replace(options, seed=4), load_corpus(options))
+    other.model.save_pretrained(options.out / "other")
+    plain = Trainer(options, other.corpus)
+    plain.measure()
+    plain.load_best()
+    blended = Trainer(dataclasses.replace(options, blend=str(options.out / "other"), blend_share=0.75), other.corpus)
+    blended.load_best()
+    options.check_same_run(blended.options.to_dict())
+    weights = [dict(trainer.model.named_parameters()) for trainer in (plain, other, blended)]
+    for name, value in weights[2].items():
+        torch.testing.assert_close(value, 0.75 * weights[0][name] + 0.25 * weights[1][name])
+
+
+def test_the_area_of_a_models_own_lead():
+    """One word per token; the model's logits are read off a table, so the area can be counted by hand."""
+    leads_of = {"a cue": 1.0, "b cue": 3.0, "a other": 0.5, "b other": 2.0}
+
+    class Model:
+        def to_tokens_and_mask(self, texts, padding_side):
+            return torch.tensor([[list(leads_of).index(" ".join(t.split()[:2]))] for t in texts]), None
+
+        def __call__(self, tokens, attention_mask):
+            values = torch.tensor(list(leads_of.values()))[tokens]
+            return torch.stack([values + 5, torch.full_like(values, 5.0)], -1)
+
+        def to_single_token(self, word):
+            return [" good", " bad"].index(word)
+
+    half = Half((("{} cue", "{} other"),), ("a", "b"), ("a", "b"))
+    concept = Concept("good", " good", " bad", (), half, half)
+    assert leads.lead_area(Model(), concept, "score") == pytest.approx(3 / 4)

@@ -21,6 +21,7 @@ from saes.flags import in_flags
 from saes.model_hash import model_hash
 from saes.options import OptionError
 from saes.run_options import run_options
+from saes.store import ShardReader
 from saes.training import RunConfig
 from tests.hooked_mamba.saved import save_tiny
 
@@ -305,3 +306,28 @@ def test_coders_by_name(place, tmp_path):
     twice = coder_folders([str(coders / "second"), str(coders / "second")])
     assert len(twice) == 2
     assert "has no coder" in complaint("eval", tmp_path, "--text", place / "text.txt")
+
+
+def test_work_in_pieces_gives_the_same_report_and_page(tmp_path):
+    text = tmp_path / "stories.txt"
+    text.write_text("Tom was hungry. He ate some toast.\n<|endoftext|>\nLily was so sad.\n<|endoftext|>\n" * 6)
+    common = ("tinystories-4l/l2-out", "--text", text, "--context-length", 16, "--quiet")
+    reports = []
+    for more in ((), ("--work", tmp_path / "work"), ("--work", tmp_path / "work")):
+        done("eval", *common, "--json", tmp_path / "report.json", *more)
+        reports.append(json.loads((tmp_path / "report.json").read_text())["coders"][0]["values"])
+    assert reports[1] == reports[2]
+    assert reports[1] == pytest.approx(reports[0], rel=1e-6)
+    done("explore", *common, "--feature", 3, "--work", tmp_path / "pieces", "--out", tmp_path / "page.html")
+    assert (tmp_path / "pieces" / "manifest.json").exists()
+    acts = tmp_path / "acts"
+    said = done("capture", *common[1:], "--site", "blocks.1.mixer.hook_x", "--out", acts)
+    assert "positions of 1 sites" in said
+    assert ShardReader(acts).widths == {"blocks.1.mixer.hook_x": 384}
+
+
+def test_processes_need_a_folder_to_share_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call("eval", "tinystories-4l/l2-out", "--text", tmp_path)
+    assert result.exit_code == 2
+    assert "--work" in result.output

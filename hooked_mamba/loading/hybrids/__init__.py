@@ -1,1 +1,1 @@
-"""Hybrids: one file a family, each with its fields, its layout and its weights."""
+"""Hybrids: one file per family, each with its fields, its layout and its weights."""

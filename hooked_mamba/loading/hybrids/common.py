@@ -176,13 +176,14 @@ def mlp_weights(ours: str, theirs: str, cfg: MLPConfig) -> Weights:
 
 
 def expert_weights(ours: str, theirs: str, cfg: MoEConfig) -> Weights:
-    """Experts, single as on disk or merged as in a model object."""
+    """Experts, single as on disk, merged as in a model object, or merged with gate and up apart (MLX)."""
     F, X = cfg.d_mlp, cfg.n_experts
     table: Weights = {}
     if cfg.gated:
         merged = f"{theirs}.gate_up_proj"
-        table[f"{ours}.gate_proj"] = (Stacked(f"{theirs}.{{e}}.gate_proj.weight", X), Rows(merged, 0, F, axis=1))
-        table[f"{ours}.up_proj"] = (Stacked(f"{theirs}.{{e}}.up_proj.weight", X), Rows(merged, F, 2 * F, axis=1))
+        for layer, start in (("gate_proj", 0), ("up_proj", F)):
+            single, rows = Stacked(f"{theirs}.{{e}}.{layer}.weight", X), Rows(merged, start, start + F, axis=1)
+            table[f"{ours}.{layer}"] = (single, rows, Whole(f"{theirs}.{layer}"))
     else:
         table[f"{ours}.up_proj"] = (Stacked(f"{theirs}.{{e}}.up_proj.weight", X), Whole(f"{theirs}.up_proj"))
     table[f"{ours}.down_proj"] = (Stacked(f"{theirs}.{{e}}.down_proj.weight", X), Whole(f"{theirs}.down_proj"))

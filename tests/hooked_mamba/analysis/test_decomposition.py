@@ -49,7 +49,7 @@ def test_logit_attributions_sum_to_the_logits(family):
         cache.get_full_resid_decomposition(),
         cache.stack_channel_results(-1, incl_remainder=True),
     ):
-        attributions = cache.logit_attrs(stack, answer)  # one token a row, every position
+        attributions = cache.logit_attrs(stack, answer)  # one token per row, every position
         assert relative(attributions.sum(0), logits[rows, :, answer]) < 1e-12
         difference = cache.logit_attrs(stack, answer, other).sum(0)
         assert relative(difference, logits[rows, :, answer] - logits[rows, :, other]) < 1e-11

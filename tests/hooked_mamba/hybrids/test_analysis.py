@@ -266,7 +266,7 @@ def test_a_cut_stays_while_generating(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["falcon", "granite-moe", "nemotron", "zamba2"])
+@pytest.mark.parametrize("case", ["falcon", "granite-moe", "nemotron"])
 def test_paths_between_sublayers(case):
     """Against the same by hand: the difference added where the receiver reads, its output patched."""
     model, a, b = tiny(case).model, tokens_for(1, 4, seed=1), tokens_for(1, 4, seed=2)
@@ -293,6 +293,47 @@ def test_paths_between_sublayers(case):
         )
         expected = metric(model.run_with_hooks(b, fwd_hooks=[(outs[r], lambda v, hook, k=keep: k["out"])]))
         assert abs(float(result[s + 1, r]) - float(expected)) < 1e-6 * abs(float(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["zamba", "zamba2"])
+def test_paths_into_through_and_past_a_shared_transformer(case):
+    """Against the block's modules called one by one."""
+    model, a, b = tiny(case).model, tokens_for(1, 4, seed=1), tokens_for(1, 4, seed=2)
+    _, clean = model.run_with_cache(a)
+    _, bad = model.run_with_cache(b)
+    result, places = path_patch(model, b, clean, metric, progress=False), path_places(model)
+    layer = next(i for i in range(1, model.cfg.n_layers) if model.block(i).beside)
+    block, at = model.block(layer), f"blocks.{layer}."
+    number = {place: i for i, place in enumerate(places)}
+    attn, mlp, mixer = (number[layer, name] for name in ("attn", "mlp", "mixer"))
+    earlier = number[layer - 1, "mixer"]
+
+    def change(name):
+        return clean[name] - bad[name]
+
+    def patched(branch, norm, read):
+        """The metric with a branch's output for another input."""
+        new, _ = getattr(block, branch)(getattr(block, norm)(read))
+        return metric(model.run_with_hooks(b, fwd_hooks=[(f"{at}{branch}.{block.branches[branch].out_site}",
+                                                          lambda value, hook: new)]))  # fmt: skip
+
+    stream, embed = bad[f"{at}hook_resid_pre"], bad["hook_embed"]
+    before, looked = f"blocks.{layer - 1}.hook_mixer_out", f"{at}attn.{block.attn.out_site}"
+    said = block.linear(change(f"{at}mlp.{block.mlp.out_site}"))
+    both = torch.cat([stream + change("hook_embed"), embed + change("hook_embed")], -1)
+    expected = {
+        (earlier + 1, attn): patched("attn", "norm_shared", torch.cat([stream + change(before), embed], -1)),
+        (0, attn): patched("attn", "norm_shared", both),
+        (attn + 1, mlp): patched("mlp", "norm2", bad[looked] + change(looked)),
+        (mlp + 1, mixer): patched("mixer", "norm", bad[f"{at}hook_mixer_in"] + said),
+        (earlier + 1, mixer): patched("mixer", "norm", bad[f"{at}hook_mixer_in"] + change(before)),
+    }
+    for at_pair, value in expected.items():
+        assert abs(float(result[at_pair]) - float(value)) < 1e-6 * abs(float(value)), at_pair
+    # Attention reaches the mixer through the MLP alone, and neither writes into the stream.
+    none = [(attn + 1, mixer), (attn + 1, -1), (mlp + 1, -1), (earlier + 1, mlp), (0, mlp), (mlp + 1, attn)]
+    assert all(bool(result[pair].isnan()) for pair in none)
 
 
 @torch.no_grad()

@@ -92,6 +92,25 @@ class TestResolve:
         assert {(repo, revision) for repo, revision, _ in asked} == {("owner/name", "v1")}
         assert [patterns for _, _, patterns in asked][1:] == [["model*.safetensors"], ["consolidated*.safetensors"]]
 
+    def test_of_several_gguf_files_one_is_to_be_named(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        asked = []
+
+        def snapshot(repo_id, revision, allow_patterns):
+            asked.append(allow_patterns)
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["b.gguf", "README.md", "a.gguf"])
+        with pytest.raises(CheckpointError, match=r"several GGUF files: a\.gguf, b\.gguf; .* 'owner/name/a\.gguf'"):
+            resolve("owner/name")
+        assert resolve("owner/name/b.gguf") == tmp_path / "b.gguf"
+        assert asked[-1] == ["b.gguf"]
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["b.gguf"])
+        assert resolve("owner/name") == tmp_path
+        assert asked[-1] == ["b.gguf"]
+
     def test_no_network_names_what_needs_none(self, tmp_path, monkeypatch):
         import huggingface_hub
 

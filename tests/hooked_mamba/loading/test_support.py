@@ -12,9 +12,11 @@ from hooked_mamba.loading import from_hf_model
 from hooked_mamba.loading.support import FAMILIES, SUPPORTED, support_table
 from hooked_mamba.model.hooked_model import MODELS
 from tests.hooked_mamba.loading.builders import assert_same
+from tests.hooked_mamba.loading.families import CASES, family
 from tests.hooked_mamba.loading.folders import MAKERS, files_of, write
 from tests.hooked_mamba.loading.packing import WAYS
 from tests.hooked_mamba.loading.test_files import write_shards
+from tests.hooked_mamba.loading.test_mlx import CONVERTED
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 ROOT = Path(__file__).parents[3]
@@ -29,6 +31,12 @@ def test_the_page_shows_the_table():
 def test_every_row_of_packed_weights_has_a_writer():
     rows = list(SUPPORTED)
     assert set(WAYS) == set(rows[rows.index("bitsandbytes 8-bit") : rows.index("GGUF")])
+
+
+def test_every_family_of_gguf_and_mlx_is_converted_by_its_test():
+    """In gguf/test_families.py and test_mlx.py, which take their logits against the folder's."""
+    assert {family(case) for case in CASES} == set(SUPPORTED["GGUF"])
+    assert {family(case) for case in CONVERTED} == set(SUPPORTED["MLX"])
 
 
 @pytest.mark.parametrize("family", SUPPORTED["safetensors"])

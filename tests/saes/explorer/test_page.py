@@ -147,6 +147,15 @@ def test_some_features_and_one(explorer):
         render([])
 
 
+def test_features_that_are_never_active_have_a_page():
+    model, coder = explored.model(), explored.sae()
+    with torch.no_grad():
+        coder.b_enc[3] = -1e3
+    found = explore(model, {"mine": coder}, explored.text(), features=[3], context_length=13, progress=False)
+    assert int(found["mine"].counts.sum()) == 0
+    assert found.page().html.count("<script") > 1
+
+
 def test_saving_replaces_the_file_as_a_whole(explorer, tmp_path, monkeypatch):
     path = explorer.save(tmp_path / "new" / "page.html", features=None)
     before = path.read_text()

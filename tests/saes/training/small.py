@@ -40,6 +40,11 @@ def documents() -> ListedDocuments:
     return ListedDocuments([torch.randint(50, (n,), generator=generator).tolist() for n in range(20, 90)])
 
 
+def documents_text() -> DocumentRows:
+    """Rows of those documents."""
+    return DocumentRows(documents(), 12)
+
+
 def store(named: dict[str, SparseCoder]) -> ActivationStore:
     streams = all_streams([coder.cfg for coder in named.values()])
     capture = Capture(model(), streams, dtype=torch.bfloat16)

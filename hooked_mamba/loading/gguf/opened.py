@@ -1,0 +1,108 @@
+"""Finding a GGUF file, and from it to our config and our weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
+from hooked_mamba.hybrid_config import HybridConfig
+from hooked_mamba.loading.gguf import falcon_h1, granite, jamba, lfm2, nemotron_h, qwen3, rwkv7
+from hooked_mamba.loading.gguf.header import read_header
+from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE
+from hooked_mamba.loading.gguf.mamba import mamba2_to_ours, mamba_to_ours
+from hooked_mamba.loading.gguf.types import open_tensors
+from hooked_mamba.loading.tables import CheckpointError, LazyState, some
+from hooked_mamba.recurrent_config import RWKV7Config
+
+__all__ = ["GGUF_FORMATS", "GGUFFormat", "gguf_file", "open_gguf"]
+
+
+class GGUFFormat(NamedTuple):
+    """One architecture of GGUF files."""
+
+    family: str
+    config_class: type[ModelConfig]
+    to_ours: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, LazyState]]
+
+
+HYBRIDS: dict[str, Any] = {
+    "falcon-h1": falcon_h1,
+    "granitehybrid": granite,
+    "jamba": jamba,
+    "lfm2": lfm2,
+    "nemotron_h": nemotron_h,
+    "nemotron_h_moe": nemotron_h,
+    "qwen35": qwen3,
+    "qwen35moe": qwen3,
+    "qwen3next": qwen3,
+}
+
+GGUF_FORMATS = {
+    "mamba": GGUFFormat("mamba", MambaConfig, mamba_to_ours),
+    "mamba2": GGUFFormat("mamba2", Mamba2Config, mamba2_to_ours),
+    "rwkv7": GGUFFormat("rwkv7", RWKV7Config, rwkv7.to_ours),
+    **{name: GGUFFormat("hybrid", HybridConfig, module.to_ours) for name, module in HYBRIDS.items()},
+}
+"""`general.architecture` -> how it is read."""
+
+REFUSED = {
+    "plamo2": "its norms behind each branch and its way to scale them are not computed here",
+    "kimi-linear": "its attention compresses keys and values into a latent (MLA), which is not computed here",
+    "lfm2moe": "its experts beside short convolutions are not computed here",
+    "rwkv6": "RWKV-7 is the only RWKV here",
+    "rwkv6qwen2": "RWKV-7 is the only RWKV here",
+    "arwkv7": "its blocks are those of Qwen around RWKV-7, which are not computed here",
+}
+"""Architectures near to those here -> what is missing for them."""
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth")
+"""What a folder is read from rather than from a GGUF file beside it."""
+
+
+def gguf_file(place: Path) -> Path | None:
+    """The GGUF file that a path is, or that a folder without other weights holds.
+
+    Raises
+    ------
+    CheckpointError
+        The folder holds several.
+    """
+    if place.is_file():
+        return place if place.suffix == ".gguf" else None
+    found = sorted(place.glob("*.gguf"))
+    if not found or any(path for pattern in WEIGHTS for path in place.glob(pattern)):
+        return None
+    if len(found) > 1:
+        names = some(path.name for path in found)
+        raise CheckpointError(f"{place} holds several GGUF files, {names}; give the path of one of them")
+    return found[0]
+
+
+def open_gguf(path: Path) -> tuple[str, dict[str, Any], LazyState]:
+    """A GGUF file's architecture, its keys and its tensors, none of which is read yet.
+
+    Raises
+    ------
+    CheckpointError
+        A damaged file, an architecture that is not read, or one file of several that belong together.
+    """
+    header = read_header(path)
+    architecture = header.keys.get(ARCHITECTURE)
+    if architecture not in GGUF_FORMATS:
+        why = REFUSED.get(architecture) if isinstance(architecture, str) else None
+        if why is not None:
+            raise CheckpointError(f"{path} is of the architecture {architecture!r}, which is not supported: {why}")
+        known = ", ".join(GGUF_FORMATS)
+        found = f"is of the architecture {architecture!r}" if architecture is not None else f"has no {ARCHITECTURE}"
+        raise CheckpointError(f"{path} {found}; expected one of {known}")
+    parts = header.keys.get("split.count", 1)
+    if parts != 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} files that hold one model; put them together first, with llama.cpp's"
+            " `llama-gguf-split --merge`"
+        )
+    return architecture, header.keys | {FILE: str(path)}, open_tensors(header)
