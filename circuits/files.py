@@ -149,6 +149,9 @@ _TYPES = {
 }  # fmt: skip
 """Names of kinds in circuit-tracer's files, and ours for what it has not."""
 
+_HEADS = {"attn": "attention head", "mlp": "mlp neuron", "moe": "expert"}
+"""The same of heads of other branches than mixers."""
+
 
 def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> dict[str, Any]:
     """The JSON that circuit-tracer's and Neuronpedia's front ends read: metadata, qParams, nodes, links.
@@ -179,7 +182,7 @@ def to_circuit_tracer(graph: Graph, slug: str, scan: str = "hooked-mamba") -> di
             "feature": _feature_number(graph, node),
             "layer": _layer_name(node),
             "ctx_idx": max(node.position, 0),
-            "feature_type": _TYPES[node.kind],
+            "feature_type": _HEADS.get(node.branch, _TYPES["head"]) if node.kind == "head" else _TYPES[node.kind],
             "token_prob": _probability(graph, node),
             "is_target_logit": node.kind == "target",
             "run_idx": 0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_mamba.frozen.places import Part, branch_of
 from hooked_mamba.frozen.places import Stream as Stream
 from hooked_mamba.frozen.run import Run
+from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.renamed import renamed_in
 from saes.coder import SparseCoder
 
@@ -141,8 +142,10 @@ class Feature:
     @property
     def label(self) -> str:
         cfg = self.coder.cfg
-        kind = "sae" if cfg.is_sae else "block"
-        return f"{kind}{'' if cfg.layer is None else cfg.layer}[{self.index}]@{self.position}"
+        kind, layer = "sae" if cfg.is_sae else "block", "" if cfg.layer is None else cfg.layer
+        branch = SiteName.parse(cfg.out_site).place.partition(".")[0]
+        name = f"{branch}{layer}.{kind}" if branch in ("attn", "mlp", "moe") else f"{kind}{layer}"
+        return f"{name}[{self.index}]@{self.position}"
 
     def covector(self, run: Run, row: int) -> Covector:
         coder, position = self.coder, run.column(self.position, row)
