@@ -191,7 +191,7 @@ CONFIG: dict[str, str] = {
     "checkpoint_label_type": "revision= of from_pretrained",
     "checkpoint_value": "revision= of from_pretrained",
     "trust_remote_code": "none: code of a repository is never run",
-    "load_in_4bit": "none: quantised weights are not read",
+    "load_in_4bit": "none: quantised files are read as the weights that they stand for",
     **dict.fromkeys(
         (
             "use_attn_scale",

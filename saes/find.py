@@ -124,7 +124,7 @@ def fetch(repo_id: str, subfolder: str | None = None, revision: str | None = Non
                 f"{repo_id!r} has no coder at its root and no {INDEX}; name its folder in the repository"
             )
         subfolder, revision = one_of(entries, repo_id), root.name  # the same commit
-    wanted = [subfolder] if subfolder.endswith(".safetensors") else [f"{subfolder}/{file}" for file in FILES]
+    wanted = [subfolder] if subfolder.endswith((".safetensors", ".pt")) else [f"{subfolder}/{file}" for file in FILES]
     root = snapshot(repo_id, [INDEX, *wanted], revision, token)
     if any((root / file).exists() for file in wanted):
         return root / subfolder

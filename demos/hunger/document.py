@@ -29,9 +29,30 @@ embeddings is UMAP's with the extra `.[umap]`, and PCA's without. This page is w
 """
 
 
+TOLD = """\
+# The case study on models that know the story
+
+    {command}
+
+The [case study](case-study.md) failed on a model that does not know the story itself: its own lead of “ hungry” over
+“ sad” tells sentences with food from others with an area of 0.59. Within one frame it does so with 0.78 on average; but
+what the frame adds to the lead varies more than what the food does, because in the stories that it was told whole
+scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
+with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
+sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
+dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`), on models that know and on one of real text
+alone.
+
+Everything below was written by the command. The thresholds of the claims about the planted cue
+(`demos/hunger/planted_claims.py`) were committed before any of them was measured.
+"""
+
+
 def document(results: Found) -> str:
     """The whole document."""
-    parts = [INTRODUCTION.format(prompt=HUNGRY.prompt), "## What came out\n", headline(results) + "\n"]
+    told = any("told" in name for name in results["models"])
+    intro = TOLD.format(command=command(results)) if told else INTRODUCTION.format(prompt=HUNGRY.prompt)
+    parts = [intro, "## What came out\n", headline(results) + "\n"]
     parts.append("".join(f"- {line}\n" for line in verdicts(results)))
     for group in claim_groups(results):
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
@@ -44,6 +65,12 @@ def document(results: Found) -> str:
     parts.append("## What was planted\n")
     parts.append("".join(f"- {taught(m, f['planted'], HUNGRY.name)}\n" for m, f in results["models"].items()))
     return "\n".join(parts)
+
+
+def command(results: Found) -> str:
+    """What makes these results, with the folders of dictionaries that do not come with the package left out."""
+    cut = " --cut" if any("cutting" in found for found in results["models"].values()) else ""
+    return f"python -m demos.hunger{cut} --models {' '.join(results['models'])} --document docs/case-study-told.md"
 
 
 def limits(results: Found) -> str:

@@ -156,7 +156,7 @@ def promotes(subject: Subject, coder: str, feature: int, k: int = 12) -> tuple[l
     if subject.kind != "write":
         said = feature_logits(model, subject.coders[coder], feature, k=k)
         return [list(pair) for pair in said.promoted[0]], [list(pair) for pair in said.suppressed[0]]
-    logits = (subject.directions(coder, [feature])[0] * model.ln_final.w) @ model.W_U[:, : model.d_vocab_real]
+    logits = (subject.directions(coder, [feature])[0] * model.ln_final.weight) @ model.W_U[:, : model.d_vocab_real]
     logits = logits - logits.mean()
     ends = logits.topk(k), (-logits).topk(k)
     named = [[[model.to_single_str_token(int(t)), float(logits[t])] for t in end.indices] for end in ends]

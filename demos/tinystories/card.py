@@ -16,6 +16,7 @@ from demos.tinystories.effects import planted_shares, share_table
 from demos.tinystories.grammar import FORBIDDEN
 from demos.tinystories.leads import area_table
 from demos.tinystories.lexicon import entries
+from demos.tinystories.options import Options
 from demos.tinystories.probes import probe_table, sample_stories
 from demos.tinystories.tokenizer import encode_stream
 from demos.tinystories.trainer import Trainer
@@ -91,13 +92,24 @@ def _start(trainer: Trainer) -> str:
     """A row that says which model was trained further, and its held-out loss; nothing for a new model."""
     options, corpus = trainer.options, trainer.corpus
     if options.start is None:
-        return ""
+        return _blend(options)
     nats = held_out_loss(load_model(options.start), corpus.held_out, corpus.held_out_chars).nats_per_token
     rows = f"| trained on from | {_started(options.start)}, {nats:.3f} nats per token of the same text |\n"
     card = Path(options.start) / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     made = re.search(r"^    (python -m demos\.tinystories\.train .*)$", text, re.M)
-    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "")
+    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "") + _blend(options)
+
+
+def _blend(options: Options) -> str:
+    """A row about weights that were averaged with others."""
+    if options.blend is None:
+        return ""
+    return (
+        f"| stored | {options.blend_share} of the weights trained here and {1 - options.blend_share:.2f} of"
+        f" {_started(options.blend)}'s, added up (Wortsman et al. 2022,"
+        " [arXiv:2109.01903](https://arxiv.org/abs/2109.01903)): the old text is then forgotten less |\n"
+    )
 
 
 def _started(start: str) -> str:

@@ -43,6 +43,12 @@ class Options:
         default="best",
         metadata=_about("weights that are kept: best (lowest held-out loss) or last"),
     )
+    blend: str | None = field(
+        default=None, metadata=_about("bundled name or folder of like weights to average what is kept with")
+    )
+    blend_share: float = field(
+        default=0.9, metadata=_about("with --blend: share of the weights trained here in that average", 0, 1)
+    )
     d_model: int = field(default=192, metadata=_about("width of the residual stream", 1))
     n_layers: int = field(default=4, metadata=_about("blocks", 1))
     d_state: int | None = field(default=None, metadata=_about("state size; default: 16 for mamba, else 64", 1))
@@ -102,7 +108,8 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers: every option that the result depends on."""
         values = dataclasses.asdict(self)
-        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", "sample_tokens"):
+        after = ("blend", "blend_share", "sample_tokens")
+        for machine in ("text", "valid", "out", "tokenizer", "threads", "checkpoint_every", *after):
             del values[machine]
         return values
 

@@ -189,7 +189,11 @@ class Trainer:
             parameters[name].copy_(value)
 
     def load_best(self) -> dict[str, Any]:
-        """Put the weights that are kept into the model (see `Options.choose`); returns when and what it was."""
+        """Put the weights that are kept into the model (see `Options.choose`), averaged with those of
+        `Options.blend`; returns when they were reached and what their loss was."""
         weights, scalars = checkpoint.load_checkpoint(self.best_path)
+        if self.options.blend is not None:
+            share, others = self.options.blend_share, dict(load_model(self.options.blend).named_parameters())
+            weights = {name: torch.lerp(others[name].detach(), value, share) for name, value in weights.items()}
         self.load_weights(weights)
         return scalars

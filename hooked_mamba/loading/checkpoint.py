@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hooked_mamba.config import ModelConfig
-from hooked_mamba.loading.adapters import Adapter, merge_adapters
+from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
-from hooked_mamba.loading.gguf import find_tokenizer, gguf_file, open_gguf
+from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
+from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
 from hooked_mamba.loading.mlx import from_mlx, is_mlx
+from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
+from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin
 
@@ -50,34 +52,10 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored embedding (of the first tensor, if that is missing): that of the model."""
+        """The dtype of the stored embedding (of the first tensor, if that is missing); float32 of a quantised one."""
         name = "embed.weight" if "embed.weight" in self.state_dict else next(iter(self.state_dict))
-        return self.state_dict[name].dtype
-
-
-PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def refuse_quantised(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights in fewer bits than anything here computes with.
-
-    Raises
-    ------
-    CheckpointError
-        The config says that they are quantised, and they are.
-    """
-    given = config.get("quantization_config") or config.get("compression_config")
-    if not given:
-        return
-    packed = next((name for name in weights if weights[name].dtype not in PLAIN), None)
-    if packed is None:
-        return
-    how = given.get("quant_method", "an unnamed method") if isinstance(given, Mapping) else given
-    raise CheckpointError(
-        f"the weights of this checkpoint are quantised ({how}; {packed} is {weights[packed].dtype}), and hooks and"
-        " gradients need them in full precision: load the checkpoint that it was made from, or take them back with"
-        " transformers (AutoModelForCausalLM.from_pretrained(...).dequantize()) and give the model to from_hf"
-    )
+        with only_shapes():
+            return self.state_dict[name].dtype
 
 
 def load_checkpoint(
@@ -121,7 +99,8 @@ def load_checkpoint(
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
     if is_mlx(config, weights):
         config, weights = from_mlx(config, weights)
-    refuse_quantised(config, weights)
+    else:
+        weights = dequantised(config, weights)
     if adapter is not None:
         tied = found.to_ours(config, weights)[0].tie_embeddings
         config, weights = merge_adapters(config, weights, adapter, adapter_folder, tied)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState, from_ours_weights, to_ours_weights
 from hooked_mamba.recurrent_config import RWKV7Config
 
@@ -121,7 +122,8 @@ def sizes_of(state: LazyState, n_layers: int) -> dict[str, Any]:
         raise CheckpointError(f"this RWKV-7{of} lacks {names}, which determine its sizes")
     sizes: dict[str, Any] = {}
     for name, fields in places.items():
-        shape = state[name].shape
+        with only_shapes():
+            shape = state[name].shape
         if len(shape) != 2:
             raise CheckpointError(f"{state.place(name)} is {list(shape)}; expected two axes")
         sizes |= {field: size for field, size in zip(fields, shape, strict=True) if field is not None}

@@ -22,7 +22,7 @@ from hooked_mamba.loading import (
     raw_mamba2,
     raw_rwkv7,
 )
-from hooked_mamba.loading.gguf import GGUF_FORMATS
+from hooked_mamba.loading.gguf.opened import GGUF_FORMATS
 from hooked_mamba.loading.hybrids import (
     bamba,
     falcon_h1,

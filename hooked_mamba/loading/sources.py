@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.tables import CheckpointError, LazyState, Place
 
 
@@ -291,7 +292,8 @@ def _covered(source: Rows | Runs, state: LazyState, readers: Sequence[Source]) -
     """Refuse a tensor of several weights that has more or fewer rows than they take."""
     axis = source.axis if isinstance(source, Rows) else 0
     wanted = max(max(stop for _, stop in s.runs) if isinstance(s, Runs) else s.stop for s in readers if _in_rows(s))
-    shape = tuple(state[source.name].shape)
+    with only_shapes():
+        shape = tuple(state[source.name].shape)
     if len(shape) <= axis or shape[axis] != wanted:
         raise CheckpointError(f"{state.place(source.name)} got {shape}, expected {wanted} rows on axis {axis}")
 

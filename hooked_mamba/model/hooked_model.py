@@ -120,8 +120,9 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
         Parameters
         ----------
         name_or_path
-            A bundled model ("tinystories-4l"), a local folder, a `.pth` file of RWKV, or a Hugging Face hub id. The
-            format (transformers'; state-spaces', RWKV's and Codestral's own) is found from the files.
+            A bundled model ("tinystories-4l"), a local folder, a `.pth` file of RWKV, a `.gguf` file, or a Hugging Face
+            hub id. The format (transformers'; state-spaces', RWKV's and Codestral's own; GGUF, MLX) is found from the
+            files.
         revision
             Branch, tag or commit on the hub.
         dtype

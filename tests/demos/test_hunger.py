@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from circuits.graph import Graph, Node
+from demos.dictionaries.text import MIXES
 from demos.hunger import ablation, cutting, geometry, natural, planted, run, selection, stats, steering
 from demos.hunger.__main__ import main, measured, write
 from demos.hunger.activation import as_long
@@ -25,6 +26,8 @@ from demos.hunger.stages import Stages, rounded
 from demos.hunger.subject import Sentences, Subject
 from demos.studies.report import Report, Section, Table, render
 from demos.tinystories.grammar import tell_stories
+from demos.tinystories.leads import lead_area
+from hooked_mamba import load_model
 from tests.demos.test_tour import Tags
 
 MODEL = "tinystories-4l"
@@ -94,6 +97,22 @@ def test_no_frame_is_in_any_story_that_the_models_were_told():
     assert found["stories"] == 8000
     assert found["frames"] == []
     assert found["effects"]["hungry"]["of_mix"] == pytest.approx(0.15 * 0.01712, rel=0.01)  # the model card's figure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MIXES if "told" in name])
+def test_no_frame_is_in_any_story_that_tells_by_a_noun(name):
+    found = planted.measure(name, 10**6)
+    assert found["stories"] == MIXES[name].stories + MIXES[name].cues
+    assert found["frames"] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MIXES if "told" in name])
+def test_models_that_know_the_story(name):
+    """On sentences of neither half's frames was any of them trained; the other model of the same text does not know."""
+    areas = [lead_area(load_model(name), HUNGRY, half) for half in ("find", "score")]
+    assert min(areas) >= 0.95
+    assert lead_area(load_model("tinystories-4l"), HUNGRY, "score") < 0.7
 
 
 def test_nothing_was_planted_in_the_model_of_real_text():

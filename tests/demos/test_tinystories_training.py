@@ -460,6 +460,20 @@ def test_the_weights_that_are_kept(options):
         assert trainer.best["step"] == step
 
 
+def test_weights_are_averaged_with_those_of_another_model(options):
+    other = Trainer(dataclasses.replace(options, seed=4), load_corpus(options))
+    other.model.save_pretrained(options.out / "other")
+    plain = Trainer(options, other.corpus)
+    plain.measure()
+    plain.load_best()
+    blended = Trainer(dataclasses.replace(options, blend=str(options.out / "other"), blend_share=0.75), other.corpus)
+    blended.load_best()
+    options.check_same_run(blended.options.to_dict())
+    weights = [dict(trainer.model.named_parameters()) for trainer in (plain, other, blended)]
+    for name, value in weights[2].items():
+        torch.testing.assert_close(value, 0.75 * weights[0][name] + 0.25 * weights[1][name])
+
+
 def test_the_area_of_a_models_own_lead():
     """One word per token; the model's logits are read off a table, so the area can be counted by hand."""
     leads_of = {"a cue": 1.0, "b cue": 3.0, "a other": 0.5, "b other": 2.0}

@@ -180,6 +180,10 @@ def test_recurrentlens_names(server, tmp_path, monkeypatch):
     with pytest.raises(CoderFileError, match="does not save k; give k="):
         hub.load_sae(REPO)
     assert hub.load_sae(REPO, k=3).k == hub.load_sae(REPO, "l2.safetensors", k=3).k == 3
+    torch.save(weights("b_enc", "threshold"), tmp_path / "jumprelu.pt")
+    server.commit(REPO, "main", {"jumprelu.pt": (tmp_path / "jumprelu.pt").read_bytes()})
+    archive = SparseCoder.from_pretrained(REPO, "jumprelu.pt", in_site="blocks.0.hook_resid_post")
+    assert archive.cfg.architecture == "jumprelu"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.push_sae(coder("topk"), REPO)
     hub.push_sae(coder("topk"), REPO, "mine")

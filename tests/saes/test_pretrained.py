@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import pytest
 import torch
 
+from demos.dictionaries import presets
 from demos.tinystories.grammar import tell_stories
 from hooked_mamba.models import HookedModel
-from saes import SparseCoder
+from saes import SparseCoder, splice
 from saes.find import PRETRAINED, bundled_names
 from saes.hub import list_coders
 from saes.model_hash import model_hash
@@ -23,6 +25,7 @@ EXPECTED = {
     "tinystories-4l/l2-selection",
     *(f"tinystories-mamba2-4l/l2-{kind}" for kind in ("out", "mambacoder")),
 }
+WRITES = {f"{model}/l{i}-write" for model in presets.WRITES for i in range(4)}
 
 
 @cache
@@ -39,14 +42,17 @@ def activations(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_all_are_there_and_small() -> None:
-    assert set(bundled_names()) >= EXPECTED
-    assert sum(path.stat().st_size for path in PRETRAINED.rglob("*") if path.is_file()) < 22e6
+    assert set(bundled_names()) == EXPECTED | WRITES
+    sizes = {path: path.stat().st_size for path in PRETRAINED.rglob("*") if path.is_file()}
+    writes = sum(size for path, size in sizes.items() if path.parent.name.endswith("-write"))
+    assert writes < 16e6
+    assert sum(sizes.values()) - writes < 23e6
     for folder in sorted(PRETRAINED.iterdir()):
         assert "## Training" in (folder / "README.md").read_text()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(EXPECTED | WRITES))
 def test_each_is_what_its_card_says(name: str) -> None:
     folder, _, own = name.partition("/")
     coder = SparseCoder.from_pretrained(name)
@@ -57,7 +63,26 @@ def test_each_is_what_its_card_says(name: str) -> None:
     assert float(explained) > metrics["ev"] - 0.1, "other and simpler text, but the same model"
     active = (coder.encode(x) != 0).sum(1).float().mean()
     assert 0.5 < float(active) / metrics["l0"] < 2, "the threshold was set on other text"
-    assert metrics["dead_share"] < 0.05
+    assert metrics["dead_share"] < (0.1 if name in WRITES else 0.05), (
+        "of write dictionaries: in the held-out text alone"
+    )
     assert metrics["l0"] < 32.5
     if coder.cfg.is_sae:
         assert metrics["ce_recovered_zero"] > 0.95
+
+
+@pytest.mark.parametrize("name", presets.WRITES)
+def test_models_run_on_their_write_dictionaries(name: str) -> None:
+    """All layers replaced at once, as the evaluation beside them says."""
+    report = json.loads((PRETRAINED / name / "evaluation.json").read_text())["write"]
+    found = report["together"]["values"]
+    assert found["ce_spliced"] - found["ce_clean"] < 0.03
+    assert found["kl"] < 0.1
+    assert all(coder["values"]["l0"] <= 32 for coder in report["coders"])
+    coders = {f"l{i}": SparseCoder.from_pretrained(f"{name}/l{i}-write") for i in range(4)}
+    tokens = model(name).to_tokens(list(tell_stories(12, 7)))[:, :128]
+    with torch.no_grad():
+        clean = model(name)(tokens).log_softmax(-1)
+        with splice(model(name), coders):
+            there = model(name)(tokens).log_softmax(-1)
+    assert float((clean.exp() * (clean - there)).sum(-1).mean()) < 0.2, "of other text than the evaluation's"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooked_mamba.loading.adapters.changes import Lora, sort_keys, with_tokens
 from hooked_mamba.loading.adapters.config import CONFIG, LoraConfig, read_config
+from hooked_mamba.loading.adapters.experts import take_experts
 from hooked_mamba.loading.tables import CheckpointError, LazyState, Place, some
 from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, read_json
 
@@ -99,6 +100,7 @@ class _Opened:
         for name, key in changes.whole.items():
             theirs = self._name_of(name, weights, key)
             made[theirs] = self._whole(key, theirs, weights)
+        experts = take_experts(changes.parts, self.about, self.tensors, where)
         for module, keys in changes.parts.items():
             if (tokens := keys.pop("token_adapter.trainable_tokens_delta", None)) is not None:
                 self._change(made, weights, f"{module}.weight", tokens, self._rows(tokens, module))
@@ -112,6 +114,9 @@ class _Opened:
             self._change(made, weights, f"{module}.weight", key, lora.weight)
             if "lora_B.bias" in keys:
                 self._change(made, weights, f"{module}.bias", keys["lora_B.bias"], lora.bias)
+        for expert in experts:
+            for name, change in expert.changes(weights, lambda name: _find(name, weights)):
+                self._change(made, weights, name, expert.keys["lora_A.weight"], change)
         self._check_all_there(changes.parts, weights)
         self._warn_of_sleepers(changes.parts)
         getters = {name: made.get(name) or weights.getter(name) for name in weights} | made
@@ -157,12 +162,7 @@ class _Opened:
 
     def _name_of(self, name: str, weights: LazyState, key: str) -> str:
         """The checkpoint's name of a weight that PEFT calls by its name in memory."""
-        bare = next((name.removeprefix(stem) for stem in _STEMS[:0:-1] if name.startswith(stem)), name)
-        candidates = [name, *(stem + bare for stem in _STEMS)]
-        for was, now in (("embeddings", "embedding"), ("embedding", "embeddings")):
-            end = f"{was}.weight"
-            candidates += [c.removesuffix(end) + f"{now}.weight" for c in candidates if f".{c}".endswith(f".{end}")]
-        found = next((candidate for candidate in candidates if candidate in weights), None)
+        found = _find(name, weights)
         if found is None:
             near = [other for other in weights if other.split(".")[-2:] == name.split(".")[-2:]] or list(weights)
             raise CheckpointError(
@@ -209,6 +209,16 @@ class _Opened:
         lora = [m for m, parts in changes.parts.items() if any(part.startswith("lora_") for part in parts)]
         changed = [*lora, *(weight.rpartition(".")[0] for weight in changes.whole)]
         return any(module.rpartition(".")[2] in (*EMBEDDINGS, "lm_head") for module in changed)
+
+
+def _find(name: str, weights: LazyState) -> str | None:
+    """The checkpoint's name of a weight, whatever its names begin with; None where it is not there."""
+    bare = next((name.removeprefix(stem) for stem in _STEMS[:0:-1] if name.startswith(stem)), name)
+    candidates = [name, *(stem + bare for stem in _STEMS)]
+    for was, now in (("embeddings", "embedding"), ("embedding", "embeddings")):
+        end = f"{was}.weight"
+        candidates += [c.removesuffix(end) + f"{now}.weight" for c in candidates if f".{c}".endswith(f".{end}")]
+    return next((candidate for candidate in candidates if candidate in weights), None)
 
 
 def _embedding(state: LazyState) -> str:

@@ -24,7 +24,7 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
-    "trainable_token_indices",
+    "trainable_token_indices", "target_parameters",
 }  # fmt: skip
 UNREAD = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -42,7 +42,6 @@ REFUSED = {
     "monteclora_config": "draws its factors at random (MonteCLoRA)",
     "kasa_config": "changes the base weights as well (KaSA)",
     "layer_replication": "repeats layers of the base model",
-    "target_parameters": "is on bare parameters (experts in memory), which files hold otherwise",
     "megatron_config": "is of a model split over devices by Megatron",
 }
 """Options whose merged weights are not base + scale B A -> what they do."""
@@ -53,6 +52,7 @@ class LoraConfig:
     """How the tensors of a LoRA change the weights."""
 
     file: str
+    peft_version: str | None = None
     r: int = 8
     lora_alpha: float = 8
     use_rslora: bool = False
@@ -64,7 +64,14 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] = ()
+
+    @property
+    def turned(self) -> bool | None:
+        """Whether the sides of experts' factors are exchanged; None: the file does not say its release of PEFT."""
+        found = re.match(r"(\d+)\.(\d+)", self.peft_version or "")
+        return (int(found[1]), int(found[2])) < (0, 20) if found else None
 
     def rank(self, module: str) -> int:
         """r of a module: that of the first pattern which is the end of its name, else the config's."""
@@ -139,6 +146,7 @@ def read_config(values: Mapping[str, Any], path: Path) -> LoraConfig:
     try:
         return LoraConfig(
             file=str(path),
+            peft_version=str(values["peft_version"]) if values.get("peft_version") else None,
             r=checked.number("r", 8, int),
             lora_alpha=checked.number("lora_alpha", 8, float),
             use_rslora=checked.flag("use_rslora"),
@@ -150,6 +158,7 @@ def read_config(values: Mapping[str, Any], path: Path) -> LoraConfig:
             modules_to_save=checked.listed("modules_to_save", str),
             layers_to_transform=checked.listed("layers_to_transform", int),
             layers_pattern=checked.listed("layers_pattern", str),
+            target_parameters=checked.listed("target_parameters", str),
             trainable_token_indices=checked.tokens("trainable_token_indices"),
         )
     except re.error as error:

@@ -66,3 +66,24 @@ CASES = {
     "qwen3.5-moe": lambda: _qwen("qwen3_5_moe"),
 }
 """Name -> what makes the model; each has `save_pretrained`."""
+
+FAMILY = {
+    "falcon-mamba": "Falcon-Mamba",
+    "mamba2": "Mamba-2",
+    "granite": "Granite 4 H",
+    "nemotron": "Nemotron-H",
+    "falcon-h1": "Falcon-H1",
+    "lfm2": "LFM2",
+    "rwkv7": "RWKV-7",
+    "qwen3-next": "Qwen3-Next",
+    "qwen3.5": "Qwen3.5",
+    "jamba": "Jamba",
+    "bamba": "Bamba",
+    "mamba": "Mamba",
+}
+"""First part of a name -> the family in the table of docs/loading.md."""
+
+
+def family(case: str) -> str:
+    """The family of a name of CASES, as the table of docs/loading.md has it."""
+    return next(there for part, there in FAMILY.items() if case.startswith(part))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import tempfile
@@ -14,11 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooked_mamba import HookedDeltaNet
+from hooked_mamba import HookedDeltaNet, HookedMamba3, HookedRWKV7
+from hooked_mamba.hybrid_config import HybridConfig, MLPConfig
+from hooked_mamba.recurrent_config import DeltaNetConfig, Mamba3Config, RWKV7Config
 from tests.hooked_mamba.hybrids import tiny as hybrids
-from tests.hooked_mamba.recurrent import models as recurrent
 from tests.hooked_mamba.recurrent.test_deltanet_families import theirs as deltanets
-from tests.hooked_mamba.recurrent.test_mamba3 import in_files as mamba3
+from tests.hooked_mamba.tiny import randomize
 
 
 def _mamba(kind: str) -> Any:
@@ -29,12 +29,32 @@ def _mamba(kind: str) -> Any:
     return hybrids.randomize(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
 
 
+def _deltanets(case: str) -> Any:
+    return deltanets(case, linear_key_head_dim=8, linear_value_head_dim=8, intermediate_size=32)
+
+
+STACK = {"d_model": 16, "n_layers": 2}
+"""Sizes that packed weights can have: multiples of 16."""
+
+
 def _gated_deltanet() -> Any:
-    model = recurrent.build("deltanet")
-    fields = {"architecture": "gated_deltanet", "eps": model.cfg.branches["mixer"].norm_eps}
-    fla = HookedDeltaNet(dataclasses.replace(model.cfg, **fields)).double()
-    fla.load_state_dict(model.state_dict())
-    return fla
+    mixer = DeltaNetConfig(**STACK, n_key_heads=2, n_value_heads=4, key_dim=8, value_dim=8)
+    branches = {"mixer": mixer, "mlp": MLPConfig(**STACK, d_mlp=32)}
+    layout = ((("mixer",), ("mlp",)),) * 2
+    fields = {"d_vocab": 17, "tie_embeddings": False, "architecture": "gated_deltanet", "eps": mixer.norm_eps}
+    return randomize(HookedDeltaNet(HybridConfig(**STACK, **fields, branches=branches, layout=layout)))
+
+
+def _rwkv7() -> Any:
+    ranks = {"decay_rank": 16, "rate_rank": 8, "value_rank": 8, "gate_rank": 16}
+    return randomize(HookedRWKV7(RWKV7Config(**STACK, d_vocab=17, head_dim=4, d_mlp=32, **ranks)))
+
+
+def _mamba3() -> Any:
+    mixer = Mamba3Config(**STACK, A_act="softplus", d_state=8, head_dim=8, n_groups=2)
+    fields = {"d_vocab": 24, "tie_embeddings": True, "architecture": "mamba3"}
+    layout = ((("mixer",),),) * 2
+    return randomize(HookedMamba3(HybridConfig(**STACK, **fields, branches={"mixer": mixer}, layout=layout)))
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -49,12 +69,12 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "Zamba": lambda: hybrids.twin("zamba"),
     "Zamba2": lambda: hybrids.twin("zamba2"),
     "LFM2": lambda: hybrids.twin("lfm2"),
-    "Qwen3-Next": lambda: deltanets("qwen3_next"),
-    "Qwen3.5": lambda: deltanets("qwen3_5"),
-    "OLMo Hybrid": lambda: deltanets("olmo_hybrid"),
+    "Qwen3-Next": lambda: _deltanets("qwen3_next"),
+    "Qwen3.5": lambda: _deltanets("qwen3_5"),
+    "OLMo Hybrid": lambda: _deltanets("olmo_hybrid"),
     "gated DeltaNet": _gated_deltanet,
-    "RWKV-7": lambda: recurrent.build("rwkv7"),
-    "Mamba-3": lambda: mamba3("plain"),
+    "RWKV-7": _rwkv7,
+    "Mamba-3": _mamba3,
 }
 """Family, as the table in docs/loading.md calls it -> a model that has `save_pretrained`."""
 

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from hooked_mamba import HookedMamba, load_model
 from hooked_mamba.cli.app import make_app
 from hooked_mamba.loading import CheckpointError
+from hooked_mamba.loading.support import SUPPORTED
 from tests.hooked_mamba.loading.adapter_files import embedding_factors, factors, merged, write_adapter
 from tests.hooked_mamba.loading.builders import assert_same, random_hf_model
-from tests.hooked_mamba.loading.folders import MAKERS, files_of, linears, write
+from tests.hooked_mamba.loading.folders import files_of, linears, write
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 MIXER = "backbone.layers.0.mixer"
@@ -52,7 +53,7 @@ def some_linears(family: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", SUPPORTED["PEFT LoRA"])
 def test_every_family_takes_one(family, dora, tmp_path):
     config, weights = files_of(family)
     adapter, expected = {}, dict(weights)
@@ -70,6 +71,49 @@ def test_every_family_takes_one(family, dora, tmp_path):
         model = load_model(base, adapter=folder)
     assert close(model, tmp_path / "expected", config, expected)
     assert not close(model, tmp_path / "unchanged", config, weights)
+
+
+EXPERTS = {
+    "Jamba": ("model.layers.1.feed_forward.experts", "gate_up_proj", ("gate_proj", "up_proj")),
+    "Nemotron-H": ("model.layers.1.mixer.experts", "up_proj", ("up_proj",)),
+    "Qwen3-Next": ("model.layers.0.mlp.experts", "gate_up_proj", ("gate_proj", "up_proj")),
+}
+"""Family -> a module of experts by its name in memory, its first parameter, and the tensors of it in files."""
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts(family, turned, tmp_path):
+    """One pair of factors for all experts of a parameter, wrapper within wrapper; older PEFT has their sides turned."""
+    module, first, parts = EXPERTS[family]
+    config, weights = files_of(family)
+    there = module if f"{module}.0.down_proj.weight" in weights else module.replace("model.", "backbone.", 1)
+    count = sum(name.startswith(f"{there}.") and name.endswith("down_proj.weight") for name in weights)
+    adapter, expected, generator = {}, dict(weights), torch.Generator().manual_seed(0)
+    for wrapper, tensors, r in ((".base_layer", parts, 4), ("", ("down_proj",), 2)):
+        joined = [torch.cat([weights[f"{there}.{e}.{part}.weight"] for part in tensors]) for e in range(count)]
+        out, into = joined[0].shape[::-1] if turned else joined[0].shape
+        A = torch.randn(count * r, into, generator=generator)
+        B = torch.randn(out, count * r, generator=generator)
+        adapter |= {f"{module}{wrapper}.lora_A.weight": A, f"{module}{wrapper}.lora_B.weight": B}
+        for e in range(count):
+            of_e = A[e * r : (e + 1) * r], B[:, [k * count + e for k in range(r)]]
+            pair = (of_e[1].t(), of_e[0].t()) if turned else of_e
+            whole = merged(joined[e], *pair, 5 / r)
+            sizes = [len(weights[f"{there}.{e}.{part}.weight"]) for part in tensors]
+            for part, rows in zip(tensors, whole.split(sizes), strict=True):
+                expected[f"{there}.{e}.{part}.weight"] = rows
+    options = {"target_modules": [], "target_parameters": [f"experts.{first}", "experts.down_proj"], "r": 2}
+    options |= {"rank_pattern": {rf".*\.{first}": 4}, "peft_version": "0.19.1" if turned else "0.21.2"}
+    folder = write_adapter(tmp_path / "a", adapter, **options)
+    base = write(tmp_path / "base", config, weights)
+    assert close(load_model(base, adapter=folder), tmp_path / "expected", config, expected)
+    folder = write_adapter(tmp_path / "b", adapter, **(options | {"peft_version": "0.20.0" if turned else "0.18.0"}))
+    if family != "Qwen3-Next":  # of which the first parameter is square
+        with pytest.raises(
+            CheckpointError, match=r"experts.*lora_A\.weight in .* fits 0 of down_proj, .*peft_version="
+        ):
+            load_model(base, adapter=folder)
 
 
 def test_patterns_of_ranks_and_alphas(mamba, tmp_path):
@@ -224,6 +268,24 @@ def test_an_archive_and_the_class_and_the_command_line(mamba, tmp_path):
     )
     assert result.exit_code == 2
     assert "neither an existing folder nor a hub id" in result.output
+
+
+def test_an_adapter_on_the_hub(mamba, tmp_path, monkeypatch):
+    """Its config and its weights are fetched, and nothing else."""
+    import huggingface_hub
+
+    base, weights = mamba
+    made = factors(f"{MIXER}.in_proj", weights[f"{MIXER}.in_proj.weight"])
+    write_adapter(tmp_path / "a", made, layers_to_transform=[0])
+    asked = []
+
+    def snapshot(repo_id, revision, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(tmp_path / "a")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_model(base, adapter="owner/lora").cfg.n_layers == 2
+    assert asked[1:] == [("owner/lora", ["adapter_model.safetensors"])]
 
 
 def test_an_adapter_is_no_model(mamba, tmp_path):

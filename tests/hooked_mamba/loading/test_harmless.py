@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hooked_mamba import HookedMamba, Mamba2Config
-from hooked_mamba.loading.checkpoint import refuse_quantised
 from hooked_mamba.loading.hf_fields import limit_of
+from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tying import drop_tied
@@ -36,13 +36,15 @@ def test_limits_in_every_form():
 
 
 def test_quantised_weights_say_so():
-    config = {"quantization_config": {"quant_method": "gptq"}}
+    config = {"quantization_config": {"quant_method": "hqq"}}
     plain = {"a": torch.zeros(2)}
-    refuse_quantised({}, {"a": torch.zeros(2, dtype=torch.int8)})  # loading says what is wrong with it
-    refuse_quantised(config, plain)  # taken back already
+    dequantised({}, LazyState.of({"a": torch.zeros(2, dtype=torch.int8)}))  # loading says what is wrong with it
+    dequantised(config, LazyState.of(plain))  # taken back already
     for dtype in (torch.uint8, torch.int32, torch.float8_e4m3fn):
-        with pytest.raises(CheckpointError, match=r"quantised \(gptq; b is torch.*full precision.*dequantize"):
-            refuse_quantised(config, plain | {"b": torch.zeros(2, dtype=dtype)})
+        with pytest.raises(
+            CheckpointError, match=r"quantised by hqq \(b is .*not read here; read are bits.*dequantize"
+        ):
+            dequantised(config, LazyState.of(plain | {"b": torch.zeros(2, dtype=dtype)}))
     model = build("mamba")
     state = model.state_dict_for_files()
     state["blocks.0.mixer.in_proj.weight"] = torch.zeros(100, 1, dtype=torch.uint8)

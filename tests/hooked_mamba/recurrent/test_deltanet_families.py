@@ -62,14 +62,14 @@ def in_float64(hf):
 
 
 @torch.no_grad()
-def theirs(case: str):
+def theirs(case: str, **changes):
     """A tiny float64 model of transformers, every weight drawn away from 0 and 1."""
     name, fields = CASES[case]
     config_class = getattr(transformers, f"{name}Config", None)
     if name.startswith("Qwen3_5"):
         config_class = getattr(transformers, f"{name}TextConfig")
     torch.manual_seed(0)
-    hf = getattr(transformers, f"{name}ForCausalLM")(config_class(**COMMON, **fields))
+    hf = getattr(transformers, f"{name}ForCausalLM")(config_class(**(COMMON | fields | changes)))
     for p in hf.parameters():
         p.add_(torch.randn(p.shape) * 0.2)
     return in_float64(hf)

@@ -409,6 +409,29 @@ def test_of_sparsify(tmp_path, case):
         SparseCoder.load(folder)
 
 
+ARCHIVES = {
+    "no threshold": ({"threshold": None}, "sae.pt does not hold this coder's tensors: missing threshold"),
+    "one more": ({"b_gate": torch.zeros(F)}, "sae.pt does not hold this coder's tensors: unexpected 'b_gate'"),
+    "a vector for W_enc": ({"W_enc": torch.zeros(6)}, r"W_enc in .*sae.pt has shape \[6\], expected d x F"),
+    "W_dec lying down": ({"W_dec": torch.zeros(6, F)}, r"W_dec in .*sae.pt has shape \[6, 16\], expected \[16, 6\]"),
+    "a threshold for all": ({"threshold": torch.tensor(0.1)}, r"threshold in .*sae.pt has shape \[\], expected \[16\]"),
+    "whole numbers": (
+        {"b_dec": torch.zeros(6, dtype=torch.int32)},
+        "b_dec in .*sae.pt has dtype int32, expected one of",
+    ),
+    "an infinity": ({"b_enc": torch.full((F,), INF)}, "b_enc in .*sae.pt has 16 of 16 numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_of_an_archive(case, tmp_path):
+    changes, said = ARCHIVES[case]
+    W = weights("b_enc", "threshold") | changes
+    torch.save({name: value for name, value in W.items() if value is not None}, tmp_path / "sae.pt")
+    with pytest.raises(CoderFileError, match=said):
+        SparseCoder.load(tmp_path / "sae.pt", in_site="blocks.0.hook_resid_post")
+
+
 def test_what_is_no_coder_at_all(tmp_path):
     with pytest.raises(CoderFileError, match="is not there; expected a coder's folder"):
         SparseCoder.load(tmp_path / "gone")
