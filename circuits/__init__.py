@@ -1,6 +1,6 @@
-"""Exact attribution and circuits: what a logit or a feature is made of, traced through frozen state-space models.
+"""Exact attribution and circuits: contributions to a logit or a feature, traced through frozen state-space models.
 
-Its names stand in `__init__.pyi`.
+Public names are in `__init__.pyi`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a number came from: embeddings, heads, features, biases, errors, which sum to it.
+"""Contributions to a number: of embeddings, heads, features, biases and errors, which sum to it.
 
 Every target is a covector on some stream (`circuits.targets`), and all go down together (`circuits.descent`), `batch`
 of them at a time; memory is linear in the length.
@@ -31,10 +31,10 @@ from saes.sparse import Codes
 
 @dataclass(kw_only=True)
 class Attribution(Parts):
-    """What each target is made of. n = targets x rows, all rows of a target together.
+    """Contributions to each target. n = targets x rows, all rows of a target together.
 
     Embeddings, features, biases, errors, initial state and offsets sum to the targets; `residual` is what rounding
-    leaves. Heads are another cut through the same paths: what passes through a layer's channels.
+    leaves. Heads divide the same paths another way: by the channels of a layer that they pass through.
     """
 
     labels: list[str]
@@ -61,7 +61,7 @@ class Attribution(Parts):
 
     @property
     def size(self) -> Float[Tensor, " n"]:
-        """The sum of all parts without their signs: what rounding is measured by."""
+        """The sum of absolute contributions: the scale against which rounding is measured."""
         parts = [self.target.abs(), self.embeddings.abs().sum(1), self.offset.abs()]
         parts += [value.abs().flatten(1).sum(1) for value in self._summed()]
         ends = (*self.coder_biases.values(), *self.biases.values(), *self.initial.values())
@@ -100,7 +100,7 @@ def attribute(
     unexplained: Literal["refuse", "keep"] = "refuse",
     **run: Any,
 ) -> Attribution:
-    """Take targets apart, exactly, with norms, gates and selection held at the prompt's run.
+    """Decompose targets exactly, with norms, gates and selection frozen at their values in the run.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
 """From a frozen run to a graph, within budgets.
 
-1. The targets are traced once, all paths through. Of branches that no coder replaces, the units with the largest
+1. The targets are traced once, along all paths. Of branches that no coder replaces, the units with the largest
    effects become nodes, "heads": channels of mixers and attention heads at their sources, neurons, experts. All others
-   stay part of the paths that pass them, so that sums are kept.
+   remain part of the paths through them, so that sums are preserved.
 2. The targets are traced again, paths now ending at these heads; so are the heads.
-3. Of the features that have been found, those with the largest influence are traced, a batch at a time, until the
-   budget is spent. What the others add is reported as each row's remainder.
+3. The features found with the largest influence are traced, a batch at a time, until the budget is spent. What the
+   others add is reported as each row's remainder.
 """
 
 from __future__ import annotations

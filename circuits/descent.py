@@ -1,11 +1,11 @@
-"""Covectors on their way down the frozen model.
+"""Covectors propagated down the frozen model.
 
-1. From the last layer down, and in each from its last stage down, the targets that start there join; V is the covector
-   on the stream above.
+1. From the last layer down, and in each layer from its last stage down, targets that start there join; V is the
+   covector on the stream above.
 2. Each branch's share is read off: channels, or features and error.
 3. V' = V + what passes through the frozen branches is the covector on the stream below. Through a branch whose output
    (or whose write into memory) a coder replaces, nothing passes: paths end at its features.
-4. At the bottom V meets the embeddings.
+4. At the bottom V is multiplied with the embeddings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def depth(covector: Covector) -> int:
 
 
 class Descent:
-    """Some covectors, going down at once.
+    """Some covectors, propagated down together.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class Descent:
         self.parts = Parts(embeddings=frozen.resid(0).new_zeros(len(covectors), frozen.length))
 
     def run(self) -> Parts:
-        """What the targets are made of."""
+        """Contributions to the targets."""
         frozen, V = self.frozen, self.start()
         for layer in range(self.top, frozen.n_layers):
             for part in frozen.parts(layer):

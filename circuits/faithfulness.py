@@ -1,6 +1,6 @@
-"""Does the circuit do what the graph says? Four checks by intervening, with their controls.
+"""Does the circuit do what the graph says? Four checks by intervention, with controls.
 
-(a) on the frozen model, taking one node away changes every other by its edge;
+(a) on the frozen model, removing one node changes every other by its edge;
 (b) with everything outside the circuit ablated (errors too), how much of the metric is recovered, beside random
     circuits and circuits by gradient times activation with as many nodes;
 (c) turning the circuit's features up, beside features of like norm and frequency drawn at random;
@@ -45,7 +45,7 @@ class Recovery:
 
     @property
     def verdict(self) -> str:
-        """In plain words, whether the circuit is nearer to all of the metric than as many nodes of the baselines."""
+        """In plain words, whether the circuit recovers the metric better than as many nodes of the baselines."""
         mine, theirs = abs(1 - self.circuit), abs(1 - self.gradient)
         if self.random and mine >= min(abs(1 - share) for share in self.random):
             return "no better than random nodes"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from circuits.graph import KINDS, Graph, Node
 from circuits.influence import influence, scores
-from saes.durable import write_file
+from hooked_mamba.durable import write_file
 
 FORMAT = 1
 """Of graph.json."""
@@ -68,7 +68,7 @@ def load_graph(folder: str | Path) -> Graph:
     FileNotFoundError
         A file is missing.
     ValueError
-        A file is damaged or says what cannot be; says which and what.
+        A file is damaged or inconsistent; says which and how.
     """
     folder = Path(folder)
     for name in ("graph.json", "weights.safetensors"):
@@ -88,7 +88,7 @@ def graph_of(about: Any, tensors: Mapping[str, Tensor], folder: Path) -> Graph:
     Raises
     ------
     ValueError
-        It says what cannot be; says which and what.
+        The parts are inconsistent; says which and how.
     """
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__

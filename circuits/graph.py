@@ -1,7 +1,7 @@
-"""A circuit as a graph: who adds how much to whom, directly, at one prompt.
+"""A circuit as a graph: the direct effect of each node on each other one, at one prompt.
 
-Rows of `weights` are targets: weights[i, j] is what node j adds to node i with all other nodes held. A row's sum, with
-its `remainder` (features that are no nodes), is the node's own value, to rounding.
+Rows of `weights` are targets: weights[i, j] is the contribution of node j to node i with all other nodes held. A row's
+sum, with its `remainder` (features that are no nodes), is the node's own value, to rounding.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Node:
 
     @property
     def key(self) -> tuple[str, Part, int, int]:
-        """What tells it from all others of a graph: kind, part, position and index."""
+        """What identifies it within a graph: kind, part, position and index."""
         return self.kind, self.part, self.position, self.index
 
 
@@ -140,7 +140,7 @@ class Graph:
         raise KeyError(f"no node {key}; there are {len(same)} of that kind, such as {same[:3]}")
 
     def keep(self, mask: Bool[Tensor, " n"]) -> Graph:
-        """Some of the nodes; what the others added goes into the remainder."""
+        """Some of the nodes; contributions of the others go into the remainder."""
         kept = mask.nonzero()[:, 0].tolist()
         new = {old: i for i, old in enumerate(kept)}
         gone = self.weights[kept][:, ~mask].sum(1)
@@ -155,11 +155,11 @@ class Graph:
         )
 
     def with_supernode(self, name: str, members: Sequence[int]) -> Graph:
-        """Put nodes together under a name."""
+        """Group nodes under a name."""
         return replace(self, supernodes={**self.supernodes, name: tuple(members)})
 
     def renamed(self, names: dict[int, str]) -> Graph:
-        """Call nodes something."""
+        """Give nodes names."""
         nodes = tuple(replace(node, name=names.get(i, node.name)) for i, node in enumerate(self.nodes))
         return replace(self, nodes=nodes)
 

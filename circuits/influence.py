@@ -1,4 +1,4 @@
-"""How much of the targets flows through each node and edge, and what to leave out.
+"""How much of the targets flows through each node and edge, and what to prune.
 
 Ameisen et al. 2025 (Circuit tracing, transformer-circuits.pub): rows of |weights| are normalised to sum to 1, an
 influence is the sum over all paths from a target of the products of these, found by powers of the matrix (the graph
@@ -64,7 +64,7 @@ def _all_the_way_down(arriving: Float[Tensor, " n"], shares: Float[Tensor, "n n"
 def total_effects(graph: Graph, target: int = 0) -> Float[Tensor, " n"]:
     """What each node adds to a target over all paths of the graph, signed; the target's own value at the target.
 
-    A node that something adds to passes the same share of it on: weights are linear in a head's u and in a feature's
+    A node passes on the same share of everything that adds to it: weights are linear in a head's u and in a feature's
     activation, which moves as its pre-activation does. (In gated coders, whose gate alone is traced, that is a first
     approximation.)
 
@@ -116,7 +116,7 @@ def _enough(amounts: Tensor, share: float) -> Tensor:
 
 
 def prune(graph: Graph, nodes: float | int = 0.8, edges: float | int = 0.98) -> Pruned:
-    """Leave out what carries little.
+    """Prune what carries little.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def prune(graph: Graph, nodes: float | int = 0.8, edges: float | int = 0.98) -> 
 
 
 def thin(graph: Graph, edges: float | int = 0.98) -> Graph:
-    """Leave out edges that carry little; all nodes stay, also those that no path of the graph's rule goes through."""
+    """Prune edges that carry little; all nodes stay, also those that no path of the graph's rule goes through."""
     if not 0 < edges <= 1:
         raise ValueError(f"edges must be above 0 and at most 1, got {edges}")
     return _only_edges(graph, _enough(edge_influence(graph), edges))

@@ -33,7 +33,7 @@ def gauss_legendre(steps: int) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class IntegratedGradients:
-    """What each token adds to targets. n = targets x rows, all rows of a target together."""
+    """Contribution of each token to targets. n = targets x rows, all rows of a target together."""
 
     labels: list[str]
     target: Float[Tensor, " n"]
@@ -56,7 +56,7 @@ def integrated_gradients(
     baseline: Float[Tensor, " d"] | None = None,
     steps: int = 32,
 ) -> IntegratedGradients:
-    """Share logits out among the tokens' embeddings, selection, gates and norms included.
+    """Attribute logits to the tokens' embeddings, with selection, gates and norms included.
 
     Many steps are needed where a norm on the way has little to divide by, as those of Falcon-Mamba over few states.
 

@@ -1,4 +1,4 @@
-"""Circuits of many prompts: each extracted on its own, shared among processes, kept as they come.
+"""Circuits of many prompts: each extracted on its own, divided among processes, saved as they are found.
 
 # many.py
 with torchrun():

@@ -1,4 +1,4 @@
-"""What targets are made of, part by part."""
+"""Contributions to targets, part by part."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _in_order(pieces: Sequence[Tensor | None], places: Sequence[Tensor], width: 
 
 
 class Deferred(UserDict[Part, Tensor]):
-    """Heads that are formed when they are first read: what attribution leaves out where memory is short."""
+    """Heads that are formed when they are first read, to save memory."""
 
     def __init__(self, form: Callable[[], Mapping[Part, Tensor]]) -> None:
         self._form = form

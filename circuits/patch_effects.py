@@ -55,7 +55,7 @@ class Split:
 
 @dataclass(frozen=True)
 class PatchEffects:
-    """What having its token at a position, and not another, does to a target: target - target when replaced."""
+    """Effect of a position's token on a target: the target minus its value when the token is replaced."""
 
     label: str
     target: float
@@ -98,7 +98,7 @@ def patch_effects(
     by_layer: bool = False,
     batch: int = 32,
 ) -> PatchEffects:
-    """Replace tokens one at a time and take each effect apart into value, selection and gates, exactly.
+    """Replace tokens one at a time and divide each effect into value, selection and gates, exactly.
 
     Parameters
     ----------
@@ -238,7 +238,7 @@ def _run_like(frozen: FrozenModel, tokens: Int[Tensor, "k l"]) -> FrozenModel:
 def _replay(
     frozen: FrozenModel, replaced: FrozenModel, old: list[Covector], new: list[Covector], at: _Swapped
 ) -> Float[Tensor, " k"]:
-    """The target once more, from embeddings, selections and gates of either run."""
+    """The target recomputed, from embeddings, selections and gates of either run."""
     k = replaced.batch
     own, first = torch.arange(k), torch.zeros(k, dtype=torch.long)
 

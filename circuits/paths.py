@@ -80,7 +80,7 @@ def _path(graph: Graph, places: tuple[int, ...]) -> Path:
 
 
 def greedy_path(graph: Graph, target: int = 0) -> Path:
-    """From the target always on to the node that adds most, in absolute size."""
+    """From the target, always to the node with the largest contribution in absolute size."""
     edges = _edges(graph)
     places = [_target(graph, target)]
     while edges[places[-1]]:

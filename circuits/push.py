@@ -1,4 +1,4 @@
-"""Interventions on the frozen model, forwards: what changes from outside make of everything above them.
+"""Interventions on the frozen model, forwards: how changes from outside propagate to everything above them.
 
 This is the check of a graph from the other side: rows of the graph come from covectors pulled back, these changes
 from vectors pushed forward. On the frozen model the two agree to rounding; on the real one nothing is promised.
@@ -185,7 +185,7 @@ class Pushed:
 def frozen_changes(
     frozen: FrozenModel, graph: Graph, targets: Target | Sequence[Any], nodes: Sequence[int]
 ) -> Float[Tensor, "k n"]:
-    """How all nodes of a graph change when each of `nodes` alone is taken away and the others hold.
+    """How all nodes of a graph change when each of `nodes` alone is removed and the others are held.
 
     Parameters
     ----------
@@ -207,7 +207,7 @@ def frozen_changes(
     Raises
     ------
     ValueError
-        A node that cannot be taken away: a target, biases, the initial state.
+        A node that cannot be removed: a target, biases, the initial state.
     """
     removed = [graph.nodes[i] for i in nodes]
     for node in removed:
@@ -237,7 +237,7 @@ def held_heads(frozen: FrozenModel, graph: Graph) -> dict[Part, Float[Tensor, "l
 
 
 def _without_each(frozen: FrozenModel, removed: Sequence[Node], held: dict[Part, Tensor]) -> Changes:
-    """One intervention for each node: it alone is taken away."""
+    """One intervention for each node: it alone is removed."""
     k, bottom = len(removed), frozen.resid(0)
     changes = Changes(torch.zeros(k, dtype=torch.long, device=frozen.tokens.device), held=held)
     empty = bottom.new_zeros(k, *bottom.shape[1:])

@@ -6,9 +6,9 @@ half      the gate's product is shared evenly by its two factors, y and z, with 
 shares    the scan's product C B u is shared by its factors in given parts that sum to 1; dt and the gate are held
 gradient  nothing is held: the first-order effect of everything, final norm included
 
-The first three sum to the target. A gradient does not: what a straight line misses is left over. All but the first are
-gradients of the model's own branch, run once more on the stream that entered it, in which hooks replace what is held
-by its value; hooks that the run had inside the branch must still be there.
+The first three sum to the target. A gradient does not: a remainder is left, since the model is not linear. All but the
+first are gradients of the model's own branch, run once more on the stream that entered it, in which hooks replace what
+is held by its value; hooks that the run had inside the branch must still be there.
 """
 
 from __future__ import annotations

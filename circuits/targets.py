@@ -91,7 +91,7 @@ def chosen_targets(targets: Target | Sequence[Any]) -> list[Target]:
     ValueError
         There is none.
     TypeError
-        Something else than a target is among them.
+        One of them is not a target.
     """
     found = [targets] if isinstance(targets, Target) else list(targets)
     if not found:

@@ -1,7 +1,7 @@
-"""Paths found step by step, every head a node: no graph is built, and no head is chosen beforehand.
+"""Paths found step by step, with every head a node: no graph is built, and no head is chosen beforehand.
 
 1. A target's covector goes one step down: all that adds to it directly is scored, in one pass for all paths that are
-   being followed. A head takes what it gets and passes nothing on.
+   being followed. A head receives what reaches it and passes nothing on.
 2. The k largest over all these paths are kept. Each kept head or feature hands down its own covector, scaled so that
    every number on a path is what the target gets along it.
 3. So on: paths of one edge, of two, ...

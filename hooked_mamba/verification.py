@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba.loading import load_checkpoint
+from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.models import load_model
 
@@ -127,7 +128,8 @@ def verify(
         if dtype not in BOUNDS:
             raise ValueError(f"dtypes must be of {', '.join(BOUNDS)}, got {dtype!r}")
     checkpoint = load_checkpoint(name, revision=revision)
-    numbers = sum(_numel(value) for value in checkpoint.state_dict.values())
+    with only_shapes():
+        numbers = sum(_numel(value) for value in checkpoint.state_dict.values())
     room, comparisons, left_out, n_texts, converted = available_bytes(torch.device(device)), [], {}, 0, False
     for dtype in dtypes:
         needed = numbers * getattr(torch, dtype).itemsize
@@ -139,7 +141,7 @@ def verify(
         ours = _read(model, prompts, repeats)
         del model  # one of the two is in memory at a time
         gc.collect()
-        other = _from_files(checkpoint.folder)
+        other = None if checkpoint.foreign else _from_files(checkpoint.folder)
         converted = other is None
         if other is None:
             other = load_model(name, revision=revision, dtype=dtype).to_hf()

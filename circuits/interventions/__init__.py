@@ -1,4 +1,4 @@
-"""Interventions: what one clicks in a graph, done to the real model or to the frozen one."""
+"""Interventions on the nodes of a graph, in the real model or the frozen one."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from saes.steering import Amount
 
 @dataclass(frozen=True, eq=False)
 class ScaleFeature:
-    """z' = factor z for one latent; what its coder misses stays. 0 takes the latent away."""
+    """z' = factor z for one latent; its coder's error stays. 0 removes the latent."""
 
     coder: SparseCoder = field(repr=False)
     index: int
@@ -36,7 +36,7 @@ class ScaleFeature:
 
 @dataclass(frozen=True, eq=False)
 class SetFeature:
-    """z' = value for one latent, whatever it was; what its coder misses stays."""
+    """z' = value for one latent, whatever it was; its coder's error stays."""
 
     coder: SparseCoder = field(repr=False)
     index: int
@@ -46,7 +46,7 @@ class SetFeature:
 
 @dataclass(frozen=True, eq=False)
 class ScaleError:
-    """What a coder misses, times a factor. 0 leaves what it says."""
+    """A coder's error, times a factor. 0 leaves the reconstruction alone."""
 
     coder: SparseCoder = field(repr=False)
     positions: Columns = None
@@ -63,7 +63,7 @@ class ScaleEmbedding:
 
 @dataclass(frozen=True, eq=False)
 class CutHead:
-    """What some channels of a layer pass on from some sources is not seen by the targets; dt, B and C stay."""
+    """Targets no longer receive what some channels of a layer carry from some sources; dt, B and C stay."""
 
     layer: int
     sources: Columns
@@ -76,7 +76,7 @@ class CutHead:
 
 @dataclass(frozen=True, eq=False)
 class CutTokens:
-    """What some tokens send through the mixers of some layers is not seen by the targets; dt, B and C stay."""
+    """Targets no longer receive what some tokens send through the mixers of some layers; dt, B and C stay."""
 
     sources: Columns
     targets: Columns = None
@@ -86,7 +86,7 @@ class CutTokens:
 
 @dataclass(frozen=True, eq=False)
 class ScaleUnit:
-    """What one unit of a branch passes on from some positions, times a factor. 0 takes it away.
+    """What one unit of a branch passes on from some positions, times a factor. 0 removes it.
 
     An attention head's values of these sources, for all that look at them (the pattern stays); a neuron; an expert (the
     others' weights stay); a channel of a mixer whose value decides nothing else, with all that passes beside the state;

@@ -1,4 +1,4 @@
-"""From nodes of a graph to the edits that take them away."""
+"""From nodes of a graph to the edits that ablate them."""
 
 from __future__ import annotations
 

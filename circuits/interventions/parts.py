@@ -1,4 +1,4 @@
-"""What edits come to inside one layer, for the real and the frozen model alike."""
+"""What edits amount to inside one layer, in the real and the frozen model alike."""
 
 from __future__ import annotations
 

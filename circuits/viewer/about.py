@@ -1,4 +1,4 @@
-"""What is known of a graph's features: for its page, from a text or from the prompt alone."""
+"""What a graph's page shows of its features, from a text or from the prompt alone."""
 
 from __future__ import annotations
 

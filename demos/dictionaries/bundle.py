@@ -23,11 +23,11 @@ import torch
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.evaluation import evaluate
 from saes.hub import push
-from saes.model_hash import model_hash
 from saes.report import Report, Scores
 from saes.store import Capture, DataConfig, Rows, capture_to_memory, rows_of
 from saes.targets import all_streams, read
@@ -46,6 +46,9 @@ KEPT = (
     "kl",
 )
 """Figures that go with a coder; densities and the rest are in the evaluation's file."""
+
+NOBODY = "none"
+"""What `teller` is where no samples were trained on."""
 
 WRITTEN = ("mixer.hook_x", "attn.hook_v")
 """Sites of the values that enter a layer's memory."""
@@ -110,14 +113,19 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
         f" of variance missed, learning rate {stage['state']['finetune']['lr']}"
         for stage in tuned
     )
+    rows = (
+        "The text is the model's own training mix (see its card)."
+        if teller == NOBODY
+        else "Half of the rows are the model's own training mix (see its card), half are stories that"
+        f" {teller} told at temperature 1: text that no model has learnt by heart."
+    )
     return f"""
 ## Training of the write dictionaries
 
 Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}{through}. Half of the rows are the model's own training mix (see its card), half are stories
-that {teller} told at temperature 1: text that no model has learnt by heart. The figures above are of held-out text
+{train["decay"]:.0%}{through}. {rows} The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -179,7 +187,7 @@ def bundle(
     before
         The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
     teller
-        The model whose samples these were trained on; None: their own.
+        The model whose samples these were trained on; None: their own; "none": no samples.
 
     Raises
     ------
@@ -221,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
     parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
-    parser.add_argument("--teller", help="model whose samples those were trained on (default: their own)")
+    parser.add_argument("--teller", help="model whose samples those were trained on, or none (default: their own)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")

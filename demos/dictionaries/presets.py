@@ -51,7 +51,8 @@ KINDS = ("bundled", "writes", "compared")
 """Presets of a model."""
 
 WRITES = {
-    **dict.fromkeys(("tinystories-4l-real", "tinystories-told-4l", "tinystories-told-mamba2-4l"), writes()),
+    "tinystories-4l-real": tuple({**spec, "architecture": "topk", "k": 32} for spec in writes()),
+    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-mamba2-4l"), writes()),
     "tinystories-told-hybrid-4l": writes(attention=(2,)),
 }
 """Bundled model -> its write dictionaries."""

@@ -35,6 +35,8 @@ class Checkpoint:
     format: str
     """A name of :data:`~hooked_mamba.loading.registry.FORMATS`."""
     folder: Path
+    foreign: bool = False
+    """Whether the files are another library's (GGUF, MLX), which transformers does not read as what they are."""
     own_tokenizer: Callable[[], Any] | None = None
     """What makes the tokenizer that the weights' own file holds."""
 
@@ -97,7 +99,8 @@ def load_checkpoint(
     check_family(found.family, family, str(name_or_path))
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
-    if is_mlx(config, weights):
+    foreign = is_mlx(config, weights)
+    if foreign:
         config, weights = from_mlx(config, weights)
     else:
         weights = dequantised(config, weights)
@@ -106,7 +109,7 @@ def load_checkpoint(
         config, weights = merge_adapters(config, weights, adapter, adapter_folder, tied)
     cfg, state = found.to_ours(config, weights)
     folder = place if place.is_dir() else place.parent
-    return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder)
+    return Checkpoint(dataclasses.replace(cfg, model_name=_name(name_or_path)), state, found.name, folder, foreign)
 
 
 def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Checkpoint:
@@ -121,7 +124,7 @@ def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Chec
     except ValueError as error:  # of the config's own checks, which know of no file
         raise CheckpointError(f"{path}: {error}") from None
     cfg = dataclasses.replace(cfg, model_name=_name(name_or_path))
-    return Checkpoint(cfg, state, found.name, path.parent, own_tokenizer=lambda: find_tokenizer(keys))
+    return Checkpoint(cfg, state, found.name, path.parent, foreign=True, own_tokenizer=lambda: find_tokenizer(keys))
 
 
 def _name(name_or_path: str | Path) -> str:

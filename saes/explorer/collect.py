@@ -41,6 +41,7 @@ def collect(
     n_tokens: int | None = None,
     context_length: int = 128,
     pack: bool = True,
+    boundaries: bool = False,
     rows_per_pass: int = 16,
     exclude_tokens: Sequence[int] = (),
     top: int = 20,
@@ -72,8 +73,9 @@ def collect(
         Indices of the features to include, for every dictionary or by its name; None: all.
     n_tokens
         Stop after so many positions; None: at the end of the text. No more rows are read than these need.
-    context_length, pack, rows_per_pass, exclude_tokens
-        How text becomes rows, and which token ids' positions do not count; see `DataConfig`.
+    context_length, pack, boundaries, rows_per_pass, exclude_tokens
+        How text becomes rows, whether documents in a row are read each from an empty memory, and which token ids'
+        positions do not count; see `DataConfig`.
     top, sampled, before, after
         Contexts kept, and tokens shown around their positions; see `Tally`.
     n_words, n_neighbours
@@ -97,7 +99,13 @@ def collect(
     named = named_coders(coders)
     reads = {name: check_fits(coder, model, name)[0] for name, coder in named.items()}
     data = DataConfig(
-        context_length=context_length, pack=pack, rows_per_pass=rows_per_pass, epochs=1, column="text", seed=seed
+        context_length=context_length,
+        pack=pack,
+        boundaries=boundaries,
+        rows_per_pass=rows_per_pass,
+        epochs=1,
+        column="text",
+        seed=seed,
     )
     rows = rows_of(tokens, model, data)
     if n_tokens is None and endless(rows):

@@ -23,6 +23,7 @@ from tests.benchmarks import (
     hybrids,
     loading,
     model,
+    processes,
     rwkv,
     scan,
     states,
@@ -49,6 +50,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Section]] = {
     "attention": analysis.run_long,
     "attribution": attribution.run,
     "graphs": graphs.run,
+    "processes": processes.run,
     "coder": coder_step.run,
 }
 

@@ -91,6 +91,9 @@ def open_gguf(path: Path) -> tuple[str, dict[str, Any], LazyState]:
         A damaged file, an architecture that is not read, or one file of several that belong together.
     """
     header = read_header(path)
+    kind = header.keys.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{path} is of general.type={kind!r}, no whole model; expected 'model'")
     architecture = header.keys.get(ARCHITECTURE)
     if architecture not in GGUF_FORMATS:
         why = REFUSED.get(architecture) if isinstance(architecture, str) else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.mlx_quantised import unpacked
+from hooked_mamba.verification import verify
 from tests.hooked_mamba.loading import mlx_folders
 from tests.hooked_mamba.loading.families import CASES
 
@@ -155,6 +156,13 @@ def test_spoilt_folders(case: str, folders: Callable[[str], Path], tmp_path: Pat
     save_file(state, tmp_path / "mlx" / "model.safetensors")
     with pytest.raises(CheckpointError, match=match):
         load_model(tmp_path / "mlx")
+
+
+def test_verified_against_what_was_read(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers takes such a folder for its own, and stumbles over the convolution."""
+    mlx_folders.convert(folders("mamba"), tmp_path / "mlx")
+    found = verify(str(tmp_path / "mlx"), dtypes=("float32",), repeats=1)
+    assert (found.reference, found.format) == ("converted", "hf_mamba")
 
 
 def test_numbers_of_any_bits() -> None:

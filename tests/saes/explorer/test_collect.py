@@ -142,6 +142,18 @@ def test_padding_and_excluded_tokens_do_not_count():
     assert set(real.tolist()) <= set(range(1, 11))
 
 
+def test_documents_in_one_row_are_read_as_if_alone():
+    model, coder = explored.model(), explored.sae(F=12, k=12)
+    documents = [[1, 5, 9], [2, 3, 4, 6, 7, 8, 1, 2], [10, 5]]
+    apart = collect(model, {"mine": coder}, documents, boundaries=True, **OPTIONS)["mine"]
+    run_on = collect(model, {"mine": coder}, documents, **OPTIONS)["mine"]
+    alone = collect(model, {"mine": coder}, documents, pack=False, **OPTIONS)["mine"]
+    assert apart.n_tokens == run_on.n_tokens == alone.n_tokens == 13
+    torch.testing.assert_close(apart.means, alone.means)
+    assert torch.equal(apart.counts, alone.counts)
+    assert not torch.allclose(run_on.means, alone.means)
+
+
 def test_reading_stops_after_so_many_tokens(case):
     model, coder, _, _, z = case
     data = collect(model, {"mine": coder}, explored.text(), n_tokens=30, **OPTIONS)["mine"]

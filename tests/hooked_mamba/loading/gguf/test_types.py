@@ -51,3 +51,22 @@ def test_without_the_package_plain_files_load_and_quantised_ones_say_what_to_ins
     assert torch.equal(load_model(plain)(torch.arange(5)[None]), expected)
     with pytest.raises(ValueError, match=r"q\.gguf: the tensor .* is quantised.*pip install 'hooked-mamba\[gguf\]'"):
         load_model(quantised)
+
+
+def test_weights_are_taken_over_as_they_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the peak of memory is one copy of the model, whatever the file holds."""
+    from tests.hooked_mamba.loading.gguf.small import mamba_file
+
+    made: list[torch.Tensor] = []
+
+    def watched(tensor: torch.Tensor) -> torch.Tensor:
+        made.append(tensor)
+        return mark(tensor)
+
+    mark = types.fresh
+    monkeypatch.setattr(types, "fresh", watched)
+    model = load_model(mamba_file(tmp_path / "model.gguf", kind="Q8_0"))
+    places = {tensor.data_ptr() for tensor in made}
+    copied = {name for name, p in model.named_parameters() if p.data_ptr() not in places}
+    # In another shape there, computed from what is there, and in float16, as its rows of three are no whole block.
+    assert copied == {f"blocks.0.mixer.{name}" for name in ("conv1d.weight", "A_log", "dt_proj.weight")}
