@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.hooked_mamba.loading.families import CASES
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a name of CASES, saved once."""
+    from tests.hooked_mamba.loading.families import CASES  # not above: types are checked from pytest's start on
+
     made: dict[str, Path] = {}
 
     def folder(case: str) -> Path:
