@@ -71,7 +71,7 @@ def write(results: Found, out: Path) -> None:
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode() + b"\n")
     first = next(iter(results["models"]))
     graph = load_graph(out / first / HUNGRY.name / "graph")
-    drawn = to_circuit_tracer(graph, f"{first}-{HUNGRY.name}")
+    drawn = to_circuit_tracer(graph, f"{first.replace('/', '-')}-{HUNGRY.name}")
     write_atomically(out / "graph.json", json.dumps(drawn, indent=1, allow_nan=False).encode() + b"\n")
     study = results["models"][first]["concepts"][HUNGRY.name]
     for name, plot in {
