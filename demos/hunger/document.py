@@ -40,10 +40,10 @@ what the frame adds to the lead varies more than what the food does, because in 
 scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
 with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
 sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
-dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`), on models that know and on one of real text
-alone.
+dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`) on the model of real text alone, and for write
+dictionaries on a model that knows; no others were trained on it.
 
-Everything below was written by the command. The thresholds of the claims about the planted cue
+Everything below but the reasons was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
 """
 
