@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hooked_mamba.loading.mlx_quantised import dequantised
 from hooked_mamba.loading.tables import CheckpointError, LazyState, Place
 
-__all__ = ["from_mlx", "is_mlx"]
+__all__ = ["from_mlx", "is_mlx", "refuse_folded"]
 
 CONVOLUTIONS = ("conv1d.weight", "conv.conv.weight")
 
@@ -110,6 +111,29 @@ FOLDED = (
     "embedding_multiplier",
     "lm_head_multiplier",
 )
+
+
+def refuse_folded(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a folder for an adapter where weights hold factors that those the adapter was trained on did not.
+
+    Raises
+    ------
+    CheckpointError
+        A Falcon-H1 with a factor other than 1.
+    """
+    names = (*FOLDED, "attention_in_multiplier", "ssm_multipliers", "mlp_multipliers")
+    given = {name: config[name] for name in names if config.get("model_type") == "falcon_h1" and name in config}
+    others = [name for name, value in given.items() if any(one != 1 for one in _numbers(value))]
+    if others:
+        raise CheckpointError(
+            f"{folder} is a Falcon-H1 that mlx-lm converted, whose weights are multiplied by factors ({others[0]}="
+            f"{given[others[0]]!r}), and adapters are trained on weights that are not: give the adapter with the"
+            " checkpoint that the folder was made from"
+        )
+
+
+def _numbers(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _unfolded(
