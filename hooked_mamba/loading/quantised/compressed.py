@@ -91,7 +91,7 @@ def _weight(packed: Packed, keys: Mapping[str, str], scheme: Mapping[str, Any]) 
             if zeros is not None and bool((zeros != 0).any()):
                 raise packed.fault(keys["weight_zero_point"], "has zeros of blocks, which are not read here")
             return times(packed, keys["weight"], values, keys["weight_scale"], scheme["block_structure"])
-        return _grouped(packed, keys, values, zeros)
+        return _grouped(packed, keys, values, zeros, scheme)
 
     return make
 
@@ -117,7 +117,9 @@ def _unpacked(packed: Packed, keys: Mapping[str, str], bits: Any) -> tuple[Tenso
     return values, (unpack(words, bits, 0)[: shape[0]] - half).float()
 
 
-def _grouped(packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Tensor | None) -> Tensor:
+def _grouped(
+    packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Tensor | None, scheme: Mapping[str, Any]
+) -> Tensor:
     """scale (q - z), one a weight, a row, or a group of a row's inputs."""
     scales = packed.scales(keys["weight_scale"])
     if scales.numel() == 1:
@@ -128,6 +130,13 @@ def _grouped(packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Ten
     if scales.shape[0] != rows or into % groups:
         raise packed.fault(
             keys["weight_scale"], f"has shape {tuple(scales.shape)}, expected {rows} rows of groups that divide {into}"
+        )
+    size = {"group": scheme["group_size"], "channel": into}.get(scheme["strategy"])
+    if size is not None and size * groups != into:
+        raise packed.fault(
+            keys["weight_scale"],
+            f"has {groups} groups of {into} inputs, and config.json says strategy={scheme['strategy']!r} with"
+            f" group_size={scheme['group_size']!r}",
         )
     group = torch.arange(into) // (into // groups)
     if packed.has(keys["weight_g_idx"]):

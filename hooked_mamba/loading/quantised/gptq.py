@@ -60,7 +60,10 @@ def _weight(packed: Packed, keys: Mapping[str, str], bits: int, size: int, minus
         if packed.has(keys["g_idx"]):
             group = packed.tensor(keys["g_idx"], [torch.int32, torch.int64], (into,)).long()
         else:
-            group = torch.arange(into) // (into if size == -1 else size)
+            length = into if size == -1 else min(size, into)
+            if groups != -(-into // length):
+                raise packed.fault(keys["scales"], f"has {groups} rows for {into} inputs in groups of {length}")
+            group = torch.arange(into) // length
         if bool((group < 0).any()) or bool((group >= groups).any()):
             where = keys["g_idx"] if packed.has(keys["g_idx"]) else keys["scales"]
             raise packed.fault(where, f"has groups up to {int(group.max())} for {groups} rows of scales")
