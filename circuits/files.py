@@ -21,7 +21,7 @@ from torch import Tensor
 
 from circuits.graph import KINDS, Graph, Node
 from circuits.influence import influence, scores
-from saes.durable import write_file
+from hooked_mamba.durable import write_file
 
 FORMAT = 1
 """Of graph.json."""

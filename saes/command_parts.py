@@ -10,11 +10,11 @@ from typing import Any
 
 import typer
 
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel, load_model
 from hooked_mamba.world import World, local_device, torchrun
 from saes.coder import SparseCoder
 from saes.find import bundled_names, resolve
-from saes.model_hash import model_hash
 from saes.options import OptionError, read_file
 from saes.run_options import RUN
 from saes.store.data import DataConfig, rows_of

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from hooked_mamba.durable import write_file
 from saes.cards import MARK, model_card
 from saes.coder import SparseCoder
-from saes.durable import write_file
 from saes.files import CoderFileError, open_coder, save
 from saes.files.checks import read_object
 from saes.files.save import CONFIG, WEIGHTS, write_files

@@ -23,11 +23,11 @@ import torch
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.evaluation import evaluate
 from saes.hub import push
-from saes.model_hash import model_hash
 from saes.report import Report, Scores
 from saes.store import Capture, DataConfig, Rows, capture_to_memory, rows_of
 from saes.targets import all_streams, read

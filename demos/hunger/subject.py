@@ -16,10 +16,10 @@ from torch import Tensor
 from demos.dictionaries.bundle import WRITTEN
 from demos.hunger.options import Options
 from hooked_mamba import HookedModel, load_model
+from hooked_mamba.model_hash import model_hash
 from saes import SparseCoder
 from saes.find import PRETRAINED
 from saes.hub import list_coders
-from saes.model_hash import model_hash
 from saes.registry import Entry
 
 KINDS = {"block": "MambaCoders of blocks", "write": "write dictionaries", "output": "SAEs of blocks' outputs"}

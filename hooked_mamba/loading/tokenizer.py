@@ -9,6 +9,13 @@ from typing import Any
 from hooked_mamba.loading.tables import CheckpointError
 from hooked_mamba.loading.world_tokenizer import VOCABULARY, WorldTokenizer
 
+PLAIN = "PreTrainedTokenizerFast"
+"""The class, in every release of transformers, whose all is in tokenizer.json."""
+PLAIN_IN_5 = "TokenizersBackend"
+"""What transformers 5 calls it in files; 4 does not know the name."""
+OF_ONE_MACHINE = ("is_local", "local_files_only")
+"""What transformers 5 writes of how a tokenizer was read."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -65,6 +72,19 @@ def _is_plain(folder: Path) -> bool:
     if not said.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
-        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") == "PreTrainedTokenizerFast"
+        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") in (PLAIN, PLAIN_IN_5)
     except (ValueError, AttributeError):
         return False  # transformers says what is wrong
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, under a class that transformers 4 knows as well as 5."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        return  # a tokenizer of another kind
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == PLAIN_IN_5:
+        fields["tokenizer_class"] = PLAIN
+    kept = {name: value for name, value in fields.items() if name not in OF_ONE_MACHINE}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

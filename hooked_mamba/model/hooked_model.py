@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.root import HookedRoot
 from hooked_mamba.hooks.site_name import SiteName
-from hooked_mamba.loading.tokenizer import load_tokenizer
+from hooked_mamba.loading.tokenizer import load_tokenizer, save_tokenizer
 from hooked_mamba.memory import check_cache_fits, keep_freed_memory
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.model.device_map import DeviceMap, placed, plan
@@ -213,7 +214,7 @@ class HookedModel(TextMethods, Inputs, Generation, SharedWeights, HookedRoot, St
             self.state_dict_for_files(),
             format=format,
             dtype=as_dtype(dtype),
-            also=self.tokenizer.save_pretrained if self.tokenizer is not None else None,
+            also=partial(save_tokenizer, self.tokenizer) if self.tokenizer is not None else None,
             float32=loading.float32_names(self),
         )
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 import hooked_mamba
-from saes.durable import write_file
+from hooked_mamba.durable import write_file
 from saes.explorer.data import Contexts, FeatureData, Ranked
 
 CHUNK = 32

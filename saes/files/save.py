@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from saes.durable import sync, write_file
+from hooked_mamba.durable import sync, write_file
 from saes.files.checks import DTYPES, CoderFileError, dtype_name
 from saes.files.own import full_config
 from saes.files.saelens import to_file

@@ -1,6 +1,6 @@
 """Activations for training: captured from a model in one pass, kept in memory or on disk, shuffled, resumable."""
 
-from saes.durable import DiskFullError as DiskFullError
+from hooked_mamba.durable import DiskFullError as DiskFullError
 from saes.store.blocks import Block as Block
 from saes.store.blocks import BlockSource as BlockSource
 from saes.store.blocks import DiskBlocks as DiskBlocks

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from saes.durable import DiskFullError, write_file
+from hooked_mamba.durable import DiskFullError, write_file
 from saes.options import unique_keys
 
 FORMAT = "hooked-mamba activations 1"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
-from saes.model_hash import model_hash
 from saes.store.blocks import Block, BlockSource, ModelBlocks
 from saes.store.capture import Capture
 from saes.store.rows import RowSource, endless

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from saes.durable import room_for, sync, write_through
+from hooked_mamba.durable import room_for, sync, write_through
 from saes.renamed import renamed_in
 from saes.training.world import World
 

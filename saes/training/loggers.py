@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from saes.durable import room_for, write_file
+from hooked_mamba.durable import room_for, write_file
 from saes.options import check_choice
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hooked_mamba.durable import write_file
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel, load_model
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
-from saes.durable import write_file
 from saes.located import locate
-from saes.model_hash import model_hash
 from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
 from saes.renamed import warn_renamed

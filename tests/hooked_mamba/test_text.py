@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hooked_mamba import load_model
 from hooked_mamba.model.text import lm_cross_entropy_loss
 from tests.hooked_mamba.tiny import build, relative
 from tests.kinds import MIXERS
@@ -152,6 +153,20 @@ def test_set_tokenizer(model, tmp_path):
     with pytest.raises(TypeError, match="tokenizer"):
         other.set_tokenizer(None)
     assert model.default_padding_side == "right"
+
+
+def test_saved_tokenizers_are_of_a_class_that_all_versions_know(tmp_path):
+    """transformers 5 writes a class of its own, which 4 does not have, and reads back either."""
+    model = build("mamba")
+    model.set_tokenizer(word_tokenizer())
+    model.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only"} & set(about)
+    assert load_model(tmp_path).to_tokens("the cat sat").tolist() == [[4, 5, 6]]
+    about["tokenizer_class"] = "TokenizersBackend"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    assert load_model(tmp_path).to_tokens("the cat sat").tolist() == [[4, 5, 6]]
 
 
 def test_pieces_of_sentencepiece_keep_their_spaces():

@@ -14,11 +14,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from hooked_mamba import HookedMamba, cli
+from hooked_mamba.model_hash import model_hash
 from saes import SparseCoder, hub, mambacoder_config, sae_config
 from saes.command_parts import coder_folders
 from saes.explorer import explore
 from saes.flags import in_flags
-from saes.model_hash import model_hash
 from saes.options import OptionError
 from saes.run_options import run_options
 from saes.store import ShardReader

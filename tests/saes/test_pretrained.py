@@ -10,11 +10,11 @@ import torch
 
 from demos.dictionaries import presets
 from demos.tinystories.grammar import tell_stories
+from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
 from saes import SparseCoder, splice
 from saes.find import PRETRAINED, bundled_names
 from saes.hub import list_coders
-from saes.model_hash import model_hash
 from saes.store import Capture, DataConfig, capture_to_memory, rows_of
 from saes.targets import all_streams, read
 from saes.training import load_model

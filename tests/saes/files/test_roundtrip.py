@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hooked_mamba.durable import DiskFullError
 from saes import SAE, MambaCoder, SparseCoder
 from saes.config import ARCHITECTURES, NEEDS_K
-from saes.durable import DiskFullError
 from saes.files import CoderFileError, open_coder
 from saes.files.save import write_files
 from tests.saes.coders import activations, coder
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saes.durable.write_through", full)
+    monkeypatch.setattr("hooked_mamba.durable.write_through", full)
     with pytest.raises(DiskFullError, match="no room for"):
         coder("gated").save(folder)
     with pytest.raises(DiskFullError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
-from saes.model_hash import model_hash
+from hooked_mamba.model_hash import model_hash
 from saes.store import Capture, Rows
 
 

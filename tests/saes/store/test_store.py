@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hooked_mamba import HookedMamba, MambaConfig
-from saes import durable
+from hooked_mamba import HookedMamba, MambaConfig, durable
 from saes.store import (
     ActivationStore,
     Capture,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saes import durable
+from hooked_mamba import durable
 from saes.training import ResumeError, World
 from saes.training.checkpoint import load_checkpoint, save_checkpoint, steps_saved
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hooked_mamba import HookedMamba, HookedMamba2, Mamba2Config, MambaConfig
 from hooked_mamba.hooks.names import HookNameError
+from hooked_mamba.model_hash import model_hash
 from saes.config import sae_config
-from saes.model_hash import model_hash
 from saes.naming import default_name
 from saes.options import OptionError
 from saes.store import DataConfig, ShardReader

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hooked_mamba import HookedMamba, MambaConfig
+from hooked_mamba.durable import DiskFullError
 from saes import SAE, sae_config
-from saes.durable import DiskFullError
 from saes.store import ActivationStore, DocumentRows, ListedDocuments
 from saes.store.blocks import ModelBlocks
 from saes.store.capture import Capture
