@@ -155,6 +155,9 @@ def _unfolded(
     ones = dict.fromkeys(FOLDED, 1.0) | {"ssm_multipliers": [1.0] * 5, "mlp_multipliers": [1.0, 1.0]}
     values = [name for name in state if name.endswith("self_attn.v_proj.weight")]
     changed = dict(fields) | {name: one for name, one in ones.items() if name in fields}
+    if "lm_head.weight" not in state:  # the unembedding is the embedding, which holds the embedding's factor
+        both = (float(fields.get(f"{name}_multiplier", 1.0)) for name in ("lm_head", "embedding"))
+        changed["lm_head_multiplier"] = next(both) / next(both)
     return changed | {"attention_in_multiplier": 1.0}, dict.fromkeys(values, lambda weight: weight.double() * into)
 
 

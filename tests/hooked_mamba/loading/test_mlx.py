@@ -17,6 +17,7 @@ from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.mlx_quantised import unpacked
 from hooked_mamba.verification import verify
+from tests.hooked_mamba.hybrids import tiny
 from tests.hooked_mamba.loading import mlx_folders
 from tests.hooked_mamba.loading.adapter_files import factors, write_adapter
 from tests.hooked_mamba.loading.families import CASES
@@ -143,6 +144,15 @@ def test_spoilt_folders(case: str, folders: Callable[[str], Path], tmp_path: Pat
     save_file(state, tmp_path / "mlx" / "model.safetensors")
     with pytest.raises(CheckpointError, match=match):
         load_model(tmp_path / "mlx")
+
+
+def test_factors_where_embeddings_are_one(tmp_path: Path) -> None:
+    """The embedding holds its factor, and so the unembedding does, which had another."""
+    tiny.twin("falcon", tie_word_embeddings=True).save_pretrained(tmp_path / "source")
+    expected = _logits(load_model(tmp_path / "source", dtype="float64"))
+    mlx_folders.convert(tmp_path / "source", tmp_path / "mlx")
+    found = _logits(_read(tmp_path / "mlx"))
+    assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import load_model
+from tests.hooked_mamba.hybrids import tiny
 from tests.hooked_mamba.loading.families import CASES
 from tests.hooked_mamba.loading.gguf import converted
 
@@ -68,3 +69,16 @@ def test_written_as_a_folder_of_transformers(case: str, folders: Callable[[str],
     read = _read(converted.convert(folders(case), tmp_path / "model.gguf"), case)
     read.save_pretrained(tmp_path / "out")
     torch.testing.assert_close(_logits(load_model(tmp_path / "out", dtype="float64")), _logits(read))
+
+
+def test_factors_where_embeddings_are_one(tmp_path: Path) -> None:
+    """One factor of all logits is lost in the file, which is said."""
+    model = tiny.twin("falcon", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    expected = _logits(load_model(tmp_path / "source", dtype="float64"))
+    path = converted.convert(tmp_path / "source", tmp_path / "model.gguf")
+    with pytest.warns(UserWarning, match=r"model\.gguf has no output\.weight: .* embedding_multiplier / lm_head_mult"):
+        found = _logits(load_model(path, dtype="float64"))
+    factor = model.config.embedding_multiplier / model.config.lm_head_multiplier
+    assert abs(factor - 1) > 0.1
+    assert float((found - factor * expected).abs().max()) < 1e-6 * float(found.abs().max())
