@@ -38,7 +38,8 @@ ONE_MORE = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.
 
 def is_mlx(config: Mapping[str, Any], state: LazyState) -> bool:
     """Whether a folder is one of mlx-lm's."""
-    if isinstance(config.get("quantization"), Mapping) or any(".switch_mlp." in name for name in state):
+    packed = isinstance(config.get("quantization"), Mapping) and any(name.endswith(".scales") for name in state)
+    if packed or any(".switch_mlp." in name for name in state):
         return True
     first = next((name for name in state if name.endswith(CONVOLUTIONS)), None)
     if first is not None:

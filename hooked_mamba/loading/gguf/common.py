@@ -164,6 +164,10 @@ def attention(keys: Keys, state: State, stack: Mapping[str, Any], rotary: bool, 
     d_head = keys.count("attention.key_length", d // heads or 1)
     if keys.count("attention.value_length", d_head) != d_head:
         raise keys.fault("attention.value_length", f"{d_head}, the length of keys")
+    queries = next((full for i in range(n) if (full := f"blk.{i}.attn_q.weight") in state), None)
+    rows = shape_of(state, keys, queries, 2)[0] if queries is not None else heads * d_head
+    if heads * d_head > rows:  # before anything is made for each head
+        raise keys.fault("attention.head_count", f"heads of {d_head} that the {rows} rows of {queries} hold")
     fields: dict[str, Any] = {
         "n_heads": heads,
         "n_key_value_heads": _one_number(keys, "attention.head_count_kv", total),

@@ -91,7 +91,7 @@ class Keys:
         if not isinstance(value, np.ndarray | Sequence) or isinstance(value, str) or len(value) != length:
             raise self.fault(name, f"a whole number for each of the {length} layers")
         found = [int(one) for one in value]
-        if min(found, default=0) < 0 or any(not isinstance(one, int | np.integer) for one in value):
+        if not all(0 <= one < 2**31 for one in found) or any(not isinstance(one, int | np.integer) for one in value):
             raise self.fault(name, "whole numbers from 0 on")
         return found
 

@@ -45,7 +45,9 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
 def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How weights are packed: bits, strategy and group size, the same in all groups."""
     groups = settings.get("config_groups") or {}
-    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(g, Mapping) and isinstance(g.get("weights") or {}, Mapping) for g in groups.values()
+    ):
         raise CheckpointError(f"quantization_config in config.json has config_groups={groups!r}, expected objects")
     for form in [settings.get("format"), *(group.get("format") for group in groups.values())]:
         if form not in FORMATS:
@@ -54,7 +56,7 @@ def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f" {', '.join(filter(None, FORMATS))} are read here: load the checkpoint that it was made from"
             )
     sparse = settings.get("sparsity_config") or {}
-    if settings.get("transform_config") or sparse.get("format", "dense") != "dense":
+    if settings.get("transform_config") or not isinstance(sparse, Mapping) or sparse.get("format", "dense") != "dense":
         name = "transform_config" if settings.get("transform_config") else "sparsity_config"
         raise CheckpointError(
             f"quantization_config in config.json has a {name}, by which stored weights are turned or left out, and it"

@@ -30,7 +30,10 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
     bits = setting(settings, ["bits"], (2, 4, 8))
     layout = setting(settings, ["checkpoint_format", "format"], ("gptq", "gptq_v2"), default="gptq")
     size = whole(settings, ["group_size"], default=128)
-    changed = [rule for rule in settings.get("dynamic") or () if not str(rule).startswith("-:")]
+    rules = settings.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise CheckpointError(f"quantization_config in config.json has dynamic={rules!r}, expected rules by module")
+    changed = [rule for rule in rules if not str(rule).startswith("-:")]
     if changed:
         raise CheckpointError(
             f"quantization_config in config.json packs some layers otherwise (dynamic: {changed[0]!r}), and one way for"

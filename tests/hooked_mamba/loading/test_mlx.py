@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_an_adapter_of_the_source(case: str, folders: Callable[[str], Path], tmp
     expected = _logits(load_model(folders(case), adapter=adapter, dtype="float64"))
     found = _logits(load_model(tmp_path / "mlx", adapter=adapter, dtype="float64"))
     assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+
+
+def test_a_word_for_packing_and_nothing_packed(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers' norms are read as such, whatever a config says of its weights."""
+    expected = _logits(load_model(folders("qwen3.5"), dtype="float64"))
+    shutil.copytree(folders("qwen3.5"), tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text()) | {"quantization": {"bits": 4}}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(_logits(load_model(tmp_path / "plain", dtype="float64")), expected)
 
 
 def test_verified_against_what_was_read(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -235,6 +235,11 @@ QUANTISED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "float8 of blocks of text": ("fp8", settings(weight_block_size="16"), r"weight_scale_inv@ is of blocks of '16' by"),
     "float8 of one axis": ("fp8", settings(weight_block_size=[16]), r"weight_scale_inv@ is of blocks of \[16\] by"),
+    "rules that are none": ("GPTQ", settings(dynamic=5), r"has dynamic=5, expected rules by module"),
+    "a group that is none": (
+        "compressed-tensors", settings(config_groups={"g": {"weights": 5}}), r"config_groups=.*, expected objects",
+    ),
+    "sparse in a word": ("compressed-tensors", settings(sparsity_config="x"), r"json has a sparsity_config"),
     "groups of another size": (
         "compressed-tensors",
         config("config.json", "quantization_config", config_groups={"g": {"weights": {

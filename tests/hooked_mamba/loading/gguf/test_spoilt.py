@@ -201,6 +201,17 @@ def test_other_architectures(architecture: str, match: str, tmp_path: Path) -> N
         load_model(mamba_file(tmp_path / "spoilt.gguf", architecture=architecture))
 
 
+def test_more_heads_than_queries(tmp_path: Path) -> None:
+    """Refused before a list is made with an entry for each of them."""
+    keys = {".embedding_length": D, ".block_count": 1, ".attention.layer_norm_rms_epsilon": 1e-6}
+    keys |= {".attention.head_count": 2**30, ".attention.head_count_kv": 2, ".feed_forward_length": 8}
+    names = ("attn_q.weight", "ffn_gate.weight")
+    state = {"token_embd.weight": torch.ones(9, D)} | {f"blk.0.{name}": torch.ones(64, D) for name in names}
+    path = write(tmp_path / "spoilt.gguf", "qwen35", keys, state)
+    with pytest.raises(CheckpointError, match=r"head_count is 1073741824; .* 64 rows of blk\.0\.attn_q\.weight"):
+        load_model(path)
+
+
 def test_no_architecture(tmp_path: Path) -> None:
     data = mamba_file(tmp_path / "a.gguf").read_bytes()
     (tmp_path / "spoilt.gguf").write_bytes(data.replace(b"general.architecture", b"general.architectura", 1))
