@@ -45,13 +45,13 @@ test-oldest: ## tests of files, models and pages with the lowest versions that p
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	$(PYTHON) -m tests.oldest > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install $(TORCH)
-	.venv-oldest/bin/pip install -c .venv-oldest/constraints.txt -e . $(TOOLS)
+	.venv-oldest/bin/pip install -c .venv-oldest/constraints.txt -e '.[gguf]' $(TOOLS)
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(RANGES)
 
 test-newest: ## the same tests with the newest versions, in .venv-newest
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install $(TORCH)
-	.venv-newest/bin/pip install --upgrade -e . $(TOOLS)
+	.venv-newest/bin/pip install --upgrade -e '.[gguf]' $(TOOLS)
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(RANGES)
 
 bench: .venv/.dev .venv/peers/.installed ## time it against other libraries, one thread (docs/benchmarks.md)

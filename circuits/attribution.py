@@ -183,8 +183,9 @@ def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector
         float(_stream(frozen, c)[row, c.position].norm() * c.vector.norm())
         for c, row in zip(covectors, rows, strict=True)
     ]
-    rounding = eps**0.5 * found.size + 1000 * eps * found.size.new_tensor(factors)
-    wrong = (found.residual.abs() > rounding).nonzero().flatten().tolist()
+    measured = zip(found.residual.abs().tolist(), found.size.tolist(), factors, strict=True)
+    bounds = ((residual, eps**0.5 * size + 1000 * eps * factor) for residual, size, factor in measured)
+    wrong = [i for i, (residual, bound) in enumerate(bounds) if not residual <= bound]  # NaN is wrong as well
     if not wrong:
         return
     i = wrong[0]

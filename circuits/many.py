@@ -145,4 +145,4 @@ def _extracted(
 def _figures(report: Faithfulness) -> tuple[float, ...]:
     found = report.recovery
     random = sum(found.random) / max(len(found.random), 1)
-    return (found.nodes, found.circuit, found.gradient, random, report.patching)
+    return (float(found.nodes), found.circuit, found.gradient, random, report.patching)

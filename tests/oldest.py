@@ -31,8 +31,9 @@ def lowest(requirements: list[str]) -> dict[str, str]:
 
 
 def dependencies() -> list[str]:
-    """What pyproject.toml says that the package itself needs."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    """What pyproject.toml says that the package needs, to read GGUF files as well."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
 
 
 def constraints() -> list[str]:

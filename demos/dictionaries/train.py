@@ -103,7 +103,7 @@ def tell(result: TrainResult, wall: float, cpu: float, batch_size: int, resumed:
     for name, row in result.measured.items():
         print(f"{name:24} {row['ev']:7.4f} {row['l0']:7.2f} {row['dead']:7.2%}")
     tokens = result.step * batch_size
-    if not resumed:
+    if tokens and not resumed:
         print(
             f"{tokens:,} tokens in {wall:,.0f} s ({tokens / wall:,.0f} a second, all coders together;"
             f" {tokens / cpu:,.0f} a second of CPU time); {GOAL:,} would take {GOAL / tokens * wall / 3600:,.1f} hours"
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not result.complete:
-        print(f"Stopped at step {result.step}; the checkpoint is written. Go on with --resume.")
+        print(f"Stopped at step {result.step}; the checkpoint is written. Continue with --resume.")
         return 130
     print(f"Coders written in {args.out / 'coders'}")
     return 0

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, row in result.measured.items():
         print(f"{name:24} KL {row['kl']:.4f}  EV {row['ev']:.4f}  L0 {row['l0']:.2f}")
     if not result.complete:
-        print(f"Stopped at step {result.step}; the checkpoint is written. Go on with --resume.")
+        print(f"Stopped at step {result.step}; the checkpoint is written. Continue with --resume.")
         return 130
     print(f"Coders written in {args.out / 'coders'}")
     return 0

@@ -11,8 +11,8 @@ from hooked_mamba.loading.world_tokenizer import VOCABULARY, WorldTokenizer
 
 PLAIN = "PreTrainedTokenizerFast"
 """The class, in every release of transformers, whose all is in tokenizer.json."""
-PLAIN_IN_5 = "TokenizersBackend"
-"""What transformers 5 calls it in files; 4 does not know the name."""
+WRITTEN = ("TokenizersBackend", "PreTrainedTokenizer")
+"""What transformers 5 and 4 call it in files; neither name is known to, or means the same in, the other."""
 OF_ONE_MACHINE = ("is_local", "local_files_only")
 """What transformers 5 writes of how a tokenizer was read."""
 
@@ -72,7 +72,7 @@ def _is_plain(folder: Path) -> bool:
     if not said.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
-        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") in (PLAIN, PLAIN_IN_5)
+        return json.loads(said.read_text(encoding="utf-8")).get("tokenizer_class") in (PLAIN, *WRITTEN)
     except (ValueError, AttributeError):
         return False  # transformers says what is wrong
 
@@ -84,7 +84,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if not file.is_file():
         return  # a tokenizer of another kind
     fields = json.loads(file.read_text(encoding="utf-8"))
-    if fields.get("tokenizer_class") == PLAIN_IN_5:
+    if fields.get("tokenizer_class") in WRITTEN and (Path(folder) / "tokenizer.json").is_file():
         fields["tokenizer_class"] = PLAIN
     kept = {name: value for name, value in fields.items() if name not in OF_ONE_MACHINE}
     file.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

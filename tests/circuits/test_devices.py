@@ -29,6 +29,7 @@ from circuits import (
 from tests.circuits.elsewhere import Elsewhere, another_device, moved
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.test_attribution import coders_for
+from tests.circuits.writes import writer
 from tests.kinds import MAMBA
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -38,10 +39,17 @@ EDITS = [
 ]  # fmt: skip
 
 
+PRESETS = {None: "mambacoder", "block": "mambacoder", "local": "mambacoder"}
+
+
+def writers(model):
+    return [writer(model, layer, seed=layer) for layer in range(2)]
+
+
 def everything(family, coded, elsewhere):
     """Numbers of each kind, by name."""
     model, tokens, others = random_model(5, family, n_layers=2), random_tokens(5, 1, 5), random_tokens(6, 3, 5)
-    coders = [] if coded is None else coders_for(model, coded, skip=True)
+    coders = [] if coded is None else coders_for(model, coded, skip=True) if coded != "write" else writers(model)
     if elsewhere:
         model, tokens, others, coders = moved(model), Elsewhere(tokens), Elsewhere(others), [*map(moved, coders)]
     edits = EDITS if coded is None else [ScaleFeature(coders[0], 2, factor=2.0), ScaleError(coders[1], 1)]
@@ -57,7 +65,7 @@ def everything(family, coded, elsewhere):
         "integrated": integrated_gradients(frozen, targets=TARGET, steps=2).embeddings,
         "patching": patch_effects(frozen, target=TARGET, replace_by=4).forward.selection,
         "paths": [path.weight for path in trace_paths(frozen, TARGET).paths[1]],
-        "published": [path.weight for path in trace_paths(frozen, TARGET, preset="mambacoder").paths[0]],
+        "published": [path.weight for path in trace_paths(frozen, TARGET, preset=PRESETS.get(coded)).paths[0]],
         "effects": frozen_effects(frozen, edits, TARGET),
         "nodes": node_effects(frozen, lambda logits: logits[:, -1, 3], steps=2).heads.get(0, tokens),
     }
@@ -91,7 +99,7 @@ def test_numbers_are_those_of_the_cpu(family, coded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("coded", [None, "block", "local"])
+@pytest.mark.parametrize("coded", [None, "block", "local", "write"])
 def test_numbers_are_those_of_the_cpu_in_all_modes(family, coded):
     check(family, coded)
 

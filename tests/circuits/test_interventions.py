@@ -387,7 +387,7 @@ def test_what_is_refused(unchecked):
     with pytest.raises(TypeError, match="expected an edit"), intervened(model, "cut"):
         pass
     many = [CutHead(0, 0, targets=t) for t in range(63)]
-    with pytest.raises(ValueError, match="63 cuts hold in one layer, at most 62"), intervened(model, many):
+    with pytest.raises(ValueError, match="63 cuts apply in one layer, at most 62"), intervened(model, many):
         model(random_tokens(5, 1, 64))
     joined = [CutHead(0, s, targets=slice(1, None)) for s in range(64)]
     with intervened(model, joined):

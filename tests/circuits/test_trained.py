@@ -60,8 +60,8 @@ def test_two_hundred_heads_recover_the_answers_lead_on_many_prompts(name):
 def test_the_command_prints_both_tasks(capsys):
     assert main(["--prompts", "1", "--nodes", "20"]) == 0
     printed = capsys.readouterr().out
-    assert "recall: 20 of 4352 heads" in printed
-    assert "induction: 20 of 4096 heads" in printed
+    assert "recall (2 blocks): 20 of 4352 heads" in printed
+    assert "induction (2 blocks): 20 of 4096 heads" in printed
     with pytest.raises(SystemExit):
         main(["--nodes", "0"])
     assert "--nodes must be at least 1, got 0" in capsys.readouterr().err

@@ -127,6 +127,8 @@ def config(case: str, **changes: Any) -> Any:
 def twin(case: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of transformers."""
     cfg = config(case, **changes)
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("hybrids are compared with transformers 5: 4 reads some of these configs otherwise")
     model = transformers.AutoModelForCausalLM.from_config(cfg, experts_implementation="eager")
     return published(randomize(model, seed).eval())
 

@@ -26,7 +26,10 @@ def _mamba(kind: str) -> Any:
     if kind == "Mamba2":
         fields |= {"head_dim": 8, "num_heads": 8, "n_groups": 1, "tie_word_embeddings": True}
     config = getattr(transformers, f"{kind}Config")(**fields)
-    return hybrids.randomize(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+    model = hybrids.randomize(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+    if not model._tied_weights_keys:
+        model._tied_weights_keys = ["lm_head.weight"]  # transformers 4.50 cannot save a tied Mamba-2 otherwise
+    return model
 
 
 def _deltanets(case: str) -> Any:

@@ -23,20 +23,6 @@ from tests.hooked_mamba.loading.families import CASES
 CONVERTED = [case for case in CASES if case != "bamba"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(case: str) -> Path:
-        if case not in made:
-            place = tmp_path_factory.mktemp(case)
-            CASES[case]().save_pretrained(place)
-            made[case] = place
-        return made[case]
-
-    return folder
-
-
 def _logits(model: Any) -> Tensor:
     ids = torch.randint(0, model.cfg.d_vocab, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

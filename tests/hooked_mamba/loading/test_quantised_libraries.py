@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hooked_mamba import HookedMamba, load_model
-from tests.hooked_mamba.loading.folders import MAKERS, files_of, write
+from tests.hooked_mamba.loading.folders import MAKERS, files_of, linears, write
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unchecked")]
 
@@ -170,3 +170,33 @@ def test_bitsandbytes_in_every_family(family, options, tmp_path):
     expected = load_model(write(tmp_path / "plain", files_of(family)[0], plain)).state_dict()
     for name, value in load_model(tmp_path / "packed").state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-8), name
+
+
+@pytest.mark.parametrize("scheme", ["packed, 8 bits by rows", "int8, zeros", "float8 by rows"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_compressed_tensors_in_every_family(family, scheme, tmp_path):
+    """Every linear layer by its compressor; logits are those of what it decompresses to."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    form, fields = SCHEMES[scheme]
+    args = QuantizationArgs(**fields)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    of = QuantizationScheme(targets=["Linear"], weights=args)
+    config, weights = files_of(family)
+    tensors, plain = dict(weights), dict(weights)
+    for module in linears(weights):
+        value = tensors.pop(f"{module}.weight").float()
+        scale, zero = _scales(value, args)
+        parts = {"weight": value, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
+        made = compressor.compress(parts, of)
+        tensors |= {f"{module}.{part}": t.contiguous() for part, t in made.items()}
+        plain[f"{module}.weight"] = compressor.decompress(dict(made), of)["weight"].float()
+    about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    about["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}}
+    packed = load_model(write(tmp_path / "packed", config | {"quantization_config": about}, tensors), dtype="float64")
+    expected = load_model(write(tmp_path / "plain", config, plain), dtype="float64")
+    tokens = torch.arange(11)[None]
+    found, meant = packed(tokens), expected(tokens)
+    assert float((found - meant).abs().max()) < 1e-5 * float(meant.abs().max())

@@ -23,20 +23,6 @@ ONE_ULP = 2e-7
 """Of float32: -exp(A_log), and Qwen's 1 + weight, are rounded to it."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(case: str) -> Path:
-        if case not in made:
-            place = tmp_path_factory.mktemp(case)
-            CASES[case]().save_pretrained(place)
-            made[case] = place
-        return made[case]
-
-    return folder
-
-
 def _read(path: Path, case: str) -> Any:
     warned = pytest.warns(UserWarning, match="behind the gate") if case == "falcon-h1-norm" else nullcontext()
     with warned:
