@@ -104,7 +104,7 @@ def build_graph(
     if keep is not None:
         places = [i for i in places if keep.features[(at := columns[i]).part][at.position, at.index]]
     candidates = torch.tensor(places, dtype=torch.long)
-    bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not verbose)
+    bar = tqdm(total=min(max_features, len(candidates)), desc="features", disable=not (verbose and places))
     # Few at a time while the budget is small: what is behind a feature is seen only once the feature is traced.
     step = batch if keep is not None else min(batch, max(1, max_features // 8))
     traced = 0

@@ -69,9 +69,10 @@ class CodedLayer:
         for coder in coders:
             place = _predicted(coder, run)
             if place.layer in by_part:
+                first = by_part[place.layer][0].cfg
                 raise ValueError(
-                    f"two coders for {_named(place.layer)}: a branch can be read by one only, at its output or where it"
-                    " writes into memory"
+                    f"two coders for {_named(place.layer)}, of {first.out_site} ({first.kind}) and"
+                    f" {coder.cfg.out_site} ({coder.cfg.kind}): a branch can be read by one only, so choose one"
                 )
             by_part[place.layer] = coder, place
         asked_for = {part: _mode(asked) for part, asked in mode.items()} if isinstance(mode, Mapping) else {}

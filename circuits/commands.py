@@ -25,7 +25,7 @@ def circuit(
     graph: Annotated[Path | None, typer.Option(help="Folder for the graph itself.")] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text file whose contexts show what features mean, documents parted by <|endoftext|>."),
+        typer.Option(help="Text file whose contexts show what features mean, documents separated by <|endoftext|>."),
     ] = None,
     n_tokens: Annotated[int, typer.Option("--n-tokens", min=1, help="Stop in --text after so many tokens.")] = 50_000,
     choose: Annotated[
@@ -52,6 +52,8 @@ def circuit(
         raise ValueError("--minus needs --target: which token's lead is explained?")
     if text is not None and not text.is_file():
         raise FileNotFoundError(f"--text {text}: there is no such file")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder: give the page a name, such as {out / 'circuit.html'}")
     loaded = load_model(model)
     coders = load_coders(coder or ())
     note_other_weights(coders, loaded, model)

@@ -202,6 +202,11 @@ class Embed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
 
+    @property
+    def W_E(self) -> Float[Tensor, "V d"]:
+        """The weight under TransformerLens' name."""
+        return self.weight
+
     def forward(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         return F.embedding(tokens, self.weight)
 
@@ -213,6 +218,11 @@ class Unembed(nn.Module):
     def __init__(self, d_vocab: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d V"]:
+        """The weight in TransformerLens' form."""
+        return self.weight.t()
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l v"]:
         return at_least_fp32(linear(x, self.weight))

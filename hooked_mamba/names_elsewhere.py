@@ -55,7 +55,12 @@ def import_advice(
     return find
 
 
-def knows_options(uses: Mapping[str, str], granted: Mapping[str, Any]) -> Callable[[F], F]:
+def knows_options(
+    uses: Mapping[str, str],
+    granted: Mapping[str, Any],
+    library: str = TRANSFORMER_LENS,
+    error: type[Exception] = TypeError,
+) -> Callable[[F], F]:
     """A function whose unknown keyword arguments are looked up in a table.
 
     Parameters
@@ -64,6 +69,10 @@ def knows_options(uses: Mapping[str, str], granted: Mapping[str, Any]) -> Callab
         Name of an argument elsewhere -> what to use here.
     granted
         Name -> the value that requests what is done here anyway; with that value the argument is dropped.
+    library
+        Whose names they are.
+    error
+        What is raised for a name in the table.
     """
 
     def wrap(function: F) -> F:
@@ -75,7 +84,7 @@ def knows_options(uses: Mapping[str, str], granted: Mapping[str, Any]) -> Callab
                 if name in granted and kwargs[name] is granted[name]:
                     del kwargs[name]
                 elif name in uses:
-                    raise TypeError(f"{function.__name__} has no argument {name!r}: {advice(name, uses)}")
+                    raise error(f"{function.__name__} has no argument {name!r}: {advice(name, uses, library)}")
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]

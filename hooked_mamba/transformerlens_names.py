@@ -328,6 +328,14 @@ CACHE: dict[str, str] = {
 }
 """Methods and attributes of ActivationCache."""
 
+BLOCK: dict[str, str] = {
+    "ln1": "block.norm",
+    "ln2": "block.norm2, where the block has two stages",
+    "attn": "block.mixer, or block.attn in blocks that have attention; block.branches holds what a block has",
+    "mlp": "block.mlp or block.moe in blocks that have one; block.branches holds what a block has",
+}
+"""Modules of a block."""
+
 POINT: dict[str, str] = {
     "has_hooks": "point.edited, or point.fwd_hooks and point.bwd_hooks themselves",
     "enable_reshape": "none: a site's shape is fixed, model.site(name).row.shape says it",

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_mamba.names_elsewhere import SAE_LENS, knows_options
 from saes.activations import ACTIVATIONS
 from saes.activations.base import affine, runs
 from saes.activations.topk import TopK
 from saes.config import CoderConfig
 from saes.parameters import CoderParameters
+from saes.saelens_names import LOADING
 from saes.sparse import Codes, Pattern, decode
 
 
@@ -184,6 +186,7 @@ class SparseCoder(CoderParameters):
         return f"sae_{self.cfg.model_name}_{self.cfg.in_site}_{self.cfg.d_sae}"
 
     @classmethod
+    @knows_options(LOADING, {}, SAE_LENS)
     def from_pretrained(
         cls, name: str | Path, subfolder: str | None = None, revision: str | None = None, **options: Any
     ) -> SparseCoder:
@@ -192,7 +195,7 @@ class SparseCoder(CoderParameters):
         Parameters
         ----------
         name
-            "tinystories-4l/mambacoder-1", "path/to/folder", "owner/name" or "owner/name/folder/in/it".
+            "tinystories-4l/l1-mambacoder", "path/to/folder", "owner/name" or "owner/name/folder/in/it".
         subfolder
             The coder's folder in a repository or local folder that holds several.
         revision

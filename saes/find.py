@@ -50,7 +50,7 @@ def resolve(
     Parameters
     ----------
     name
-        "tinystories-4l/mambacoder-1", "path/to/folder", "owner/name" or "owner/name/folder/in/it".
+        "tinystories-4l/l1-mambacoder", "path/to/folder", "owner/name" or "owner/name/folder/in/it".
     subfolder
         The coder in a repository or folder of several; not needed where there is only one.
     revision

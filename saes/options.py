@@ -100,6 +100,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         If it is neither, or cannot be read as what it says it is.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
     if path.suffix not in (".json", ".toml"):
         raise OptionError(f"{path} must end in .json or .toml to be read as options")
     text = path.read_text(encoding="utf-8")

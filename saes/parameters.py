@@ -17,7 +17,16 @@ from saes.saelens_names import CODER, advice
 C = TypeVar("C", bound="CoderParameters")
 
 
-class CoderParameters(nn.Module):
+class _Named(type):
+    """A class of coders; for names of SAELens' classes an error says what to use here."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name in CODER:
+            raise AttributeError(advice(name, CODER))
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
+
+class CoderParameters(nn.Module, metaclass=_Named):
     """The tensors of a coder with F latents. Which of them exist depends on the architecture and on `cfg`.
 
     Attributes
@@ -78,6 +87,12 @@ class CoderParameters(nn.Module):
             if name in CODER:
                 raise AttributeError(advice(name, CODER)) from None
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's; SAELens' switches do not exist here, and setting one is an error that says what to use."""
+        if name in CODER:
+            raise AttributeError(advice(name, CODER))
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def fold(self: C) -> C:

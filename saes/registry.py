@@ -19,6 +19,7 @@ from saes.renamed import renamed_in
 
 INDEX = "index.json"
 FORMAT = 1
+KINDS = ("sae", "mambacoder")
 
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
 NAME_LENGTH = 200
@@ -182,6 +183,8 @@ def search_entries(entries: Iterable[Entry], query: str = "", **wanted: Any) -> 
     if architecture is not None and architecture not in known:
         near = nearest(architecture, known)
         raise ValueError(f"architecture must be one of {', '.join(known)}, got {architecture!r}{near}")
+    if wanted.get("kind") not in (None, *KINDS):
+        raise ValueError(f"kind must be {' or '.join(KINDS)}, got {wanted['kind']!r}{nearest(wanted['kind'], KINDS)}")
     words = query.lower().split()
     return [
         entry

@@ -41,7 +41,7 @@ def run_options(
     OptionError
         A setting without "=", or coders described by the file and by flags.
     """
-    kept = _kept_options(config, flags.get("out"), resume)
+    kept = _kept_options(config, flags, resume)
     source = kept or config
     options = {} if source is None else read_file(source)
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
@@ -76,9 +76,10 @@ def run_options(
     return options
 
 
-def _kept_options(config: Path | None, out: Any, resume: bool) -> Path | None:
+def _kept_options(config: Path | None, flags: Mapping[str, Any], resume: bool) -> Path | None:
     """The file of options in a training's folder, where that is what was asked for."""
     folder = config if config is not None and config.is_dir() else None
+    out: Any = flags.get("out")
     if folder is None and (config is not None or not resume):
         return None
     if folder is None and out is None:
@@ -86,6 +87,8 @@ def _kept_options(config: Path | None, out: Any, resume: bool) -> Path | None:
     kept = (folder or Path(out).expanduser()) / RUN
     if folder is not None and not kept.exists():
         raise OptionError(f"{folder} holds no {RUN}, the options of a training; give a file or flags")
+    if resume and not kept.exists() and not any(flags.get(key) for key in ("text", *CODER_FLAGS)):
+        raise OptionError(f"there is no training to resume in {kept.parent}: it holds no {RUN}")
     return kept if kept.exists() else None
 
 

@@ -49,8 +49,8 @@ TOP: dict[str, str] = {
     "JumpReLUTranscoderConfig": 'mambacoder_config(layer, d_model, d_sae, architecture="jumprelu")',
     "JumpReLUSkipTranscoder": f'{_TRANSCODER}, architecture="jumprelu", skip=True',
     "JumpReLUSkipTranscoderConfig": 'mambacoder_config(layer, d_model, d_sae, architecture="jumprelu", skip=True)',
-    "HookedSAETransformer": f"HookedMamba or HookedMamba2 of hooked_mamba, {_SPLICE}",
-    "SAETransformerBridge": f"HookedMamba or HookedMamba2 of hooked_mamba, {_SPLICE}",
+    "HookedSAETransformer": f"load_model(name) of hooked_mamba, {_SPLICE}",
+    "SAETransformerBridge": f"load_model(name) of hooked_mamba, {_SPLICE}",
     "ActivationsStore": "saes.store.make_store(model, streams, text, DataConfig())",
     "LanguageModelSAETrainingRunner": _TRAIN,
     "SAETrainingRunner": _TRAIN,
@@ -110,6 +110,12 @@ CODER: dict[str, str] = {
     "load_weights_from_checkpoint": "train_sae(..., out=folder, resume=True)",
 }
 """Methods and attributes of its SAE -> what to use of a coder. What has the same meaning works under its name."""
+
+LOADING: dict[str, str] = {
+    "release": "name, the first argument",
+    "sae_id": "subfolder",
+}
+"""Arguments of its from_pretrained -> those of SparseCoder.from_pretrained."""
 
 CONFIG: dict[str, str] = {
     "metadata": "the fields of the config itself: in_site, out_site, model_name, model_hash",

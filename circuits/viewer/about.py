@@ -39,6 +39,6 @@ def about_features(
         {str(part): frozen.coded[part].coder for part in wanted},
         frozen.tokens if text is None else text,
         features={str(part): sorted(indices) for part, indices in wanted.items()},
-        **options,
+        **{"progress": text is not None, **options},
     )
     return {part: found[str(part)] for part in wanted}

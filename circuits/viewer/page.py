@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def circuit_page(
     graph
         A pruned one: every node is drawn.
     title
-        Heading; None: the first target.
+        Heading; None: the first target, and how many others there are.
     features
         Part -> what `saes.explorer.collect` found about its dictionary, shown when a feature is clicked.
     report
@@ -87,7 +87,7 @@ def circuit_page(
     script = "\n".join((HERE / "script" / f"{part}.js").read_text(encoding="utf-8") for part in SCRIPT)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = template.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(
-        title=title or (targets[0].label if targets else "circuit"),
+        title=title or _title([node.label for node in targets]),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
@@ -101,6 +101,12 @@ def circuit_page(
         version=hooked_mamba.__version__,
     )
     return Page(text)
+
+
+def _title(targets: Sequence[str]) -> str:
+    others = len(targets) - 1
+    more = f" and {others} other target{'s' if others > 1 else ''}" if others > 0 else ""
+    return f"{targets[0]}{more}" if targets else "circuit"
 
 
 def node_id(node: Node) -> str:

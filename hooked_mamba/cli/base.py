@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     plain_key = type(error) is KeyError and error.args  # whose text is the key's repr
     said = " ".join(str(error.args[0] if plain_key else error).split())
+    said = re.sub(r"^\[Errno -?\d+\] ", "", said)
     return said or type(error).__name__
 
 

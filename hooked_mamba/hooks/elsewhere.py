@@ -7,6 +7,7 @@ from collections.abc import Sequence
 _NO_MLP = "this block has no MLP such as TransformerLens': its mixer does the work of attention and MLP"
 _NO_HEADS = "this block has no attention"
 _AS_MATRIX = f"{_NO_HEADS}; cache.hidden_attention(layer) is the mixer as a matrix of positions"
+_STATE = "the state after position t is 'h.{t}', those after every position 'h'"
 _READS = "every branch reads its norm's output"
 
 MEANT: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -39,6 +40,9 @@ MEANT: dict[str, tuple[str, tuple[str, ...]]] = {
     "mid": (_NO_MLP, ("hook_y_gated",)),
     "pre_linear": (_NO_MLP, ("hook_pre_linear", "hook_in_proj")),
     "pos_embed": ("these models have no position embedding", ("hook_embed",)),
+    "state": (_STATE, ("hook_h",)),
+    "ssm_state": (_STATE, ("hook_h",)),
+    "wkv": (_STATE, ("hook_h",)),
     "resid_per": ("the stream is resid_pre and resid_post", ("hook_resid_pre",)),
 }
 """Short name in TransformerLens -> what it means here, and hooks that come close, the nearest first."""
@@ -54,12 +58,17 @@ def meant_by(name: str, names: Sequence[str], block: str | None) -> tuple[str, s
     names
         All sites of the model.
     block
-        "blocks.3." if the name has one.
+        "blocks.3." if the name has one. The same site in another block comes before other sites of this one.
     """
     known = MEANT.get(name.rpartition(".")[2].removeprefix("hook_"))
     if known is None:
         return None
     text, hooks = known
+    if block is not None:  # the site itself, in another block of a hybrid
+        same = name.removeprefix(block)
+        for full in names:
+            if full.partition(".")[2].partition(".")[2] == same:
+                return text, full
     for hook in hooks:
         for full in names:
             if f".{full}".endswith(f".{hook}") and (block is None or full.startswith(block)):

@@ -18,7 +18,9 @@ from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.states import rows_known
+from hooked_mamba.names_elsewhere import advice
 from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
+from hooked_mamba.transformerlens_names import BLOCK
 
 Stages = Sequence[Sequence[str]]
 """What a block does in turn: each stage is one norm and the branches that read it, side by side."""
@@ -116,6 +118,15 @@ class Block(SitedModule):
     def device(self) -> torch.device:
         """Where its weights are."""
         return getattr(self, self.norm_names[0]).weight.device
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and modules; for TransformerLens' names an error says what to use here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in BLOCK:
+                raise AttributeError(advice(name, BLOCK)) from None
+            raise
 
     @property
     def branches(self) -> dict[str, Branch]:

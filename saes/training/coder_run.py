@@ -81,8 +81,9 @@ class CoderRun:
         initialise(self.coder, x, y, b_dec=self.config.b_dec)
         self.world.share_([*self.coder.parameters(), *self.coder.buffers()])
 
+    @torch.enable_grad()
     def step(self, x: Tensor, y: Tensor, step: int, n_steps: int) -> None:
-        """One step of the training's `n_steps`."""
+        """One step of the training's `n_steps`; gradients are on, whatever they are outside."""
         coder, config = self.coder, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.highest_lr(coder.cfg.d_sae) * config.lr_factor(step, n_steps)

@@ -13,6 +13,7 @@ from typing import Any
 from hooked_mamba.durable import write_file
 from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel, load_model
+from hooked_mamba.names_elsewhere import SAE_LENS, knows_options
 from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
 from saes.located import locate
@@ -20,7 +21,7 @@ from saes.naming import unique_name
 from saes.options import OptionError, check_keys, from_mapping, near, read_file
 from saes.renamed import warn_renamed
 from saes.run_options import RUN
-from saes.saelens_names import OPTIONS, advice
+from saes.saelens_names import OPTIONS
 from saes.store.data import DataConfig, Text, make_store
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
@@ -149,6 +150,7 @@ def _build(cfg: CoderConfig, seed: int) -> SparseCoder:
     return (SAE if cfg.is_sae else MambaCoder)(cfg, seed=seed)
 
 
+@knows_options(OPTIONS, {}, SAE_LENS, OptionError)
 def train_sae(
     model: HookedModel,
     hook_site: str,
@@ -209,9 +211,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict, dict, dict, dict]:
         [key for key in DataConfig.__dataclass_fields__ if key != "seed"],
         ["out", "resume", "loggers"],
     ]
-    for name in options:
-        if name in OPTIONS:
-            raise OptionError(f"train_sae has no option {name!r}: {advice(name, OPTIONS)}")
     check_keys("train_sae", options, sorted({key for group in groups for key in group}))
     spec, train, data, call = ({key: options[key] for key in group if key in options} for group in groups)
     return spec, train, data, call

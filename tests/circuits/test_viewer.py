@@ -105,6 +105,9 @@ def test_coders_of_other_weights_are_named(tmp_path):
     result = CliRunner().invoke(APP, ["circuit", *arguments])
     assert result.exit_code == 0, result.output
     assert "note: l2-mambacoder was trained on other weights than those of tinystories-4l" in result.output
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    several = sum(node["kind"] == "target" for node in data_of(page)["nodes"]) - 1
+    assert f" and {several} other targets</h1>" in page
 
 
 def test_the_commands_errors_are_one_line(tmp_path):
@@ -115,6 +118,8 @@ def test_the_commands_errors_are_one_line(tmp_path):
         (["a", "--coder", "nothing-of-this-name", "--out", out], "nothing-of-this-name"),
         (["a", "--text", "nothing.txt", "--out", out], "nothing.txt"),
         (["a", "--choose", "best", "--out", out], "'integrated'"),
+        (["a", "--out", str(tmp_path)], "is a folder: give the page a name"),
+        (["a", "--coder", "tinystories-4l", "--no-check", "--out", out], "a branch can be read by one only"),
     ):
         result = CliRunner().invoke(APP, ["circuit", *arguments])
         assert result.exit_code == 2

@@ -81,6 +81,8 @@ def test_formats_and_bundled_models_are_named_in_the_table():
     page = (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")
     for name in [*FORMATS, *bundled_names()]:
         assert f"`{name}`" in page
+    table = page.partition("## Formats\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(tinystories-[\w-]+)`", table)) == set(bundled_names())
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
@@ -88,6 +90,20 @@ def test_links_to_files_lead_somewhere(path: Path):
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     for target in targets:
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def headings(path: Path) -> set[str]:
+    """Anchors of a page's headings, as the hub of the repository makes them."""
+    text = re.sub(r"^(`{3,}).*?^\1", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_to_headings_lead_somewhere(path: Path):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        page = path.parent / target if target else path
+        assert page.suffix != ".md" or anchor in headings(page), f"{path.name} links to {target}#{anchor}"
 
 
 def test_figures_of_the_benchmarks_guide_are_those_of_the_tables():

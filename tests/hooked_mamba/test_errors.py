@@ -427,9 +427,9 @@ def test_a_wrong_dtype(model, tmp_path):
 def test_what_a_newcomer_tries():
     model = build("mamba")
     tokens = tokens_for(model)
-    with pytest.raises(HookNameError, match="the function chose none of the"):
+    with pytest.raises(HookNameError, match="the function matched none of the"):
         model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith("hook_pattern"), lambda x, hook: x)])
-    with pytest.raises(HookNameError, match="the function chose none of the"):
+    with pytest.raises(HookNameError, match="the function matched none of the"):
         model.run_with_cache(tokens, names_filter=lambda name: False)
     with pytest.raises(TypeError, match="fwd_hooks is a list of pairs"):
         model.run_with_hooks(tokens, fwd_hooks=("hook_embed", lambda x, hook: x))

@@ -18,7 +18,7 @@ from tests.hooked_mamba import transformerlens
 from tests.hooked_mamba.tiny import build, tokens_for
 
 DOCS = Path(__file__).parents[2] / "docs" / "moving.md"
-MAPPED = ("TOP", "MODEL", "CONFIG", "CACHE", "POINT", "UTILS", "PATCHING", "FACTORED")
+MAPPED = ("TOP", "MODEL", "CONFIG", "CACHE", "BLOCK", "POINT", "UTILS", "PATCHING", "FACTORED")
 HYBRID = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_gate", "QK", "OV")
 
 
@@ -28,7 +28,7 @@ def owners():
     model = build("mamba")
     cache = model.run_with_cache(tokens_for(model))[1]
     factored = FactoredMatrix(model.W_out, model.W_in_x)
-    things = (hooked_mamba, model, model.cfg, cache, model.hook_embed, utils, patching, factored)
+    things = (hooked_mamba, model, model.cfg, cache, model.blocks[0], model.hook_embed, utils, patching, factored)
     return dict(zip(MAPPED, things, strict=True))
 
 
@@ -80,6 +80,15 @@ def test_unknown_names_stay_unknown(owners):
     for what in MAPPED:
         with pytest.raises(AttributeError, match="no attribute 'not_a_name'"):
             owners[what].not_a_name  # noqa: B018
+
+
+def test_a_site_that_another_block_has():
+    model = load_model("tinystories-hybrid-4l")  # attention in block 2
+    _, cache = model.run_with_cache("Once upon a time")
+    with pytest.raises(KeyError, match=r"nearest: blocks\.2\.attn\.hook_pattern"):
+        cache["pattern", 0]
+    assert torch.equal(model.embed.W_E, model.W_E)
+    assert torch.equal(model.unembed.W_U, model.W_U)
 
 
 def test_attention_and_mlps_of_a_hybrid_are_real():

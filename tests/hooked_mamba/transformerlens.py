@@ -43,6 +43,8 @@ CACHE = """
     has_pos_embed logit_lens ssm_layers compute_ssm_effective_attention compute_ssm_state
 """.split()
 
+BLOCK = ("cfg", "ln1", "ln2", "attn", "mlp", "hook_resid_pre", "hook_resid_post")
+
 POINT = """
     add_perma_hook add_hook remove_hooks clear_context forward layer fwd_hooks bwd_hooks ctx name has_hooks
     enable_reshape hook_conversion backward_scale pos_dim

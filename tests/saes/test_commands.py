@@ -170,7 +170,7 @@ def test_a_training_is_continued_by_its_folder_alone(place, tmp_path, monkeypatc
     assert (tmp_path / "moved" / "coders" / "l1-mambacoder").is_dir()
     assert "this run 9" in complaint("train", "--resume", "--out", out, "--steps", 9, "-q")
     assert "--resume needs the folder of the training to continue: --out" in complaint("train", "--resume")
-    assert "a training needs --text" in complaint("train", "--resume", "--out", tmp_path / "nothing")
+    assert "there is no training to resume in" in complaint("train", "--resume", "--out", tmp_path / "nothing")
     assert "holds no run.json" in complaint("train", place)
 
 
@@ -229,6 +229,17 @@ def test_train_errors_are_one_line(place, tmp_path):
     assert "so do the flags (--layer, --d-sae, --k)" in complaint("train", tmp_path / "run.toml", *base, *coder)
     assert "nothing.json" in complaint("train", tmp_path / "nothing.json", *base)
     assert not (tmp_path / "x" / "coders").exists()
+
+
+def test_errors_name_what_is_missing(place, tmp_path):
+    said = complaint("train", "--resume", "--out", tmp_path / "none")
+    assert f"there is no training to resume in {tmp_path / 'none'}" in said
+    said = complaint(
+        "train", "--text", tmp_path / "no.txt", "--layer", 0, "--d-sae", 32, "--steps", 1, "--out", tmp_path
+    )
+    assert said.startswith("error: there is no text file ")
+    shared = ("explore", place / "coders", "--text", place / "text.txt", "-q", "--out", tmp_path / "page.html")
+    assert complaint(*shared, "--labels", tmp_path / "no").endswith("no: there is no such file")
 
 
 def test_eval(place, tmp_path):

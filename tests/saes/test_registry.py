@@ -98,6 +98,8 @@ def test_searches(tmp_path):
     assert names(site="*.hook_y") == "c"
     assert names(site="blocks.3.mixer.hook_y") == "c"
     assert names(kind="mambacoder", layer=1) == "b"
+    with pytest.raises(ValueError, match="kind must be sae or mambacoder, got 'transcoder'"):
+        names(kind="transcoder")
     assert names("nothing") == ""
     with pytest.raises(TypeError, match=r"not searched by 'archtecture', but by .*nearest: 'architecture'"):
         names(archtecture="topk")

@@ -10,9 +10,8 @@ import torch
 import saes
 from saes import SAE, SparseCoder, sae_config
 from saes.options import OptionError
-from saes.saelens_names import CODER, CONFIG, MODEL, OPTIONS, TOP, advice, table
+from saes.saelens_names import CODER, CONFIG, LOADING, MODEL, OPTIONS, TOP, advice, table
 from saes.training import train_sae
-from saes.training.run import split_options
 
 DOCS = Path(__file__).parents[2] / "docs" / "moving.md"
 
@@ -71,6 +70,12 @@ def test_of_an_sae(name):
             getattr(coder, name)
         assert str(error.value) == advice(name, CODER)
         assert not hasattr(coder, name)
+        with pytest.raises(AttributeError) as error:  # a value that nothing reads would be worse than an error
+            setattr(coder, name, True)
+        assert str(error.value) == advice(name, CODER)
+        with pytest.raises(AttributeError) as error:  # many are methods of the class
+            getattr(SAE, name)
+        assert str(error.value) == advice(name, CODER)
     else:
         assert getattr(coder, name) is not None
 
@@ -88,9 +93,16 @@ def test_of_its_config(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_of_a_training(name):
-    with pytest.raises(OptionError) as error:
-        split_options({name: 1})
-    assert str(error.value) == f"train_sae has no option {name!r}: {advice(name, OPTIONS)}"
+    with pytest.raises(OptionError) as error:  # though what it stands for, such as hook_site, is missing
+        train_sae(None, **{name: 1})
+    assert str(error.value) == f"train_sae has no argument {name!r}: {advice(name, OPTIONS)}"
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_arguments_of_from_pretrained(name):
+    with pytest.raises(TypeError) as error:
+        SAE.from_pretrained(**{name: "x"})
+    assert str(error.value) == f"from_pretrained has no argument {name!r}: {advice(name, LOADING)}"
 
 
 def test_what_works_works(tmp_path):
@@ -117,6 +129,6 @@ def test_names_that_exist_are_not_listed():
     assert not [name for name in CONFIG if hasattr(coder.cfg, name)]
 
 
-@pytest.mark.parametrize("uses", [TOP, CODER, CONFIG, OPTIONS, MODEL])
+@pytest.mark.parametrize("uses", [TOP, CODER, LOADING, CONFIG, OPTIONS, MODEL])
 def test_the_documents_tables_are_these(uses):
     assert f"|---|---|\n{table(uses)}\n\n" in DOCS.read_text(encoding="utf-8")

@@ -46,6 +46,14 @@ def test_train_sae(model: HookedMamba, tmp_path: Path) -> None:
     assert (sae.W_dec - untrained.W_dec).abs().max() > 1e-4
 
 
+def test_gradients_may_be_off_outside(model: HookedMamba) -> None:
+    expected = train_sae(model, "out_proj", 1, d_sae=24, text=TEXTS, **SMALL)
+    with torch.no_grad():
+        sae = train_sae(model, "out_proj", 1, d_sae=24, text=TEXTS, **SMALL)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(sae.W_dec, expected.W_dec)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
