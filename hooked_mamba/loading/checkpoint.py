@@ -12,6 +12,7 @@ import torch
 
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
+from hooked_mamba.loading.counts import check_counts
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
 from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
@@ -99,6 +100,7 @@ def load_checkpoint(
     check_family(found.family, family, str(name_or_path))
     file = lone_file(place)
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
+    check_counts(config, len(weights), place)
     foreign = is_mlx(config, weights)
     if foreign:
         if adapter is not None:

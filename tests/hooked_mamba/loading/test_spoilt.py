@@ -287,3 +287,22 @@ def test_a_block_longer_than_the_weight(tmp_path):
     found = load_model(write(tmp_path, made, there)).state_dict()["blocks.0.mixer.in_proj.weight"]
     block = found.flatten()[:64] / plain[name].float().flatten()[:64]
     assert torch.allclose(block[~block.isnan()], torch.ones(()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("Mamba", "num_hidden_layers"),
+        ("Falcon-H1", "num_hidden_layers"),
+        ("Mamba-3", "num_hidden_layers"),
+        ("Jamba", "num_experts"),
+        ("Jamba", "hidden_size"),
+        ("Nemotron-H", "n_routed_experts"),
+        ("Qwen3-Next", "num_attention_heads"),
+    ],
+)
+def test_counts_beyond_all_models(family, name, tmp_path):
+    """Refused before a list is made with an entry for each."""
+    values, weights = files_of(family)
+    with pytest.raises(CheckpointError, match=rf"the config of .*base has {name}=1,073,741,824: "):
+        load_model(write(tmp_path / "base", values | {name: 2**30}, weights))
