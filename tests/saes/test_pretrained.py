@@ -68,7 +68,7 @@ def test_each_is_what_its_card_says(name: str) -> None:
     )
     assert metrics["l0"] < 32.5
     if coder.cfg.is_sae:
-        assert metrics["ce_recovered_zero"] > 0.95
+        assert metrics["ce_recovered_zero"] > (0.9 if "hybrid" in name else 0.95)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
