@@ -24,7 +24,7 @@ EXPECTED = {
     "tinystories-4l/l2-selection",
     *(f"tinystories-mamba2-4l/l2-{kind}" for kind in ("out", "mambacoder")),
 }
-WRITTEN = ("tinystories-4l-real", "tinystories-told-4l", "tinystories-told-mamba2-4l")
+WRITTEN = ("tinystories-4l-real", "tinystories-told-4l", "tinystories-told-mamba2-4l", "tinystories-told-hybrid-4l")
 WRITES = {f"{model}/l{i}-write" for model in WRITTEN for i in range(4)}
 
 
@@ -68,7 +68,7 @@ def test_each_is_what_its_card_says(name: str) -> None:
     )
     assert metrics["l0"] < 32.5
     if coder.cfg.is_sae:
-        assert metrics["ce_recovered_zero"] > 0.95
+        assert metrics["ce_recovered_zero"] > (0.9 if "hybrid" in name else 0.95)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -76,7 +76,7 @@ def test_models_run_on_their_write_dictionaries(name: str) -> None:
     """All layers replaced at once, as the evaluation beside them says."""
     report = json.loads((PRETRAINED / name / "evaluation.json").read_text())["write"]
     found = report["together"]["values"]
-    assert found["ce_spliced"] - found["ce_clean"] < 0.03
+    assert found["ce_spliced"] - found["ce_clean"] < (0.05 if "hybrid" in name else 0.03)
     assert found["kl"] < 0.13
     assert all(coder["values"]["l0"] <= 32 for coder in report["coders"])
     coders = {f"l{i}": SparseCoder.from_pretrained(f"{name}/l{i}-write") for i in range(4)}
