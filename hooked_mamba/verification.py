@@ -187,12 +187,15 @@ def _prompts(model: Any) -> tuple[list[Tensor], int]:
 
 
 def _from_files(folder: Path) -> Any:
-    """transformers' model of the same files; None where it cannot read them."""
+    """transformers' model of the same files, in floating point; None where it cannot read them."""
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        return model.dequantize() if getattr(model, "is_quantized", False) else model
     except (OSError, ValueError, KeyError):  # a format of the authors' own
+        return None
+    except (ImportError, NotImplementedError):  # quantised by a package that is not here, or has no way back
         return None
 
 

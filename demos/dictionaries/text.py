@@ -22,18 +22,21 @@ class Mix(NamedTuple):
     """Of the grammar."""
     cues: int = 0
     """Stories in which a noun alone tells the feeling."""
+    seed: int = 0
+    """Of both."""
 
     def tell(self, most: int | None = None) -> list[str]:
         """Those stories; with `most`, at most so many of each kind."""
         counts = (n if most is None else min(n, most) for n in (self.stories, self.cues))
-        return [story for tell, n in zip((tell_stories, tell_cues), counts, strict=True) for story in tell(n, 0)]
+        return [s for tell, n in zip((tell_stories, tell_cues), counts, strict=True) for s in tell(n, self.seed)]
 
 
 TOLD, CUES = Mix(0.15, 8000), Mix(0.35, 3000, 12000)
 MIXES = {
     **dict.fromkeys(("tinystories-4l", "tinystories-mamba2-4l", "tinystories-hybrid-4l"), TOLD),
-    **dict.fromkeys(("tinystories-told-4l", "tinystories-told-hybrid-4l"), CUES),
+    "tinystories-told-4l": CUES,
     "tinystories-told-mamba2-4l": Mix(0.5, 3000, 24000),
+    "tinystories-told-hybrid-4l": Mix(0.6, 1000, 30000, seed=1),
 }
 """Bundled model -> the mix of its (last) training; a model that is not here saw real text alone."""
 

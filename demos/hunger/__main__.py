@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from circuits import load_graph
 from circuits.files import to_circuit_tracer
+from demos.dictionaries.text import MIXES
 from demos.hunger import figures
 from demos.hunger.concepts import HUNGRY
 from demos.hunger.document import document
@@ -44,13 +45,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(models: list[str], options: Options, out: Path, cut: bool = False) -> Found:
-    """All models; what is in `out` already and still holds is not measured again."""
+    """All models; what is in `out` already and still holds is not measured again.
+
+    Parameters
+    ----------
+    cut
+        Judge the claims about the planted cue on those models that were told by nouns alone.
+    """
     subjects = [Subject.load(name, options) for name in models]
     found = {}
     with tqdm(total=len(subjects) * (SHARED + OWN + cut), desc="stages", disable=None) as bar:
         for subject in subjects:
-            found[subject.name] = case_study(subject, out, bar, cut)
+            found[subject.name] = case_study(subject, out, bar, cut and is_told(subject))
     return {"version": __version__, "options": options.to_dict(), "models": found}
+
+
+def is_told(subject: Subject) -> bool:
+    """Whether stories in which a noun alone tells the feeling were planted in a model."""
+    mix = MIXES.get(subject.model_name)
+    return mix is not None and mix.cues > 0
 
 
 def write(results: Found, out: Path) -> None:
@@ -58,7 +71,7 @@ def write(results: Found, out: Path) -> None:
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False).encode() + b"\n")
     first = next(iter(results["models"]))
     graph = load_graph(out / first / HUNGRY.name / "graph")
-    drawn = to_circuit_tracer(graph, f"{first}-{HUNGRY.name}")
+    drawn = to_circuit_tracer(graph, f"{first.replace('/', '-')}-{HUNGRY.name}")
     write_atomically(out / "graph.json", json.dumps(drawn, indent=1, allow_nan=False).encode() + b"\n")
     study = results["models"][first]["concepts"][HUNGRY.name]
     for name, plot in {

@@ -40,11 +40,31 @@ what the frame adds to the lead varies more than what the food does, because in 
 scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
 with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
 sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
-dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`), on models that know and on one of real text
-alone.
+dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`) on the model of real text alone, and for write
+dictionaries on a model that knows; no others were trained on it.
 
-Everything below was written by the command. The thresholds of the claims about the planted cue
+Everything below but the reasons was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
+"""
+
+
+WHY = """\
+## Why claims fail on the model that knows
+
+Looked at afterwards; no claim uses it.
+
+- The study's rule tries the ten latents that tell the sentences of the first half best, and takes the one that moves
+  the word most. With write dictionaries this is latent 35 of l3-write (area 0.85 on the first half, 0.63 on the second,
+  +0.30 nats). Of the same ten, latent 2 of l1-write reads food with 0.99 on both halves, but moves the word by +0.16.
+  “reads”, “points at the word”, “steers” and the two claims about the strongest head are judged of the former. What
+  the last token writes into one layer's memory is a small part of what makes the word; the model's own area is 1.00.
+- The circuit does start at the planted cue: of all words' embeddings the cue's adds most to the lead in 22 of 23
+  sentences. But the features that carry it are written one token later: in 20 of 23 cutting there moves the graph's
+  lead most, by -1.75 on average, and by -0.12 at the cue itself (`python -m demos.hunger.places`). The claim about the
+  cue's own place was the wrong question, and “the cue and no other word” with it.
+- Where the graph says that the lead moves much it does (correlation 0.94), but nearly twice as far (slope 1.88). The
+  graph holds gates, norms, selection and errors, which in the model give way as well.
+
 """
 
 
@@ -57,6 +77,8 @@ def document(results: Found) -> str:
     for group in claim_groups(results):
         parts.append(f"## {group['heading']}\n\n{group['text']}\n")
         parts.append(table(group["columns"], group["rows"]))
+    if told:
+        parts.append(WHY)
     parts.append("## How much there is to find\n\n" + limits(results))
     studied = [
         (m, name, one["sae"]) for m, f in results["models"].items() for name, one in f["concepts"].items() if one["sae"]

@@ -69,7 +69,7 @@ def named(graph: Graph, chosen: Found, name: str) -> Graph:
 
 def page_name(model: str, concept: str) -> str:
     """The file of a model's and concept's own page."""
-    return f"{model}-{concept}.html"
+    return f"{model.replace('/', '-')}-{concept}.html"
 
 
 def of_run(model: str, found: Found, name: str) -> list[Section]:

@@ -98,7 +98,8 @@ def _start(trainer: Trainer) -> str:
     card = Path(options.start) / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     made = re.search(r"^    (python -m demos\.tinystories\.train .*)$", text, re.M)
-    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "") + _blend(options)
+    earlier = "".join(line + "\n" for line in re.findall(r"^\| which was made by .*$", text, re.M))
+    return rows + (f"| which was made by | `{made[1]}` |\n" if made else "") + earlier + _blend(options)
 
 
 def _blend(options: Options) -> str:

@@ -45,7 +45,7 @@ def verify(
     what = f"{found.name}: {found.family}, {found.parameters:,} numbers, {found.format} format"
     screen.print(table(what, columns, rows, right=columns[1:]), soft_wrap=True)
     if found.reference == "converted":
-        screen.print("transformers does not read this format: its model was made of the weights loaded here")
+        screen.print("transformers did not read these files: its model was made of the weights loaded here")
     for precision, why in found.left_out.items():
         screen.print(f"{precision} was left out: {why}", soft_wrap=True, markup=False)
     path = out or Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', found.name)}.json")

@@ -15,7 +15,7 @@ from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
 from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
-from hooked_mamba.loading.mlx import from_mlx, is_mlx
+from hooked_mamba.loading.mlx import from_mlx, is_mlx, refuse_folded
 from hooked_mamba.loading.quantised.read import dequantised
 from hooked_mamba.loading.registry import FORMATS, check_family, detect_folder, lone_file
 from hooked_mamba.loading.shapes import only_shapes
@@ -101,6 +101,8 @@ def load_checkpoint(
     weights = open_weights(place, consolidated=found.name == "codestral") if file is None else open_bin(file)
     foreign = is_mlx(config, weights)
     if foreign:
+        if adapter is not None:
+            refuse_folded(config, place)
         config, weights = from_mlx(config, weights)
     else:
         weights = dequantised(config, weights)

@@ -25,8 +25,8 @@ LONE_FILES = (".pth", ".gguf")
 ADAPTER_PATTERNS = [["adapter_model.safetensors"], ["adapter_model.bin"]]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)")
-"""A GGUF file of a hub repository, which may hold the same weights many times in other precisions."""
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/((?:\w[\w.-]*/)*\w[\w.-]*\.gguf)")
+"""A GGUF file of a hub repository, which may hold the same weights many times in other precisions, each in a folder."""
 
 
 def bundled_names() -> list[str]:
@@ -118,7 +118,7 @@ def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Pat
                 f"{repo_id!r} holds several GGUF files: {', '.join(names)}; name one of them, as in"
                 f" {f'{repo_id}/{names[0]}'!r}"
             )
-        return fetch(names) if names else folder
+        return (fetch(names) / names[0]).parent if names else folder
 
     return _fetched(repo_id, revision, whole)
 

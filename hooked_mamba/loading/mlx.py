@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hooked_mamba.loading.mlx_quantised import dequantised
 from hooked_mamba.loading.tables import CheckpointError, LazyState, Place
 
-__all__ = ["from_mlx", "is_mlx"]
+__all__ = ["from_mlx", "is_mlx", "refuse_folded"]
 
 CONVOLUTIONS = ("conv1d.weight", "conv.conv.weight")
 
@@ -37,7 +38,8 @@ ONE_MORE = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.
 
 def is_mlx(config: Mapping[str, Any], state: LazyState) -> bool:
     """Whether a folder is one of mlx-lm's."""
-    if isinstance(config.get("quantization"), Mapping) or any(".switch_mlp." in name for name in state):
+    packed = isinstance(config.get("quantization"), Mapping) and any(name.endswith(".scales") for name in state)
+    if packed or any(".switch_mlp." in name for name in state):
         return True
     first = next((name for name in state if name.endswith(CONVOLUTIONS)), None)
     if first is not None:
@@ -112,6 +114,29 @@ FOLDED = (
 )
 
 
+def refuse_folded(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a folder for an adapter where weights hold factors that those the adapter was trained on did not.
+
+    Raises
+    ------
+    CheckpointError
+        A Falcon-H1 with a factor other than 1.
+    """
+    names = (*FOLDED, "attention_in_multiplier", "ssm_multipliers", "mlp_multipliers")
+    given = {name: config[name] for name in names if config.get("model_type") == "falcon_h1" and name in config}
+    others = [name for name, value in given.items() if any(one != 1 for one in _numbers(value))]
+    if others:
+        raise CheckpointError(
+            f"{folder} is a Falcon-H1 that mlx-lm converted, whose weights are multiplied by factors ({others[0]}="
+            f"{given[others[0]]!r}), and adapters are trained on weights that are not: give the adapter with the"
+            " checkpoint that the folder was made from"
+        )
+
+
+def _numbers(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _unfolded(
     fields: Mapping[str, Any], state: LazyState
 ) -> tuple[dict[str, Any], dict[str, Callable[[Tensor], Tensor]]]:
@@ -131,6 +156,9 @@ def _unfolded(
     ones = dict.fromkeys(FOLDED, 1.0) | {"ssm_multipliers": [1.0] * 5, "mlp_multipliers": [1.0, 1.0]}
     values = [name for name in state if name.endswith("self_attn.v_proj.weight")]
     changed = dict(fields) | {name: one for name, one in ones.items() if name in fields}
+    if "lm_head.weight" not in state:  # the unembedding is the embedding, which holds the embedding's factor
+        both = (float(fields.get(f"{name}_multiplier", 1.0)) for name in ("lm_head", "embedding"))
+        changed["lm_head_multiplier"] = next(both) / next(both)
     return changed | {"attention_in_multiplier": 1.0}, dict.fromkeys(values, lambda weight: weight.double() * into)
 
 

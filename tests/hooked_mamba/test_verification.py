@@ -10,6 +10,8 @@ import torch
 from hooked_mamba import verification
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.models import load_model
+from tests.hooked_mamba.loading.folders import files_of, write
+from tests.hooked_mamba.loading.packing import WAYS, quantise
 from tests.hooked_mamba.saved import save_tiny
 from tests.hooked_mamba.test_cli import call, complaint
 
@@ -60,6 +62,16 @@ def test_formats_that_transformers_does_not_read(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "verify-raw.json").read_text())
     assert (found["reference"], found["prompts"]) == ("converted", 0)
+
+
+@pytest.mark.parametrize("way", ["GPTQ", "bitsandbytes 8-bit", "compressed-tensors", "fp8"])
+def test_quantised_files(tmp_path, way):
+    """Whether the package that packed them is installed or not."""
+    name = "backbone.layers.0.mixer.in_proj"
+    config, packed, _, _ = quantise(WAYS[way], *files_of("Mamba"), [name])
+    result = call("verify", write(tmp_path / "packed", config, packed), "--out", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "found.json").read_text())["agrees"]
 
 
 @pytest.mark.slow

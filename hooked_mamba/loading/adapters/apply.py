@@ -29,6 +29,8 @@ Adapter = str | Path | Sequence[str | Path]
 
 EMBEDDINGS = ("embeddings", "embedding", "embed_tokens")
 HEAD = "lm_head.weight"
+TIES = ("tie_embeddings", "tie_word_embeddings", "tie_embedding")
+"""What configs call it that embedding and unembedding are one; LFM2's say the third, and some say two of them."""
 
 _STEMS = ("", "backbone.", "model.", "model.language_model.", "language_model.", "model.backbone.")
 """What a stack's names begin with, in memory or in a file."""
@@ -66,7 +68,7 @@ def merge_adapters(
         if tied and one.parts_embeddings():
             embed = _embedding(weights)
             weights = weights if HEAD in weights else weights.with_copy(embed, HEAD)
-            config |= {"tie_embeddings" if "d_model" in config else "tie_word_embeddings": False}
+            config = _untied(config)
             tied = False
         weights = one.merged_into(weights)
     return config, weights
@@ -219,6 +221,14 @@ def _find(name: str, weights: LazyState) -> str | None:
         end = f"{was}.weight"
         candidates += [c.removesuffix(end) + f"{now}.weight" for c in candidates if f".{c}".endswith(f".{end}")]
     return next((candidate for candidate in candidates if candidate in weights), None)
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says that the unembedding is a tensor of its own, wherever it speaks of that."""
+    said = {"tie_embeddings" if "d_model" in config else "tie_word_embeddings", *(n for n in TIES if n in config)}
+    text = config.get("text_config")
+    nested = {"text_config": _untied(text)} if isinstance(text, Mapping) else {}
+    return {**config, **dict.fromkeys(said, False), **nested}
 
 
 def _embedding(state: LazyState) -> str:

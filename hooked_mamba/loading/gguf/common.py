@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_mamba.config import Mamba2Config, MambaConfig
 from hooked_mamba.hybrid_config import AttentionConfig, MLPConfig, MoEConfig
-from hooked_mamba.loading.gguf.keys import Keys
+from hooked_mamba.loading.gguf.keys import Keys, text_of
 from hooked_mamba.loading.gguf.sources import Decay, Shaped, Unpaired
 from hooked_mamba.loading.shapes import only_shapes
 from hooked_mamba.loading.sources import Source, Whole
@@ -164,6 +164,10 @@ def attention(keys: Keys, state: State, stack: Mapping[str, Any], rotary: bool, 
     d_head = keys.count("attention.key_length", d // heads or 1)
     if keys.count("attention.value_length", d_head) != d_head:
         raise keys.fault("attention.value_length", f"{d_head}, the length of keys")
+    queries = next((full for i in range(n) if (full := f"blk.{i}.attn_q.weight") in state), None)
+    rows = shape_of(state, keys, queries, 2)[0] if queries is not None else heads * d_head
+    if heads * d_head > rows:  # before anything is made for each head
+        raise keys.fault("attention.head_count", f"heads of {d_head} that the {rows} rows of {queries} hold")
     fields: dict[str, Any] = {
         "n_heads": heads,
         "n_key_value_heads": _one_number(keys, "attention.head_count_kv", total),
@@ -172,9 +176,7 @@ def attention(keys: Keys, state: State, stack: Mapping[str, Any], rotary: bool, 
         "out_bias": any_block(state, n, "attn_output.bias"),
     }
     if rotary:
-        kind = keys.values.get(keys.full("rope.scaling.type"), "none")
-        if kind != "none":
-            raise keys.fault("rope.scaling.type", "'none': scaled positions are not computed here")
+        _refuse_scaled_positions(keys)
         if "rope_freqs.weight" in state:
             raise CheckpointError(f"{keys.path} has the tensor rope_freqs.weight: scaled positions, not computed here")
         fields |= {
@@ -182,6 +184,16 @@ def attention(keys: Keys, state: State, stack: Mapping[str, Any], rotary: bool, 
             "rotary_base": keys.number("rope.freq_base", 10000.0),
         }
     return AttentionConfig(d_model=d, n_layers=n, **(fields | more))
+
+
+def _refuse_scaled_positions(keys: Keys) -> None:
+    """Refuse a file whose positions are divided; of a factor without a type llama.cpp takes the type "linear"."""
+    kind = text_of(keys.values, keys.full("rope.scaling.type"))
+    if kind not in (None, "none"):
+        raise keys.fault("rope.scaling.type", "'none': scaled positions are not computed here")
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        if kind is None and keys.values.get(keys.full(name), 0) not in (0, 1):
+            raise keys.fault(name, "1, or rope.scaling.type 'none': scaled positions are not computed here")
 
 
 def _one_number(keys: Keys, name: str, n: int) -> int:

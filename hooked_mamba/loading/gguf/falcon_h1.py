@@ -1,7 +1,8 @@
 """Falcon-H1 in GGUF files: Mamba-2 beside attention, then an MLP.
 
 Its factors are not in the file: the converter multiplies them into weights, so that all factors are 1 here and the
-logits are the same. Where the mixer has a norm, it comes behind the gate, as llama.cpp computes it.
+logits are the same, but for one factor where the unembedding is the embedding. Where the mixer has a norm, it comes
+behind the gate, as llama.cpp computes it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def to_ours(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Hyb
             f"{keys.path} has a norm in each mixer and does not say whether it stands before or behind the gate; it is"
             " read as llama.cpp runs it, behind. Compare with the checkpoint that the file was made from"
             " (mamba_norm_before_gate)",
+            stacklevel=2,
+        )
+    if stack["tie_embeddings"]:
+        warnings.warn(
+            f"{keys.path} has no output.weight: its unembedding is token_embd.weight, into which the converter"
+            " multiplied the embedding's factor and not the unembedding's, and the file names neither. Logits are"
+            " llama.cpp's: the checkpoint's times embedding_multiplier / lm_head_multiplier of its config.json",
             stacklevel=2,
         )
     mixer = common.mamba2(

@@ -10,7 +10,7 @@ import numpy as np
 
 from hooked_mamba.loading.tables import CheckpointError
 
-__all__ = ["FILE", "Keys"]
+__all__ = ["FILE", "Keys", "shown", "text_of"]
 
 FILE = "hooked_mamba.file"
 """Where the file's own path stands among its keys when it is opened here."""
@@ -54,8 +54,7 @@ class Keys:
         if not self.has(name):
             return CheckpointError(f"{self.path} lacks the key {self.full(name)}; expected {expected}")
         value = self.values[self.full(name)]
-        shown = f"{len(value):,} entries" if isinstance(value, list | np.ndarray) else repr(value)[:60]
-        return CheckpointError(f"{self.path}: the key {self.full(name)} is {shown}; expected {expected}")
+        return CheckpointError(f"{self.path}: the key {self.full(name)} is {shown(value)}; expected {expected}")
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of at least `least`; without a default the key must be there."""
@@ -92,7 +91,7 @@ class Keys:
         if not isinstance(value, np.ndarray | Sequence) or isinstance(value, str) or len(value) != length:
             raise self.fault(name, f"a whole number for each of the {length} layers")
         found = [int(one) for one in value]
-        if min(found, default=0) < 0 or any(not isinstance(one, int | np.integer) for one in value):
+        if not all(0 <= one < 2**31 for one in found) or any(not isinstance(one, int | np.integer) for one in value):
             raise self.fault(name, "whole numbers from 0 on")
         return found
 
@@ -100,6 +99,17 @@ class Keys:
         """The id of a special token, where the file names one."""
         value = self.values.get(f"tokenizer.ggml.{name}_token_id")
         return value if isinstance(value, int) else None
+
+
+def shown(value: Any) -> str:
+    """A value in an error: of a list its length."""
+    return f"{len(value):,} entries" if isinstance(value, list | np.ndarray) else repr(value)[:60]
+
+
+def text_of(values: Mapping[str, Any], key: str, default: str | None = None) -> str | None:
+    """A text by its full key; arrays and numbers, which can be compared with none, become what errors show of them."""
+    value = values.get(key, default)
+    return value if isinstance(value, str | None) else shown(value)
 
 
 def as_written(value: float) -> float:

@@ -12,7 +12,7 @@ from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading.gguf import falcon_h1, granite, jamba, lfm2, nemotron_h, qwen3, rwkv7
 from hooked_mamba.loading.gguf.header import read_header
-from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE
+from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE, shown, text_of
 from hooked_mamba.loading.gguf.mamba import mamba2_to_ours, mamba_to_ours
 from hooked_mamba.loading.gguf.types import open_tensors
 from hooked_mamba.loading.tables import CheckpointError, LazyState, some
@@ -59,6 +59,9 @@ REFUSED = {
 }
 """Architectures near to those here -> what is missing for them."""
 
+WHOLE = (0, 1)
+"""`split.count` of a file that holds all of a model; `llama-gguf-split --merge` writes 0."""
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth")
 """What a folder is read from rather than from a GGUF file beside it."""
 
@@ -91,21 +94,21 @@ def open_gguf(path: Path) -> tuple[str, dict[str, Any], LazyState]:
         A damaged file, an architecture that is not read, or one file of several that belong together.
     """
     header = read_header(path)
-    kind = header.keys.get("general.type", "model")
+    kind = text_of(header.keys, "general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{path} is of general.type={kind!r}, no whole model; expected 'model'")
-    architecture = header.keys.get(ARCHITECTURE)
+    architecture = text_of(header.keys, ARCHITECTURE)
     if architecture not in GGUF_FORMATS:
-        why = REFUSED.get(architecture) if isinstance(architecture, str) else None
+        why = REFUSED.get(architecture or "")
         if why is not None:
             raise CheckpointError(f"{path} is of the architecture {architecture!r}, which is not supported: {why}")
         known = ", ".join(GGUF_FORMATS)
         found = f"is of the architecture {architecture!r}" if architecture is not None else f"has no {ARCHITECTURE}"
         raise CheckpointError(f"{path} {found}; expected one of {known}")
     parts = header.keys.get("split.count", 1)
-    if parts != 1:
+    if not isinstance(parts, int) or parts not in WHOLE:
         raise CheckpointError(
-            f"{path} is one of {parts} files that hold one model; put them together first, with llama.cpp's"
+            f"{path} is one of {shown(parts)} files that hold one model; put them together first, with llama.cpp's"
             " `llama-gguf-split --merge`"
         )
     return architecture, header.keys | {FILE: str(path)}, open_tensors(header)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hooked_mamba.loading.gguf.keys import FILE
+from hooked_mamba.loading.gguf.keys import FILE, text_of
 from hooked_mamba.loading.gguf.pre_tokenizers import PRE_TOKENIZERS
 from hooked_mamba.loading.tables import CheckpointError
 from hooked_mamba.loading.world_tokenizer import WorldTokenizer
@@ -29,7 +29,7 @@ SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "sepe
 
 def find_tokenizer(values: Mapping[str, Any]) -> Any:
     """The tokenizer, None where the file has none; a warning and None where it has one that is not known here."""
-    kind = values.get("tokenizer.ggml.model", "none")
+    kind = text_of(values, "tokenizer.ggml.model", "none")
     makers = {"gpt2": _byte_pairs, "llama": _sentence_pieces, "rwkv": _world}
     if kind in ("none", "no_vocab"):
         return None
@@ -83,8 +83,8 @@ def _byte_pairs(values: Mapping[str, Any]) -> Any:
     """Byte pairs (GPT-2's kind): words by a pattern, then merges in the order of the file."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    name = values.get("tokenizer.ggml.pre", "gpt-2")
-    words = PRE_TOKENIZERS.get(name)
+    name = text_of(values, "tokenizer.ggml.pre", "gpt-2")
+    words = PRE_TOKENIZERS.get(name or "")
     if words is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise CheckpointError(f"the pre-tokenizer tokenizer.ggml.pre={name!r} is not known here; known are {known}")

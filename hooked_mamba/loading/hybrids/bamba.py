@@ -80,7 +80,7 @@ def from_ours(
     cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
 ) -> tuple[dict[str, Any], LazyState]:
     """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
-    mixer, attn, mlp = cfg.branches["mixer"], cfg.branches["attn"], cfg.branches["mlp"]
+    mixer, attn, mlp = common.mamba2_of(cfg), common.attention_of(cfg), cfg.branches["mlp"]
     config = common.stack_config(cfg) | common.attention_fields(attn) | common.mamba2_fields(mixer)
     config |= {
         "rms_norm_eps": cfg.eps,

@@ -253,6 +253,20 @@ def stack_config(cfg: HybridConfig) -> dict[str, Any]:
     }
 
 
+def attention_of(cfg: HybridConfig) -> AttentionConfig:
+    """Attention, or of a model without it the simplest one: configs there describe it whether a layer has it or not."""
+    d = cfg.d_model
+    fields: dict[str, Any] = {"d_model": d, "n_layers": cfg.n_layers, "n_heads": 1, "n_key_value_heads": 1, "d_head": d}
+    return cfg.branches.get("attn", AttentionConfig(**fields, rotary_dim=d - d % 2))
+
+
+def mamba2_of(cfg: HybridConfig) -> Mamba2Config:
+    """The Mamba-2 mixer, or the simplest one of a model without it."""
+    d = cfg.d_model
+    fields: dict[str, Any] = {"d_model": d, "n_layers": cfg.n_layers, "d_vocab": cfg.d_vocab}
+    return cfg.branches.get("mixer", Mamba2Config(**fields, d_inner=2 * d, head_dim=2 * d, n_groups=1))
+
+
 def attention_fields(cfg: AttentionConfig) -> dict[str, Any]:
     """Attention under transformers' names."""
     fields: dict[str, Any] = {

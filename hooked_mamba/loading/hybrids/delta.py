@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hooked_mamba.hybrid_config import MLPConfig, MoEConfig
+from hooked_mamba.hybrid_config import HybridConfig, MLPConfig, MoEConfig
 from hooked_mamba.loading.hybrids import common
 from hooked_mamba.loading.sources import Whole
 from hooked_mamba.loading.tables import CheckpointError
@@ -25,6 +25,13 @@ def delta_net(config: Mapping[str, Any], d: int, n: int, eps: float, **more: Any
         norm_eps=eps,
         **more,
     )
+
+
+def delta_net_of(cfg: HybridConfig) -> DeltaNetConfig:
+    """Gated DeltaNet, or the simplest one of a model without it."""
+    d = cfg.d_model
+    plain = DeltaNetConfig(d_model=d, n_layers=cfg.n_layers, n_key_heads=1, n_value_heads=1, key_dim=d, value_dim=d)
+    return cfg.branches.get("mixer", plain)
 
 
 def delta_fields(cfg: DeltaNetConfig) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def from_ours(
     cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
 ) -> tuple[dict[str, Any], LazyState]:
     """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
-    mixer, attn, mlp = (cfg.branches[name] for name in ("mixer", "attn", "mlp"))
+    mixer, attn, mlp = common.mamba2_of(cfg), common.attention_of(cfg), cfg.branches["mlp"]
     moe = cfg.branches.get("moe")
     config = common.stack_config(cfg) | common.attention_fields(attn) | common.mamba2_fields(mixer)
     words = {"mixer": "mamba", "attn": "attention"}
@@ -117,7 +117,7 @@ def from_ours(
         "layer_types": [words[block[0][0]] for block in cfg.layout],
         "attention_multiplier": attn.score_scale,
         "embedding_multiplier": cfg.embedding_multiplier,
-        "residual_multiplier": cfg.out_scales.get("mixer", 1.0),
+        "residual_multiplier": cfg.out_scales.get("mlp", 1.0),
         "logits_scaling": 1 / cfg.logit_multiplier,
         "position_embedding_type": "rope" if attn.rotary_dim else "nope",
         "num_local_experts": 0 if moe is None else moe.n_experts,

@@ -108,7 +108,7 @@ def from_ours(
     CheckpointError
         A layout that no period and offset describe.
     """
-    mixer, attn, mlp = (cfg.branches[name] for name in ("mixer", "attn", "mlp"))
+    mixer, attn, mlp = cfg.branches["mixer"], common.attention_of(cfg), cfg.branches["mlp"]
     moe = cfg.branches.get("moe")
     attn_period, attn_offset = _period([i for i, block in enumerate(cfg.layout) if "attn" in block[0]], cfg.n_layers)
     moe_period, moe_offset = _period([i for i, block in enumerate(cfg.layout) if "moe" in block[1]], cfg.n_layers)

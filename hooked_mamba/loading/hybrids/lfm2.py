@@ -101,7 +101,7 @@ def from_ours(
     cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
 ) -> tuple[dict[str, Any], LazyState]:
     """The inverse of :func:`to_ours`; `names` are those of a model object, which may merge tensors."""
-    conv, attn, mlp = (cfg.branches[name] for name in ("mixer", "attn", "mlp"))
+    conv, attn, mlp = cfg.branches["mixer"], common.attention_of(cfg), cfg.branches["mlp"]
     config = common.stack_config(cfg) | common.attention_fields(attn)
     del config["attention_bias"]
     words = {"mixer": "conv", "attn": "full_attention"}

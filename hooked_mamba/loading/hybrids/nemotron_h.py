@@ -51,9 +51,10 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
     CheckpointError
         A missing field or an unsupported value.
     """
-    common.need(config, ("hidden_size", "vocab_size", "num_attention_heads"), WHAT)
-    reject(config, {"mamba_hidden_act": ("silu",), "mlp_hidden_act": tuple(ACTIVATIONS)}, WHAT)
     words = words_of(config)
+    attends = ("num_attention_heads",) if "attn" in words else ()
+    common.need(config, ("hidden_size", "vocab_size", *attends), WHAT)
+    reject(config, {"mamba_hidden_act": ("silu",), "mlp_hidden_act": tuple(ACTIVATIONS)}, WHAT)
     eps = common.get(config, "layer_norm_epsilon", common.get(config, "rms_norm_eps", 1e-5))
     stack = common.stack_fields({**config, "num_hidden_layers": len(words)}, eps)
     d, n = stack["d_model"], stack["n_layers"]
@@ -72,7 +73,9 @@ def config_of(config: Mapping[str, Any]) -> HybridConfig:
         dt_limit=common.time_step_limit(config),
     )
     bias = bool(common.get(config, "mlp_bias", False))
-    branches: dict[str, Any] = {"mixer": mixer, "attn": common.attention(config, d, n, None)}
+    branches: dict[str, Any] = {"mixer": mixer}
+    if "attn" in words:
+        branches["attn"] = common.attention(config, d, n, None)
     d_mlp = common.get(config, "intermediate_size", 21504)
     if "moe" in words:
         branches["moe"] = MoEConfig(

@@ -102,7 +102,7 @@ def from_ours(
     CheckpointError
         Another eps of the gated norm.
     """
-    mixer, attn = cfg.branches["mixer"], cfg.branches["attn"]
+    mixer, attn = cfg.branches["mixer"], common.attention_of(cfg)
     if mixer.norm_eps != GATED_NORM_EPS:
         raise CheckpointError(f"OLMo Hybrid has norm_eps={GATED_NORM_EPS} built in, got {mixer.norm_eps}")
     words = {"mixer": "linear_attention", "attn": "full_attention"}

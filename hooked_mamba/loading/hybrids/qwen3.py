@@ -136,7 +136,7 @@ def from_ours(
     cfg: HybridConfig, state: Mapping[str, Tensor], names: Collection[str] | None = None
 ) -> tuple[dict[str, Any], LazyState]:
     """The inverse of :func:`to_ours`, of the language model alone; `names` are those of a model object."""
-    mixer, attn = cfg.branches["mixer"], cfg.branches["attn"]
+    mixer, attn = delta.delta_net_of(cfg), common.attention_of(cfg)
     architecture = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.get(
         cfg.architecture, cfg.architecture
     )

@@ -87,7 +87,7 @@ def _absmax(packed: Packed, parts: Mapping[str, str], about: Mapping[str, Any], 
 
 def _blocks(values: Tensor, scales: Tensor, size: int) -> Tensor:
     """Values times the scale of their block; the last one may be short."""
-    return values * scales.repeat_interleave(size)[: len(values)]
+    return values * scales.repeat_interleave(min(size, len(values)))[: len(values)]
 
 
 def _about(packed: Packed, key: str, kind: str) -> dict[str, Any]:

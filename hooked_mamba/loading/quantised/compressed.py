@@ -45,7 +45,9 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
 def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How weights are packed: bits, strategy and group size, the same in all groups."""
     groups = settings.get("config_groups") or {}
-    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(g, Mapping) and isinstance(g.get("weights") or {}, Mapping) for g in groups.values()
+    ):
         raise CheckpointError(f"quantization_config in config.json has config_groups={groups!r}, expected objects")
     for form in [settings.get("format"), *(group.get("format") for group in groups.values())]:
         if form not in FORMATS:
@@ -54,7 +56,7 @@ def _scheme(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f" {', '.join(filter(None, FORMATS))} are read here: load the checkpoint that it was made from"
             )
     sparse = settings.get("sparsity_config") or {}
-    if settings.get("transform_config") or sparse.get("format", "dense") != "dense":
+    if settings.get("transform_config") or not isinstance(sparse, Mapping) or sparse.get("format", "dense") != "dense":
         name = "transform_config" if settings.get("transform_config") else "sparsity_config"
         raise CheckpointError(
             f"quantization_config in config.json has a {name}, by which stored weights are turned or left out, and it"
@@ -91,7 +93,7 @@ def _weight(packed: Packed, keys: Mapping[str, str], scheme: Mapping[str, Any]) 
             if zeros is not None and bool((zeros != 0).any()):
                 raise packed.fault(keys["weight_zero_point"], "has zeros of blocks, which are not read here")
             return times(packed, keys["weight"], values, keys["weight_scale"], scheme["block_structure"])
-        return _grouped(packed, keys, values, zeros)
+        return _grouped(packed, keys, values, zeros, scheme)
 
     return make
 
@@ -117,7 +119,9 @@ def _unpacked(packed: Packed, keys: Mapping[str, str], bits: Any) -> tuple[Tenso
     return values, (unpack(words, bits, 0)[: shape[0]] - half).float()
 
 
-def _grouped(packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Tensor | None) -> Tensor:
+def _grouped(
+    packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Tensor | None, scheme: Mapping[str, Any]
+) -> Tensor:
     """scale (q - z), one a weight, a row, or a group of a row's inputs."""
     scales = packed.scales(keys["weight_scale"])
     if scales.numel() == 1:
@@ -128,6 +132,13 @@ def _grouped(packed: Packed, keys: Mapping[str, str], values: Tensor, zeros: Ten
     if scales.shape[0] != rows or into % groups:
         raise packed.fault(
             keys["weight_scale"], f"has shape {tuple(scales.shape)}, expected {rows} rows of groups that divide {into}"
+        )
+    size = {"group": scheme["group_size"], "channel": into}.get(scheme["strategy"])
+    if size is not None and size * groups != into:
+        raise packed.fault(
+            keys["weight_scale"],
+            f"has {groups} groups of {into} inputs, and config.json says strategy={scheme['strategy']!r} with"
+            f" group_size={scheme['group_size']!r}",
         )
     group = torch.arange(into) // (into // groups)
     if packed.has(keys["weight_g_idx"]):

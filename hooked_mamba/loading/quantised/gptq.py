@@ -30,7 +30,10 @@ def read(settings: Mapping[str, Any], weights: LazyState) -> LazyState:
     bits = setting(settings, ["bits"], (2, 4, 8))
     layout = setting(settings, ["checkpoint_format", "format"], ("gptq", "gptq_v2"), default="gptq")
     size = whole(settings, ["group_size"], default=128)
-    changed = [rule for rule in settings.get("dynamic") or () if not str(rule).startswith("-:")]
+    rules = settings.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise CheckpointError(f"quantization_config in config.json has dynamic={rules!r}, expected rules by module")
+    changed = [rule for rule in rules if not str(rule).startswith("-:")]
     if changed:
         raise CheckpointError(
             f"quantization_config in config.json packs some layers otherwise (dynamic: {changed[0]!r}), and one way for"
@@ -60,7 +63,10 @@ def _weight(packed: Packed, keys: Mapping[str, str], bits: int, size: int, minus
         if packed.has(keys["g_idx"]):
             group = packed.tensor(keys["g_idx"], [torch.int32, torch.int64], (into,)).long()
         else:
-            group = torch.arange(into) // (into if size == -1 else size)
+            length = into if size == -1 else min(size, into)
+            if groups != -(-into // length):
+                raise packed.fault(keys["scales"], f"has {groups} rows for {into} inputs in groups of {length}")
+            group = torch.arange(into) // length
         if bool((group < 0).any()) or bool((group >= groups).any()):
             where = keys["g_idx"] if packed.has(keys["g_idx"]) else keys["scales"]
             raise packed.fault(where, f"has groups up to {int(group.max())} for {groups} rows of scales")

@@ -64,13 +64,28 @@ def times(packed: Packed, name: str, values: Tensor, scale: str, block: Any = No
     if scales.numel() == 1:
         return values * scales.reshape(())
     if block is not None:
-        sizes = [-(-n // int(b)) for n, b in zip(values.shape[-2:], block, strict=True)]
+        lengths = _lengths(packed, scale, block, values)
+        sizes = [-(-n // length) for n, length in zip(values.shape[-2:], lengths, strict=True)]
         if tuple(scales.shape) != (*values.shape[:-2], *sizes):
             raise packed.fault(
                 scale, f"has shape {tuple(scales.shape)}, expected {(*values.shape[:-2], *sizes)} for blocks of {block}"
             )
-        wide = scales.repeat_interleave(int(block[0]), -2).repeat_interleave(int(block[1]), -1)
+        wide = scales.repeat_interleave(lengths[0], -2).repeat_interleave(lengths[1], -1)
         return values * wide[..., : values.shape[-2], : values.shape[-1]]
     if scales.shape[0] != values.shape[0] or scales.numel() != values.shape[0]:
         raise packed.fault(scale, f"has shape {tuple(scales.shape)}, expected one scale, or one a row of {name}")
     return values * scales.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _lengths(packed: Packed, scale: str, block: Any, values: Tensor) -> list[int]:
+    """The axes of a block, as far as the weight goes.
+
+    Raises
+    ------
+    CheckpointError
+        Not two positive whole numbers.
+    """
+    right = isinstance(block, list) and len(block) == 2 and values.ndim >= 2
+    if not right or not all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block):
+        raise packed.fault(scale, f"is of blocks of {block!r} by config.json, expected two whole numbers")
+    return [min(b, n) for b, n in zip(block, values.shape[-2:], strict=True)]

@@ -181,6 +181,30 @@ def test_one_of_tied_embeddings(mamba, tmp_path, dora):
     assert torch.equal(model.unembed.weight, whole["lm_head.weight"])
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("LFM2", {"tie_embedding": True}),
+        ("LFM2", {"tie_embedding": True, "tie_word_embeddings": None}),
+        ("Qwen3.5", {"text_config": {"tie_word_embeddings": True}}),
+    ],
+)
+def test_tied_embeddings_by_every_name(family, fields, tmp_path):
+    """Configs say it under other names, or once more for the text."""
+    config, weights = files_of(family)
+    nested = fields.get("text_config")
+    config = {"model_type": "qwen3_5", "text_config": config | nested} if nested else config | fields
+    config = {name: value for name, value in config.items() if value is not None}
+    base = write(tmp_path / "base", config, {n: t for n, t in weights.items() if n != "lm_head.weight"})
+    assert load_model(base).cfg.tie_embeddings
+    E = weights["model.embed_tokens.weight"]
+    made = embedding_factors("model.embed_tokens", E)
+    model = load_model(base, adapter=write_adapter(tmp_path / "a", made, target_modules=["embed_tokens"]))
+    assert torch.equal(model.unembed.weight, E)
+    B, A = (made[f"model.embed_tokens.lora_embedding_{part}"] for part in "BA")
+    assert near(model.embed.weight, merged(E.t(), A, B, 5 / 3).t())
+
+
 @pytest.mark.parametrize("ids", [[4, 1], {"embeddings": [4, 1]}])
 def test_rows_of_new_tokens(mamba, tmp_path, ids):
     """They are trained in both of tied embeddings."""

@@ -110,6 +110,12 @@ class TestResolve:
         monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["b.gguf"])
         assert resolve("owner/name") == tmp_path
         assert asked[-1] == ["b.gguf"]
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["Q4_K_M/b.gguf"])
+        assert resolve("owner/name") == tmp_path / "Q4_K_M"
+        assert resolve("owner/name/Q4_K_M/b.gguf") == tmp_path / "Q4_K_M" / "b.gguf"
+        assert asked[-1] == ["Q4_K_M/b.gguf"]
+        with pytest.raises(CheckpointError, match="neither an existing folder nor a hub id"):
+            resolve("owner/name/../b.gguf")
 
     def test_no_network_names_what_needs_none(self, tmp_path, monkeypatch):
         import huggingface_hub

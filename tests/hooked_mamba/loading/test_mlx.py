@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,9 @@ from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
 from hooked_mamba.loading.mlx_quantised import unpacked
 from hooked_mamba.verification import verify
+from tests.hooked_mamba.hybrids import tiny
 from tests.hooked_mamba.loading import mlx_folders
+from tests.hooked_mamba.loading.adapter_files import factors, write_adapter
 from tests.hooked_mamba.loading.families import CASES
 
 CONVERTED = [case for case in CASES if case != "bamba"]
@@ -142,6 +145,53 @@ def test_spoilt_folders(case: str, folders: Callable[[str], Path], tmp_path: Pat
     save_file(state, tmp_path / "mlx" / "model.safetensors")
     with pytest.raises(CheckpointError, match=match):
         load_model(tmp_path / "mlx")
+
+
+def test_factors_where_embeddings_are_one(tmp_path: Path) -> None:
+    """The embedding holds its factor, and so the unembedding does, which had another."""
+    tiny.twin("falcon", tie_word_embeddings=True).save_pretrained(tmp_path / "source")
+    expected = _logits(load_model(tmp_path / "source", dtype="float64"))
+    mlx_folders.convert(tmp_path / "source", tmp_path / "mlx")
+    found = _logits(_read(tmp_path / "mlx"))
+    assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_factors_in_weights_and_an_adapter(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """A LoRA was trained beside weights without the factors: added to those with them it would be another one."""
+    mlx_folders.convert(folders("falcon-h1"), tmp_path / "mlx")
+    module = "model.layers.0.self_attn.k_proj"
+    weight = load_file(folders("falcon-h1") / "model.safetensors")[f"{module}.weight"]
+    adapter = write_adapter(tmp_path / "a", factors(module, weight), target_modules=[module])
+    with pytest.raises(CheckpointError, match=r"mlx is a Falcon-H1 .* \(ssm_in_multiplier=1\.25\), and adapters"):
+        load_model(tmp_path / "mlx", adapter=adapter)
+    path = tmp_path / "mlx" / "config.json"
+    config = json.loads(path.read_text())
+    ones = {n: [1.0] * len(v) if isinstance(v, list) else 1.0 for n, v in config.items() if "_multiplier" in n}
+    path.write_text(json.dumps(config | ones))
+    assert load_model(tmp_path / "mlx", adapter=adapter).cfg.d_model == config["hidden_size"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("case", ["granite-moe", "nemotron", "qwen3.5"])
+def test_an_adapter_of_the_source(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    mlx_folders.convert(folders(case), tmp_path / "mlx")
+    state = load_file(folders(case) / "model.safetensors")
+    name = next(name for name in state if name.endswith((".q_proj.weight", ".out_proj.weight")))
+    module = name.removesuffix(".weight")
+    adapter = write_adapter(tmp_path / "a", factors(module, state[name]), target_modules=[module])
+    expected = _logits(load_model(folders(case), adapter=adapter, dtype="float64"))
+    found = _logits(load_model(tmp_path / "mlx", adapter=adapter, dtype="float64"))
+    assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+
+
+def test_a_word_for_packing_and_nothing_packed(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers' norms are read as such, whatever a config says of its weights."""
+    expected = _logits(load_model(folders("qwen3.5"), dtype="float64"))
+    shutil.copytree(folders("qwen3.5"), tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text()) | {"quantization": {"bits": 4}}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(_logits(load_model(tmp_path / "plain", dtype="float64")), expected)
 
 
 def test_verified_against_what_was_read(folders: Callable[[str], Path], tmp_path: Path) -> None:

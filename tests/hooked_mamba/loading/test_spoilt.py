@@ -147,6 +147,14 @@ def settings(**fields) -> Callable[[Path], None]:
     return config("config.json", "quantization_config", **fields)
 
 
+def both(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for one in spoils:
+            one(folder)
+
+    return spoil
+
+
 ALL = WAYS | VARIANTS
 QUANTISED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "int8 without its scales": ("bitsandbytes 8-bit", packed(SCB=None), r"in_proj\.weight@ is int8, and"),
@@ -222,6 +230,36 @@ QUANTISED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "float8 of other blocks": (
         "fp8", settings(weight_block_size=[8, 8]), r"weight_scale_inv@ has shape \(8, 2\), expected \(16, 4\)",
     ),
+    "float8 of blocks of none": (
+        "fp8", settings(weight_block_size=[0, 16]), r"weight_scale_inv@ is of blocks of \[0, 16\] by config\.json",
+    ),
+    "float8 of blocks of text": ("fp8", settings(weight_block_size="16"), r"weight_scale_inv@ is of blocks of '16' by"),
+    "float8 of one axis": ("fp8", settings(weight_block_size=[16]), r"weight_scale_inv@ is of blocks of \[16\] by"),
+    "rules that are none": ("GPTQ", settings(dynamic=5), r"has dynamic=5, expected rules by module"),
+    "a group that is none": (
+        "compressed-tensors", settings(config_groups={"g": {"weights": 5}}), r"config_groups=.*, expected objects",
+    ),
+    "sparse in a word": ("compressed-tensors", settings(sparsity_config="x"), r"json has a sparsity_config"),
+    "groups of another size": (
+        "compressed-tensors",
+        config("config.json", "quantization_config", config_groups={"g": {"weights": {
+            "num_bits": 4, "strategy": "group", "group_size": 8,
+        }}}),
+        r"weight_scale@ has 2 groups of 32 inputs, and config\.json says strategy='group' with group_size=8",
+    ),
+    "groups of rows": (
+        "compressed-tensors",
+        config("config.json", "quantization_config", config_groups={"g": {"weights": {
+            "num_bits": 4, "strategy": "channel",
+        }}}),
+        r"weight_scale@ has 2 groups of 32 inputs, and config\.json says strategy='channel'",
+    ),
+    "other groups in a row": (
+        "GPTQ", both(settings(group_size=32), packed(g_idx=None)), r"scales@ has 2 rows for 32 inputs in groups of 32",
+    ),
+    "groups beyond all numbers": (
+        "GPTQ", both(settings(group_size=2**70), packed(g_idx=None)), r"scales@ has 2 rows for 32 inputs in groups",
+    ),
     "ModelOpt in 4 bits": ("modelopt", settings(quant_algo="NVFP4"), r"has quant_algo='NVFP4', and only 'FP8'"),
 }  # fmt: skip
 """Case -> (what is written, what spoils it, the error, in which @ is the file)."""
@@ -235,3 +273,17 @@ def test_quantised(case, tmp_path):
     spoil(folder)
     with pytest.raises(CheckpointError, match=said.replace("@", r" in model\.safetensors")):
         load_model(folder)
+
+
+def test_a_block_longer_than_the_weight(tmp_path):
+    """It takes no more memory than the weight: its length is a number in a file."""
+    made, there, plain, _ = quantise(WAYS["bitsandbytes 4-bit"], *files_of("Mamba"), [MODULE])
+    name = f"{MODULE}.weight"
+    key = next(key for key in there if key.startswith(f"{name}.quant_state"))
+    about = json.loads(bytes(there[key].tolist())) | {"blocksize": 2**50}
+    there[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    first = there[f"{name}.absmax"][:1].clone()
+    there[f"{name}.absmax"] = first
+    found = load_model(write(tmp_path, made, there)).state_dict()["blocks.0.mixer.in_proj.weight"]
+    block = found.flatten()[:64] / plain[name].float().flatten()[:64]
+    assert torch.allclose(block[~block.isnan()], torch.ones(()), rtol=1e-6)

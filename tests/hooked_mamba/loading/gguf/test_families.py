@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_mamba import load_model
+from tests.hooked_mamba.hybrids import tiny
 from tests.hooked_mamba.loading.families import CASES
 from tests.hooked_mamba.loading.gguf import converted
 
@@ -68,3 +69,43 @@ def test_written_as_a_folder_of_transformers(case: str, folders: Callable[[str],
     read = _read(converted.convert(folders(case), tmp_path / "model.gguf"), case)
     read.save_pretrained(tmp_path / "out")
     torch.testing.assert_close(_logits(load_model(tmp_path / "out", dtype="float64")), _logits(read))
+
+
+def test_factors_where_embeddings_are_one(tmp_path: Path) -> None:
+    """One factor of all logits is lost in the file, which is said."""
+    model = tiny.twin("falcon", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    expected = _logits(load_model(tmp_path / "source", dtype="float64"))
+    path = converted.convert(tmp_path / "source", tmp_path / "model.gguf")
+    with pytest.warns(UserWarning, match=r"model\.gguf has no output\.weight: .* embedding_multiplier / lm_head_mult"):
+        found = _logits(load_model(path, dtype="float64"))
+    factor = model.config.embedding_multiplier / model.config.lm_head_multiplier
+    assert abs(factor - 1) > 0.1
+    assert float((found - factor * expected).abs().max()) < 1e-6 * float(found.abs().max())
+
+
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "jamba of mixers": ("jamba", {"attn_layer_period": 99, "attn_layer_offset": 98}),
+    "bamba of mixers": ("bamba", {"attn_layer_indices": []}),
+    "granite of mixers": ("granite-moe", {"layers_block_type": ["mamba"] * 2, "num_hidden_layers": 2}),
+    "granite of attention": ("granite-moe", {"layers_block_type": ["attention"] * 2, "num_hidden_layers": 2}),
+    "lfm2 of convolutions": ("lfm2", {"layer_types": ["conv"] * 2, "num_hidden_layers": 2}),
+    "nemotron of mixers": ("nemotron", {"layers_block_type": ["mamba", "mamba"]}),
+    "nemotron of mlps": ("nemotron", {"layers_block_type": ["mlp", "mlp"]}),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_of_one_kind_are_saved_and_read_again(case: str, tmp_path: Path) -> None:
+    """A file says nothing of a branch that no layer has, and transformers' config does."""
+    name, fields = LAYERS[case]
+    tiny.twin(name, **fields).save_pretrained(tmp_path / "source")
+    expected = _logits(load_model(tmp_path / "source", dtype="float64"))
+    read = load_model(converted.convert(tmp_path / "source", tmp_path / "model.gguf"), dtype="float64")
+    read.save_pretrained(tmp_path / "saved")
+    found = _logits(load_model(tmp_path / "saved", dtype="float64"))
+    assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        theirs = read.float().to_hf()(tokens, use_cache=False).logits
+    torch.testing.assert_close(theirs, read(tokens), rtol=1e-4, atol=1e-4)

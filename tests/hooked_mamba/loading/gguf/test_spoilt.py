@@ -14,6 +14,8 @@ import torch
 
 from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
+from hooked_mamba.loading.gguf.common import _refuse_scaled_positions
+from hooked_mamba.loading.gguf.keys import Keys
 from tests.hooked_mamba.loading.gguf.small import D, E, N, mamba_file, tensors
 from tests.hooked_mamba.loading.gguf.written import write
 
@@ -131,6 +133,8 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a crooked alignment": ({"general.alignment": 12}, r"general\.alignment is 12; expected a multiple of 8"),
     "an adapter": ({"general.type": "adapter"}, r"is of general\.type='adapter', no whole model"),
     "one of several files": ({"split.count": 3}, "is one of 3 files that hold one model; put them together"),
+    "a list of files": ({"split.count": [1, 1]}, "is one of 2 entries files that hold one model"),
+    "a list for a type": ({"general.type": [1, 2]}, r"is of general\.type='2 entries', no whole model"),
 }
 
 
@@ -197,11 +201,40 @@ def test_other_architectures(architecture: str, match: str, tmp_path: Path) -> N
         load_model(mamba_file(tmp_path / "spoilt.gguf", architecture=architecture))
 
 
+def test_more_heads_than_queries(tmp_path: Path) -> None:
+    """Refused before a list is made with an entry for each of them."""
+    keys = {".embedding_length": D, ".block_count": 1, ".attention.layer_norm_rms_epsilon": 1e-6}
+    keys |= {".attention.head_count": 2**30, ".attention.head_count_kv": 2, ".feed_forward_length": 8}
+    names = ("attn_q.weight", "ffn_gate.weight")
+    state = {"token_embd.weight": torch.ones(9, D)} | {f"blk.0.{name}": torch.ones(64, D) for name in names}
+    path = write(tmp_path / "spoilt.gguf", "qwen35", keys, state)
+    with pytest.raises(CheckpointError, match=r"head_count is 1073741824; .* 64 rows of blk\.0\.attn_q\.weight"):
+        load_model(path)
+
+
 def test_no_architecture(tmp_path: Path) -> None:
     data = mamba_file(tmp_path / "a.gguf").read_bytes()
     (tmp_path / "spoilt.gguf").write_bytes(data.replace(b"general.architecture", b"general.architectura", 1))
     with pytest.raises(CheckpointError, match=r"spoilt\.gguf has no general\.architecture; expected one of mamba"):
         load_model(tmp_path / "spoilt.gguf")
+
+
+def test_files_that_were_put_together_again(tmp_path: Path) -> None:
+    """llama-gguf-split --merge keeps the first part's keys, and writes that there are 0 parts."""
+    keys = {"split.count": 0, "split.no": 0, "split.tensors.count": 12}
+    assert load_model(mamba_file(tmp_path / "merged.gguf", keys)).cfg.d_model == D
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_positions_that_are_divided(key: str, tmp_path: Path) -> None:
+    """A factor alone is one of the type "linear" for llama.cpp."""
+    values = {f"mamba.{key}": 4.0, "general.architecture": "mamba"}
+    with pytest.raises(CheckpointError, match=rf"mamba\.{key} is 4\.0; expected 1, or rope\.scaling\.type 'none'"):
+        _refuse_scaled_positions(Keys(values))
+    _refuse_scaled_positions(Keys(values | {"mamba.rope.scaling.type": "none"}))
+    _refuse_scaled_positions(Keys(values | {f"mamba.{key}": 1.0}))
+    with pytest.raises(CheckpointError, match=r"rope\.scaling\.type is 1 entries; expected 'none'"):
+        _refuse_scaled_positions(Keys(values | {"mamba.rope.scaling.type": np.zeros(1)}))
 
 
 def test_numbers_that_do_not_fit_each_other(tmp_path: Path) -> None:
