@@ -63,6 +63,11 @@ class HookedRoot(SitedModule):
                 raise AttributeError(advice(name, MODEL)) from None
             if name in SAELENS_MODEL:
                 raise AttributeError(advice(name, SAELENS_MODEL, SAE_LENS)) from None
+            if name.startswith(("W_", "b_")) and hasattr(type(self), name):  # a view of a weight that blocks lack
+                lists = "model.blocks[i].named_parameters() lists a block's weights"
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name}: its blocks have no such weight; {lists}"
+                ) from None
             raise
 
     # Finding -------------------------------------------------------------------------------------------------

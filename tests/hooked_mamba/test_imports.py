@@ -45,7 +45,7 @@ STRATA = (
 """Each part of hooked_mamba in one, none of which imports a later one. frozen.run, a model's run of a prompt, stands
 above models; the pieces that it is made of stand below mixers, which say what they are made of."""
 
-ABOVE_ALL = {"cli"}
+ABOVE_ALL = {"cli", "__main__"}
 """Commands may use everything."""
 
 OPS = sorted(path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "hooked_mamba/ops").glob("*/op.py"))

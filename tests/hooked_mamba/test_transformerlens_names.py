@@ -82,6 +82,12 @@ def test_unknown_names_stay_unknown(owners):
             owners[what].not_a_name  # noqa: B018
 
 
+def test_a_view_of_a_weight_that_blocks_lack():
+    model = load_model("tinystories-rwkv7-4l")
+    with pytest.raises(AttributeError, match="HookedRWKV7 has no W_B: its blocks have no such weight"):
+        model.W_B  # noqa: B018
+
+
 def test_a_site_that_another_block_has():
     model = load_model("tinystories-hybrid-4l")  # attention in block 2
     _, cache = model.run_with_cache("Once upon a time")
