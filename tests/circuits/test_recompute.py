@@ -13,6 +13,7 @@ from hooked_mamba.frozen import run as run_module
 from tests.circuits.models import random_model
 from tests.hooked_mamba.hybrids.tiny import SOME, tiny, tokens_for
 from tests.hooked_mamba.tiny import build
+from tests.kinds import RECURRENCES
 
 
 def both(model: Any, tokens: Tensor, **run: Any) -> tuple[FrozenModel, FrozenModel]:
@@ -33,7 +34,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("start", ["empty", "padded", "going on"])
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "rwkv7", "gated_deltanet"])
+@pytest.mark.parametrize("kind", RECURRENCES)
 def test_all_parts_are_equal(kind: str, start: str) -> None:
     model, run = build(kind).double(), {}
     tokens = torch.arange(12).reshape(2, 6) % 11 + 1

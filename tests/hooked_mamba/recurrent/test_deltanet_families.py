@@ -218,5 +218,5 @@ def test_kimi_is_refused_with_the_reason():
 def test_norms_that_cannot_be_folded():
     with pytest.raises(ValueError, match="LayerNorms"):
         fold_norms(build("rwkv7"))
-    with pytest.raises(ValueError, match="behind their branches"):
+    with pytest.raises(ValueError, match="come after their branches"):
         fold_norms(HookedHybrid.from_hf(theirs("olmo_hybrid")))
