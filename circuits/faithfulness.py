@@ -29,6 +29,9 @@ from hooked_mamba.frozen.places import Part, site_of
 TIE = 0.01
 """Shares nearer to each other than this count as equal."""
 
+OVER = 0.1
+"""A circuit that recovers more than the whole by this much is said to overshoot."""
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -46,6 +49,10 @@ class Recovery:
     @property
     def verdict(self) -> str:
         """In plain words, whether the circuit recovers the metric better than as many nodes of the baselines."""
+        over = f"; it overshoots by {self.circuit - 1:.0%}" if self.circuit > 1 + OVER else ""
+        return self._beside_baselines() + over
+
+    def _beside_baselines(self) -> str:
         mine, theirs = abs(1 - self.circuit), abs(1 - self.gradient)
         if self.random and mine >= min(abs(1 - share) for share in self.random):
             return "no better than random nodes"

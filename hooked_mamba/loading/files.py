@@ -148,7 +148,7 @@ def _fetched(repo_id: str, revision: str | None, of: Callable[[Fetch], Path]) ->
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()
         raise OSError(
-            f"{repo_id!r}{at} is no bundled name and no local folder, and fetching it from the hub failed "
+            f"{repo_id!r}{at} is neither a bundled name nor a local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
             f"Checkpoints that need no network: {', '.join(bundled_names()) or 'none'}"
         ) from None
