@@ -18,7 +18,7 @@ from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.model.hooked_model import HookedModel
 from hooked_mamba.state import ModelState
 
-WHOLE = 3 * 2**29
+WHOLE = 3 * 2**28
 """Bytes up to which a run keeps everything, unless it is told otherwise."""
 
 

@@ -59,7 +59,7 @@ class Run:
     recompute
         True: what is inside a block is computed again, one block at a time, when it is read; that takes a tenth of the
         memory and another forward pass for every time that covectors go down. None: where all of it would take more
-        than 1.5 GiB, and no function sits on a hook point.
+        than 0.75 GiB, and no function sits on a hook point.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def run(sizes: Sizes) -> Section:
         " to the end of the work, files and merging included.",
     )
     counts = (1, 2) if sizes.fresh_process else (1,)
-    rounds = 3 if sizes.claims else 1
+    rounds = 2 if sizes.claims else 1
     found: dict[int, list[dict[str, Any]]] = {n: [] for n in counts}
     for i in range(rounds):
         for n in counts if i % 2 == 0 else reversed(counts):
