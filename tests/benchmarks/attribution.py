@@ -30,7 +30,8 @@ def run(sizes: Sizes) -> Section:
         " (layer, source, channel), embeddings and biases. The backward pass is that of the same logit to the"
         " embeddings, weights left out. One layer's heads are also found by the dense hidden attention of every"
         " channel, l x l numbers each, and by loops over sources and over the products between source and target in"
-        " Python, vectorised over channels and states alone, as published code has them; all from the same cache.",
+        " Python, vectorised over channels and states alone, as published code has them; all from the same cache."
+        " The longest run keeps one block at a time.",
     )
     section.tables.append(_whole_model(sizes, section.bounds))
     section.tables.append(_one_layer(sizes))
