@@ -180,7 +180,7 @@ def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector
     # What cancels within a product is in no part: a target far below its factors is rounding itself.
     rows = found.rows.tolist()
     factors = [
-        float(_stream(frozen, c)[row, c.position].norm() * c.vector.norm())
+        float(frozen.value_of(c.stream, c.layer)[row, c.position].norm() * c.vector.norm())
         for c, row in zip(covectors, rows, strict=True)
     ]
     measured = zip(found.residual.abs().tolist(), found.size.tolist(), factors, strict=True)
@@ -197,18 +197,6 @@ def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector
         " part of the sum: explain the run without hooks, edit the weights or the input instead, or look at the parts"
         " as they are with unexplained='keep'"
     )
-
-
-def _stream(frozen: FrozenModel, covector: Covector) -> Float[Tensor, "b l e"]:
-    """What the run had where a target is read."""
-    stream, part = covector.stream, covector.layer
-    if stream == "resid":
-        return frozen.resid(int(part))
-    if stream == "in":
-        return frozen.entering(part)
-    if stream == "out":
-        return frozen.out(*frozen.branch_of(part))
-    return frozen.chain(part).values.get(stream, frozen.chain(part).u)
 
 
 def attribute_heads(

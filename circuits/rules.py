@@ -78,45 +78,36 @@ class Rule:
         return run.chain(part).pull(ub, rows, start="u")
 
 
-class Sharing(Rule):
+class Anew(Rule):
+    """A rule that takes covectors back through the branch run once more, see :func:`pull_anew`."""
+
+    def pull(
+        self,
+        run: Run,
+        part: Part,
+        V: Float[Tensor, "n l d"],
+        rows: Rows,
+        through: Float[Tensor, "*n l E"] | None = None,
+    ) -> Pulled:
+        return pull_anew(self, run, part, V, rows, through)
+
+    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
+        return pull_anew(self, run, part, V, rows, V.new_zeros(()))
+
+
+class Sharing(Anew):
     """Products shared out among their factors: "half" or "shares"."""
 
     def __init__(self, name: str, shares: tuple[float, float, float]) -> None:
         self.name, self.shares = name, shares
 
-    def pull(
-        self,
-        run: Run,
-        part: Part,
-        V: Float[Tensor, "n l d"],
-        rows: Rows,
-        through: Float[Tensor, "*n l E"] | None = None,
-    ) -> Pulled:
-        return pull_anew(self, run, part, V, rows, through)
 
-    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
-        return pull_anew(self, run, part, V, rows, V.new_zeros(()))
-
-
-class Gradient(Rule):
+class Gradient(Anew):
     """Nothing is held."""
 
     name = "gradient"
     sums = False
     differentiates_norms = True
-
-    def pull(
-        self,
-        run: Run,
-        part: Part,
-        V: Float[Tensor, "n l d"],
-        rows: Rows,
-        through: Float[Tensor, "*n l E"] | None = None,
-    ) -> Pulled:
-        return pull_anew(self, run, part, V, rows, through)
-
-    def pull_to_u(self, run: Run, part: Part, V: Float[Tensor, "n l d"], rows: Rows) -> Pulled:
-        return pull_anew(self, run, part, V, rows, V.new_zeros(()))
 
     def pull_u(self, run: Run, part: Part, ub: Float[Tensor, "n l E"], rows: Rows) -> Pulled:
         none = ub.new_zeros(*ub.shape[:2], run.resid(0).shape[-1])

@@ -115,7 +115,7 @@ def _unit_change(frozen: FrozenModel, edit: ScaleUnit) -> Float[Tensor, "b l E"]
 
 
 def _written(frozen: FrozenModel, coder: SparseCoder) -> Place:
-    """The stream that a coder's prediction is part of: "out", "u" or "resid"."""
+    """The stream that a coder's prediction is part of, "out", "u" or "resid", and whose."""
     site = streams_of(coder.cfg)[1].removesuffix(LOCAL)
     try:
         place = frozen.place_of(site)

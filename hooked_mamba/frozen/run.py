@@ -233,18 +233,26 @@ class Run:
         """What a branch adds to the stream."""
         return at_least_fp32(self.cache[out_site(self.model, layer, branch)])
 
+    def value_of(self, stream: Stream, part: Part) -> Float[Tensor, "b l e"]:
+        """What the run had at a stream; of "resid" the part is the number of the layer, n_layers: after the last."""
+        if stream == "resid":
+            return self.resid(int(part))
+        if stream == "in":
+            return self.entering(part)
+        if stream == "out":
+            return self.out(*self.branch_of(part))
+        chain = self.chain(part)
+        return chain.values.get(stream, chain.u)
+
     def value_at(self, site: str) -> Float[Tensor, "b l f"]:
         """A site that a coder reads or predicts, its last axes side by side."""
         site = unalias(site)
         if site in self.cache:
             return self.cache[site].flatten(2)
         place = self.place_of(site)
-        if place.stream == "resid":
-            return self.resid(int(place.layer))
-        if place.stream == "in":
-            x = self.entering(place.layer)
-            return self.norm_of(place.layer, place.weighted).apply(x) if place.normed else x
-        return self.out(*self.branch_of(place.layer))
+        if place.stream == "in" and place.normed:
+            return self.norm_of(place.layer, place.weighted).apply(self.entering(place.layer))
+        return self.value_of(place.stream, place.layer)
 
     def norm(self, layer: int) -> Gain:
         """w / scale of a block's first norm; n_layers: of the final one."""
