@@ -193,10 +193,8 @@ def _from_files(folder: Path) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         return model.dequantize() if getattr(model, "is_quantized", False) else model
-    except (OSError, ValueError, KeyError):  # a format of the authors' own
-        return None
-    except (ImportError, NotImplementedError):  # quantised by a package that is not here, or has no way back
-        return None
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError):
+        return None  # a format of the authors' own; quantised by a package that is not here, or has no way back
 
 
 def _logits_of(model: Any) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mamba.loading.adapters.changes import Lora, sort_keys, with_tokens
+from hooked_mamba.loading.adapters.changes import Changes, Lora, sort_keys, with_tokens
 from hooked_mamba.loading.adapters.config import CONFIG, LoraConfig, read_config
 from hooked_mamba.loading.adapters.experts import take_experts
 from hooked_mamba.loading.tables import CheckpointError, LazyState, Place, some
@@ -84,7 +84,7 @@ def _open(folder: Path) -> _Opened:
         present = some(path.name for path in folder.iterdir())
         raise CheckpointError(f"{folder} has no {WEIGHTS[0]}; found {present}")
     tensors = open_safetensors(path) if path.suffix == ".safetensors" else open_bin(path)
-    return _Opened(path, about, tensors)
+    return _Opened(path, about, tensors, sort_keys(tensors, str(path)))
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,17 @@ class _Opened:
     path: Path
     about: LoraConfig
     tensors: LazyState
+    changes: Changes
 
     def merged_into(self, weights: LazyState) -> LazyState:
         """The checkpoint's tensors, those that the adapter changes merged when they are read."""
-        changes, where = sort_keys(self.tensors, str(self.path)), str(self.path)
+        parts, where = {module: dict(keys) for module, keys in self.changes.parts.items()}, str(self.path)
         made: dict[str, Callable[[], Tensor]] = {}
-        for name, key in changes.whole.items():
+        for name, key in self.changes.whole.items():
             theirs = self._name_of(name, weights, key)
             made[theirs] = self._whole(key, theirs, weights)
-        experts = take_experts(changes.parts, self.about, self.tensors, where)
-        for module, keys in changes.parts.items():
+        experts = take_experts(parts, self.about, self.tensors, where)
+        for module, keys in parts.items():
             if (tokens := keys.pop("token_adapter.trainable_tokens_delta", None)) is not None:
                 self._change(made, weights, f"{module}.weight", tokens, self._rows(tokens, module))
             if not keys:
@@ -119,8 +120,8 @@ class _Opened:
         for expert in experts:
             for name, change in expert.changes(weights, lambda name: _find(name, weights)):
                 self._change(made, weights, name, expert.keys["lora_A.weight"], change)
-        self._check_all_there(changes.parts, weights)
-        self._warn_of_sleepers(changes.parts)
+        self._check_all_there(parts, weights)
+        self._warn_of_sleepers(parts)
         getters = {name: made.get(name) or weights.getter(name) for name in weights} | made
         places = {name: weights.place(name) for name in weights}
         for name in made:
@@ -207,20 +208,24 @@ class _Opened:
     def parts_embeddings(self) -> bool:
         """Whether an embedding and an unembedding that were one tensor are two afterwards: one of them was trained, as
         a module of its own. (Rows of single tokens are trained in both.)"""
-        changes = sort_keys(self.tensors, str(self.path))
-        lora = [m for m, parts in changes.parts.items() if any(part.startswith("lora_") for part in parts)]
-        changed = [*lora, *(weight.rpartition(".")[0] for weight in changes.whole)]
+        lora = [m for m, parts in self.changes.parts.items() if any(part.startswith("lora_") for part in parts)]
+        changed = [*lora, *(weight.rpartition(".")[0] for weight in self.changes.whole)]
         return any(module.rpartition(".")[2] in (*EMBEDDINGS, "lm_head") for module in changed)
 
 
 def _find(name: str, weights: LazyState) -> str | None:
     """The checkpoint's name of a weight, whatever its names begin with; None where it is not there."""
-    bare = next((name.removeprefix(stem) for stem in _STEMS[:0:-1] if name.startswith(stem)), name)
+    bare = _without_stem(name)
     candidates = [name, *(stem + bare for stem in _STEMS)]
     for was, now in (("embeddings", "embedding"), ("embedding", "embeddings")):
         end = f"{was}.weight"
         candidates += [c.removesuffix(end) + f"{now}.weight" for c in candidates if f".{c}".endswith(f".{end}")]
     return next((candidate for candidate in candidates if candidate in weights), None)
+
+
+def _without_stem(name: str) -> str:
+    """A name behind the longest beginning of a stack that it has."""
+    return next((name.removeprefix(stem) for stem in _STEMS[:0:-1] if name.startswith(stem)), name)
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,5 +252,5 @@ def _within_layer(module: str) -> str:
 
 def _in_memory(module: str, modules: Mapping[str, Any]) -> str:
     """A checkpoint's module under the beginning that the adapter's names have."""
-    bare = next((module.removeprefix(stem) for stem in _STEMS[:0:-1] if module.startswith(stem)), module)
+    bare = _without_stem(module)
     return next((stem + bare for stem in _STEMS if stem + bare in modules), module)
