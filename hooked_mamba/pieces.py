@@ -254,6 +254,11 @@ def digest(tensor: Tensor) -> str:
     return sha.hexdigest()[:16]
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, by what follows."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Pieces whose tensors are rows, one after the other."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}

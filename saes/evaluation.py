@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
-from hooked_mamba.pieces import Pieces, digest
+from hooked_mamba.pieces import Pieces, digest, under
 from saes.coder import SparseCoder
 from saes.coder_hash import coder_hash
 from saes.metrics.model_loss import LossSums, next_token_log_probs
@@ -233,11 +233,11 @@ class _Run:
         for found in pieces:
             for name, sums in self.sums.items():
                 if f"{name}/reconstruction/sums" in found:
-                    sums.reconstruction.merge(_under(found, f"{name}/reconstruction/"))
-                    sums.sparsity.merge(_under(found, f"{name}/sparsity/"))
+                    sums.reconstruction.merge(under(f"{name}/reconstruction/", found))
+                    sums.sparsity.merge(under(f"{name}/sparsity/", found))
             for name, losses in self.losses.items():
                 if f"{name}/loss/sums" in found:
-                    losses.merge(_under(found, f"{name}/loss/"))
+                    losses.merge(under(f"{name}/loss/", found))
 
     def read_all(self, group: list[Rows]) -> dict[str, Tensor]:
         """The first pass over some batches alone: their sums."""
@@ -320,10 +320,6 @@ class _Run:
             both = Scores(TOGETHER, f"{len(self.named)} coders", values)
         predictions = self.losses[next(iter(self.named))].n["clean"]
         return Report(self.model.cfg.model_name, tokens, predictions, scores, both)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _together(named: Mapping[str, SparseCoder]) -> bool:

@@ -121,10 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, HookNameError, FileNotFoundError, FileExistsError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return ended(result, args.out)
+
+
+def ended(result: TrainResult, out: Path) -> int:
+    """Say how a training ended; the command's exit code."""
     if not result.complete:
         print(f"Stopped at step {result.step}; the checkpoint is written. Continue with --resume.")
         return 130
-    print(f"Coders written in {args.out / 'coders'}")
+    print(f"Coders written in {out / 'coders'}")
     return 0
 
 

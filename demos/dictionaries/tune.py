@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from demos.dictionaries.text import told_by, training_rows
+from demos.dictionaries.train import ended
 from saes.coder import SparseCoder
 from saes.store import DataConfig
 from saes.training import FinetuneConfig, finetune_coders, load_model, local_device
@@ -89,11 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for name, row in result.measured.items():
         print(f"{name:24} KL {row['kl']:.4f}  EV {row['ev']:.4f}  L0 {row['l0']:.2f}")
-    if not result.complete:
-        print(f"Stopped at step {result.step}; the checkpoint is written. Continue with --resume.")
-        return 130
-    print(f"Coders written in {args.out / 'coders'}")
-    return 0
+    return ended(result, args.out)
 
 
 if __name__ == "__main__":

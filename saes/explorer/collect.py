@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
-from hooked_mamba.pieces import Pieces, digest
+from hooked_mamba.pieces import Pieces, digest, under
 from saes.coder import SparseCoder
 from saes.coder_hash import coder_hash
 from saes.explorer.data import FeatureData
@@ -158,8 +158,7 @@ def collect(
         )
         for found in pieces:
             for name, tally in tallies.items():
-                under = f"{name}/"
-                tally.merge({key.removeprefix(under): v for key, v in found.items() if key.startswith(under)})
+                tally.merge(under(f"{name}/", found))
     if any(tally.n_tokens == 0 for tally in tallies.values()):
         raise OptionError("there is nothing to show: every position of the text is excluded")
     given = _labels_by_name(labels, named)

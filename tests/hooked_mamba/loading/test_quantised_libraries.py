@@ -82,31 +82,43 @@ SCHEMES = {
 }
 
 
+class Compressor:
+    """The library's own, of one scheme: from a weight to (tensors by part, what it decompresses them to)."""
+
+    def __init__(self, scheme: str) -> None:
+        pytest.importorskip("compressed_tensors")
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        form, fields = SCHEMES[scheme]
+        self.args = QuantizationArgs(**fields)
+        self.library = BaseCompressor.get_value_from_registry(form)
+        self.scheme = QuantizationScheme(targets=["Linear"], weights=self.args)
+        groups = {"group_0": {"targets": ["Linear"], "weights": json.loads(self.args.model_dump_json())}}
+        about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+        self.config = {"quantization_config": about | {"config_groups": groups}}
+
+    def __call__(self, weight):
+        scale, zero = _scales(weight, self.args)
+        parts = {"weight": weight, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
+        made = self.library.compress(parts, self.scheme)
+        meant = self.library.decompress(dict(made), self.scheme)["weight"]
+        return {part: tensor.contiguous() for part, tensor in made.items()}, meant
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compressed_tensors(base, tmp_path, scheme):
     """Its compressor on every layer, and its own way back."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    form, fields = SCHEMES[scheme]
-    args = QuantizationArgs(**fields)
-    compressor = BaseCompressor.get_value_from_registry(form)
-    of = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = Compressor(scheme)
     tensors, expected = {}, {}
     for name, value in load_file(base / "model.safetensors").items():
         if not name.endswith(("in_proj.weight", "x_proj.weight")):
             tensors[name] = value
             continue
-        scale, zero = _scales(value, args)
-        parts = {"weight": value, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
-        made = compressor.compress(parts, of)
-        tensors |= {name.removesuffix("weight") + part: t.contiguous() for part, t in made.items()}
-        expected[name] = compressor.decompress(dict(made), of)["weight"]
+        made, expected[name] = compressor(value)
+        tensors |= {name.removesuffix("weight") + part: t for part, t in made.items()}
     config = json.loads((base / "config.json").read_text())
-    about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
-    about["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    (tmp_path / "config.json").write_text(json.dumps(config | compressor.config))
     save_file(tensors, tmp_path / "model.safetensors")
     model = load_model(tmp_path)
     for name, value in expected.items():
@@ -176,26 +188,14 @@ def test_bitsandbytes_in_every_family(family, options, tmp_path):
 @pytest.mark.parametrize("family", MAKERS)
 def test_compressed_tensors_in_every_family(family, scheme, tmp_path):
     """Every linear layer by its compressor; logits are those of what it decompresses to."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    form, fields = SCHEMES[scheme]
-    args = QuantizationArgs(**fields)
-    compressor = BaseCompressor.get_value_from_registry(form)
-    of = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = Compressor(scheme)
     config, weights = files_of(family)
     tensors, plain = dict(weights), dict(weights)
     for module in linears(weights):
-        value = tensors.pop(f"{module}.weight").float()
-        scale, zero = _scales(value, args)
-        parts = {"weight": value, "weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
-        made = compressor.compress(parts, of)
-        tensors |= {f"{module}.{part}": t.contiguous() for part, t in made.items()}
-        plain[f"{module}.weight"] = compressor.decompress(dict(made), of)["weight"].float()
-    about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
-    about["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}}
-    packed = load_model(write(tmp_path / "packed", config | {"quantization_config": about}, tensors), dtype="float64")
+        made, meant = compressor(tensors.pop(f"{module}.weight").float())
+        tensors |= {f"{module}.{part}": t for part, t in made.items()}
+        plain[f"{module}.weight"] = meant.float()
+    packed = load_model(write(tmp_path / "packed", config | compressor.config, tensors), dtype="float64")
     expected = load_model(write(tmp_path / "plain", config, plain), dtype="float64")
     tokens = torch.arange(11)[None]
     found, meant = packed(tokens), expected(tokens)
