@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.captured import Positions, position_mask
 from hooked_mamba.analysis.patch_runs import Metric, residuals
+from hooked_mamba.frozen.places import out_site
 from hooked_mamba.state import Padding
 
 Place = tuple[int, str]
@@ -78,7 +79,7 @@ def path_patch(
     b, length = tokens.shape
     n, places = model.cfg.n_layers, path_places(model)
     entering = residuals(model, tokens, attention_mask)
-    names = ["hook_embed", *(_output(model, place) for place in places)]
+    names = ["hook_embed", *(out_site(model, *place) for place in places)]
     _, corrupted = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
     padding = None if attention_mask is None else Padding.from_mask(attention_mask, tokens.shape, tokens.device)
     where = position_mask(positions, b, length, tokens.device, padding).unsqueeze(-1)
@@ -168,15 +169,8 @@ def _senders(model: Any, receiver: Place | None, places: Sequence[Place]) -> dic
     place = block.beside.index(name)
     if place:
         sender = (layer, block.beside[place - 1])
-        return {Door(_output(model, sender)): [places.index(sender)]}
+        return {Door(out_site(model, *sender)): [places.index(sender)]}
     return {Door(at + "hook_resid_pre", embedding=True): [EMBEDDING], Door(at + "hook_resid_pre"): before}
-
-
-def _output(model: Any, place: Place) -> str:
-    """The site of what a branch adds to the stream; of one beside the stream, of its output."""
-    layer, name = place
-    block = model.block(layer)
-    return f"blocks.{layer}.{block.written.get(name) or f'{name}.{block.branches[name].out_site}'}"
 
 
 def _stage(model: Any, place: Place) -> int:
