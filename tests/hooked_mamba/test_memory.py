@@ -43,14 +43,13 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     pieces = [torch.ones(2**20) for _ in range(50)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, second = faults(), faults()
-print(int(kept), first, second)
+print(int(kept), faults(), faults(), faults(), faults())
 """
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    kept, first, second = map(int, out.split())
+    kept, first, *later = map(int, out.split())
     if kept:  # another C library keeps what it likes
         assert first > 90  # 200 MB in pages of 4 KiB, or of 2 MiB where the system is set so
-        assert second < first / 10
+        assert min(later) < first / 10  # the heap may still grow a little in any one of them
 
 
 def test_gradients_without_a_filter_leave_the_fused_scan_alone():
