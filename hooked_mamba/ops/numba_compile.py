@@ -38,6 +38,11 @@ def _cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK) else None
 
 
+def part(function: Callable) -> Callable:
+    """A piece of kernels, compiled into each of them."""
+    return numba.njit(nogil=True, error_model="numpy", boundscheck=False, forceinline=True)(function)
+
+
 def kernel(function: Callable) -> Callable:
     """Compile at the first call, and keep the result on disk (in NUMBA_CACHE_DIR if that is set)."""
     settings: Any = numba.config  # its attributes are made when it is imported

@@ -140,13 +140,15 @@ def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, 
                     store(scratch, n, load(first, p % LANES * N + n))
                 for t in range(begin, stop):
                     row, at, S = (i * l + t) * H + head % H, ((i * l + t) * G + group) * N, (t - begin) * rows_size
-                    d_t = broadcast(d, row)
+                    rows, d_t = row * P + p, broadcast(d, row)
                     for n in range(0, N, LANES):
-                        B_n = load(B, at + n)
+                        B_n, dC_n, here = load(B, at + n), load(dC, at + n), S + n
                         for e in range(ROWS):
-                            h_n = mul(d_t, load(scratch, S + e * N + n))
-                            h_n = fma(B_n, broadcast(u, row * P + p + e), h_n)
-                            store(scratch, S + rows_size + e * N + n, h_n)
+                            h_n = mul(d_t, load(scratch, here + e * N))
+                            h_n = fma(B_n, broadcast(u, rows + e), h_n)
+                            store(scratch, here + rows_size + e * N, h_n)
+                            dC_n = fma(h_n, broadcast(dy, rows + e), dC_n)
+                        store(dC, at + n, dC_n)
                 s, at_g = column, (head * P + p) * N
                 for t in range(stop - 1, begin - 1, -1):
                     row, at, S = (i * l + t) * H + head % H, ((i * l + t) * G + group) * N, (t - begin) * rows_size
@@ -174,10 +176,6 @@ def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, 
                         store(g, k + 2 * N, mul(g_0, d_t))
                         store(g, k + 3 * N, mul(g_1, d_t))
                         store(dB, at + n, dB_n)
-                        dC_n, here = load(dC, at + n), here + rows_size
-                        for e in range(ROWS):
-                            dC_n = fma(load(scratch, here + e * N), broadcast(dy, rows + e), dC_n)
-                        store(dC, at + n, dC_n)
                     du[rows], du[rows + 1], du[rows + 2], du[rows + 3] = (
                         total(sum_0), total(sum_1), total(sum_2), total(sum_3),
                     )  # fmt: skip

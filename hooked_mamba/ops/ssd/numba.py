@@ -1,7 +1,8 @@
 """Mamba-2 through numba: the recurrence position after position, float32 on the CPU, one pass over the state.
 
 The step sizes are taken off first, as u = dt x and d = exp(dt A), and the skip is added last; the rest, in
-`_numba_kernels`, is linear in u. Where only u and h0 need a gradient, the forward kernel gives it, run from the end
+`_numba_kernels`, is linear in u. Gradients are taken by chunks, in `_numba_chunks`, or position after position where
+states in the middle have gradients too. Where only u and h0 need one, the forward kernel gives it, run from the end
 with B and C exchanged. `chunk` changes nothing here: pieces of a sequence always give the bits of the whole.
 """
 
@@ -20,13 +21,14 @@ from hooked_mamba.ops.numba_compile import refusal, share, threads_for
 from hooked_mamba.ops.numba_lanes import LANES
 from hooked_mamba.ops.numba_packed import pack_states, unpack_states
 from hooked_mamba.ops.precision import to_state_dtype
+from hooked_mamba.ops.ssd import _numba_chunks as chunks
 from hooked_mamba.ops.ssd import _numba_kernels as kernels
 from hooked_mamba.ops.ssd._step import ssd_step
 
 
 def _probe() -> None:
     x = torch.zeros(1, 2, 1, LANES, dtype=torch.float32, device="cpu")
-    _Scan.apply(x, x[..., 0], x, x, None, None, LANES)
+    _Scan.apply(x, x[..., 0].double(), x, x, None, None, LANES)
 
 
 @backend("ssd", takes={"h0", "states", "grad"}, refuses=lambda x, N: refusal(x, _probe))
@@ -49,15 +51,14 @@ def ssd(
         return step(x, dt, A, B, C, D, h0, positions is not None)
     dtype, P, N = x.dtype, x.shape[3], B.shape[3]
     x, dt, A, B, C, D, h0 = to_state_dtype(x, dt, A, B, C, D, h0)
-    # In float64: torch rounds float32's last bit by where a number stands in memory.
-    d = (dt.double() * A.double()).exp().float()
+    log_d = dt.double() * A.double()  # torch rounds float32's last bit by where a number stands in memory
     u = dt.unsqueeze(-1) * x
     if P % LANES:
         u = F.pad(u, (0, -P % LANES))
     if N % LANES:
         B, C = (F.pad(t, (0, -N % LANES)) for t in (B, C))
         h0 = None if h0 is None else F.pad(h0, (0, -N % LANES))
-    y, h_last, states = _Scan.apply(u, d, B, C, h0, positions, P)
+    y, h_last, states = _Scan.apply(u, log_d, B, C, h0, positions, P)
     y = y[..., :P] if P % LANES else y
     if N % LANES:
         h_last, states = h_last[..., :N], None if states is None else states[..., :N]
@@ -102,8 +103,8 @@ class _Scan(torch.autograd.Function):
     """P and N are padded to multiples of 16; h0, h_last and states have the true P."""
 
     @staticmethod
-    def forward(ctx, u, d, B, C, h0, positions, P):
-        u, d, B, C = (t.contiguous() for t in (u, d, B, C))
+    def forward(ctx, u, log_d, B, C, h0, positions, P):
+        u, d, B, C = (t.contiguous() for t in (u, log_d.exp().float(), B, C))
         batch, l, H, padded = u.shape
         packed = (padded // LANES, B.shape[3], LANES)
         h = u.new_zeros(batch, H, *packed) if h0 is None else pack_states(h0, P)
@@ -127,19 +128,23 @@ class _Scan(torch.autograd.Function):
         dy = d.new_zeros(batch, l, H, padded) if dy is None else dy.contiguous()
         if not ctx.full and dstates is None:
             return _adjoint(d, B, C, dy, dh_last, ctx.P, ctx.needs_input_grad[4])
-        g = d.new_zeros(batch, H, padded, N)
-        if dh_last is not None:
-            g[:, :, : ctx.P] = dh_last
-        at = ctx.at if dstates is not None else np.empty(0, np.int64)
-        dstates = _empty() if dstates is None else dstates.contiguous()
-        du, dd = torch.empty_like(dy), torch.zeros_like(d)
+        du, dl = torch.empty_like(dy), torch.zeros_like(d)
         work = dy.numel() * N
         threads = threads_for(batch * H, work)
         dB, dC = d.new_zeros(threads, *B.shape), d.new_zeros(threads, *C.shape)
-        inputs = (*_arrays(u, d, B, C, starts, dy, g, dstates), at)
-        shares = [_arrays(du, dd, dB[i], dC[i]) for i in range(threads)]
-        share(kernels.backward, batch * H, work, inputs, *shares)
-        return du, dd, dB.sum(0), dC.sum(0), g[:, :, : ctx.P] if ctx.needs_input_grad[4] else None, None, None
+        shares = [_arrays(du, dl, dB[i], dC[i]) for i in range(threads)]
+        inputs = _arrays(u, d, B, C, starts, dy)
+        if dstates is None:
+            g = d.new_zeros(batch, H, padded // LANES, N, LANES) if dh_last is None else pack_states(dh_last, ctx.P)
+            share(chunks.backward, batch * H, work, (*inputs, g.numpy()), *shares)
+            dh0 = unpack_states(g, ctx.P) if ctx.needs_input_grad[4] else None
+        else:
+            g = d.new_zeros(batch, H, padded, N)
+            if dh_last is not None:
+                g[:, :, : ctx.P] = dh_last
+            share(kernels.backward, batch * H, work, (*inputs, *_arrays(g, dstates.contiguous()), ctx.at), *shares)
+            dl, dh0 = dl * d, g[:, :, : ctx.P] if ctx.needs_input_grad[4] else None
+        return du, dl.double(), dB.sum(0), dC.sum(0), dh0, None, None
 
 
 def _adjoint(d, B, C, dy, dh_last, P, need_h0):

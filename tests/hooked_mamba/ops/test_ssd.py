@@ -194,3 +194,12 @@ def test_numba_gives_the_bits_of_the_whole_from_any_pieces(lengths):
     assert torch.equal(torch.cat(ys, 1), whole.y)
     assert torch.equal(h, whole.h_last)
     assert torch.equal(h, whole.states[:, -1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numba_gradients_do_not_depend_on_how_heads_are_shared_among_threads(threads, monkeypatch):
+    from hooked_mamba.ops.ssd import numba as by_numba
+
+    monkeypatch.setattr(by_numba, "threads_for", lambda units, work: min(threads, units))
+    monkeypatch.setattr("hooked_mamba.ops.numba_compile.threads_for", lambda units, work: min(threads, units))
+    assert_agrees(ssd, ssd_inputs(2, 75, 6, 20, 2, 33), torch.float32, "numba")  # three chunks; heads of a group parted
