@@ -82,17 +82,14 @@ def train(
     options = run_options(config, flags, setting or [], resume)
     if not quiet:
         typer.echo(f"loading {options.get('model', 'the model')} ...", err=True)
+    from saes.command_parts import tell_ending
     from saes.training import RunConfig, run  # takes seconds, so the line above comes first
 
     result = run(RunConfig.from_dict(options), resume=resume)
     columns = ("coder", "EV", "L0", "dead")
     rows = [(name, f"{m['ev']:.4f}", f"{m['l0']:.2f}", f"{m['dead']:.2%}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
-    if not result.complete:
-        again = f"hooked-mamba sae train --resume --out {options['out']}"
-        typer.echo(f"stopped at step {result.step}; to continue: {again}", err=True)
-        raise typer.Exit(130)
-    typer.echo(f"coders in {Path(options['out']) / 'coders'}")
+    tell_ending(result, Path(options["out"]), f"hooked-mamba sae train --resume --out {options['out']}")
 
 
 @app.command()
@@ -121,7 +118,7 @@ def finetune(
 
     hooked-mamba sae finetune runs/mine --text stories.txt --n-tokens 1000000 --out runs/mine-tuned
     """
-    from saes.command_parts import load_coders, model_of, trained_model
+    from saes.command_parts import load_coders, model_of, tell_ending, trained_model
     from saes.store import DataConfig
     from saes.training import FinetuneConfig, finetune_coders
 
@@ -135,10 +132,7 @@ def finetune(
     columns = ("coder", "KL", "EV", "L0")
     rows = [(name, f"{m['kl']:.4f}", f"{m['ev']:.4f}", f"{m['l0']:.2f}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
-    if not result.complete:
-        typer.echo(f"stopped at step {result.step}; the same command with --resume continues", err=True)
-        raise typer.Exit(130)
-    typer.echo(f"coders in {out / 'coders'}")
+    tell_ending(result, out, "the same command with --resume")
 
 
 @app.command("eval")

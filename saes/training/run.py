@@ -25,7 +25,8 @@ from saes.saelens_names import OPTIONS
 from saes.store.data import DataConfig, Text, make_store
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
-from saes.training.trainer import Trainer, TrainResult, check_folder
+from saes.training.loop import TrainResult, check_folder
+from saes.training.trainer import Trainer
 from saes.training.world import World, local_device, torchrun
 
 SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target", "skip", "input_norm", "widths")
