@@ -22,13 +22,13 @@ from saes.command_options import (
     WorkOption,
     app,
 )
-from saes.flags import speaks_in_flags
 from saes.run_options import run_options
+from saes.settings import speaks_of_settings
 
 
 @app.command()
 @reports_errors
-@speaks_in_flags
+@speaks_of_settings
 def train(
     config: Annotated[
         Path | None,
@@ -94,7 +94,6 @@ def train(
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def finetune(
     coders: CodersArgument,
     text: TextOption,
@@ -137,7 +136,6 @@ def finetune(
 
 @app.command("eval")
 @reports_errors
-@speaks_in_flags
 def eval_(
     coders: CodersArgument,
     text: TextOption,
@@ -170,7 +168,6 @@ def eval_(
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def capture(
     text: TextOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")],

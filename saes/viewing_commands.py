@@ -20,14 +20,12 @@ from saes.command_options import (
     app,
     explore_app,
 )
-from saes.flags import speaks_in_flags
 from saes.options import OptionError
 
 
 @explore_app.command()
 @app.command()
 @reports_errors
-@speaks_in_flags
 def explore(
     coders: CodersArgument,
     text: TextOption,

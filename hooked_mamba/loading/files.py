@@ -55,7 +55,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
     if folder.is_dir() or (folder.is_file() and folder.suffix in LONE_FILES):
         if revision is not None:
-            raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
+            raise CheckpointError(f"{name!r} is local and has no revisions; leave revision= out")
         return folder
     bundled = ", ".join(bundled_names()) or "none"
     one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
