@@ -1,6 +1,8 @@
 """Training: many coders at once over one store, resumable at any moment."""
 
+from hooked_mamba.names_elsewhere import SAE_LENS, import_advice
 from saes.renamed import renamed_in
+from saes.saelens_names import TOP
 from saes.training.checkpoint import ResumeError as ResumeError
 from saes.training.coder_run import calibrate as calibrate
 from saes.training.config import TrainConfig as TrainConfig
@@ -19,4 +21,5 @@ from saes.training.world import World as World
 from saes.training.world import local_device as local_device
 from saes.training.world import torchrun as torchrun
 
-__getattr__ = renamed_in(__name__, {"CheckpointError": "saes.training.checkpoint.ResumeError"})
+_renamed = renamed_in(__name__, {"CheckpointError": "saes.training.checkpoint.ResumeError"})
+__getattr__ = import_advice(__name__, TOP, _renamed, SAE_LENS)
