@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import DEFAULT_MODEL, console, reports_errors, table
+from hooked_mamba.cli import DEFAULT_MODEL, check_inputs, console, reports_errors, table
 from saes.command_options import (
     CodersArgument,
     ContextOption,
@@ -80,6 +80,12 @@ def train(
         "train.progress": False if quiet else None,
     }
     options = run_options(config, flags, setting or [], resume)
+    check_inputs(
+        reads={"--text": options["text"]},
+        folders={"--out": options["out"]},
+        model=options.get("model"),
+        device=options.get("device"),
+    )
     if not quiet:
         typer.echo(f"loading {options.get('model', 'the model')} ...", err=True)
     from saes.command_parts import tell_ending
@@ -117,16 +123,19 @@ def finetune(
 
     hooked-mamba sae finetune runs/mine --text stories.txt --n-tokens 1000000 --out runs/mine-tuned
     """
+    check_inputs(reads={"--text": text}, folders={"--out": out}, model=model, device=device)
     from saes.command_parts import load_coders, model_of, tell_ending, trained_model
     from saes.store import DataConfig
     from saes.training import FinetuneConfig, finetune_coders
+    from saes.training.loop import check_folder
 
-    named = load_coders(coders, device)
-    loaded = model_of(named, model or trained_model(coders), device)
+    check_folder(out, resume)
     config = FinetuneConfig(
         n_tokens=n_tokens, steps=steps, lr=lr, reconstruction=reconstruction, seed=seed, progress=not quiet
     )
     data = DataConfig(rows_per_pass=rows_per_pass, context_length=context_length, seed=seed)
+    named = load_coders(coders, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     result = finetune_coders(loaded, named, text, config, data, out=out, resume=resume, loggers=logger or ())
     columns = ("coder", "KL", "EV", "L0")
     rows = [(name, f"{m['kl']:.4f}", f"{m['ev']:.4f}", f"{m['l0']:.2f}") for name, m in result.measured.items()]
@@ -152,9 +161,14 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Evaluate coders on a text: reconstruction, sparsity, and the loss of the model when it runs on them."""
+    check_inputs(
+        reads={"--text": text}, writes={"--json": json_file}, folders={"--work": work}, model=model, device=device
+    )
     from saes.command_parts import load_coders, model_of, processes, text_rows, trained_model
     from saes.evaluation import evaluate
+    from saes.report import chosen_metrics
 
+    chosen_metrics(metric or None)
     with processes(device, work) as (world, device):
         named = load_coders(coders, device)
         loaded = model_of(named, model or trained_model(coders), device)
@@ -180,6 +194,7 @@ def capture(
     quiet: QuietOption = False,
 ) -> None:
     """Write a model's activations on a text as sharded safetensors; processes under torchrun share the text."""
+    check_inputs(reads={"--text": text}, folders={"--out": out}, model=model, device=device)
     from hooked_mamba.models import load_model
     from saes.command_parts import processes, text_rows
     from saes.options import check_choice

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, open_sharded
+from hooked_mamba.local_paths import means_local, missing
 
 __all__ = ["bundled_names", "open_weights", "resolve"]
 
@@ -47,7 +48,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises
     ------
     CheckpointError
-        Nothing of that name, or a revision where there are none.
+        Nothing of that name (of a path, with names near it), or a revision where there are none.
     OSError
         The hub cannot be reached, or does not let us have the checkpoint; the bundled names are listed.
     """
@@ -57,6 +58,8 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise CheckpointError(f"{name!r} is local and has no revisions; leave revision= out")
         return folder
+    if means_local(name_or_path) and not folder.exists():
+        raise CheckpointError(missing(name_or_path))
     bundled = ", ".join(bundled_names()) or "none"
     one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
     if one_file is not None:
@@ -86,7 +89,9 @@ def adapter_folder(name_or_path: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise CheckpointError(f"{name!r} is a file; expected the adapter's folder, {folder.parent}")
-    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+    if means_local(name_or_path):
+        raise CheckpointError(f"adapter {missing(name_or_path)}")
+    if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"adapter {name!r} is neither an existing folder nor a hub id")
     return _download(name, None, ADAPTER_PATTERNS)
 
