@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from hooked_mamba.loading.gguf.parts import all_parts, models_in
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, open_sharded
 from hooked_mamba.local_paths import means_local, missing
@@ -63,7 +64,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     bundled = ", ".join(bundled_names()) or "none"
     one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
     if one_file is not None:
-        return _fetched(one_file[1], revision, lambda fetch: fetch([one_file[2]])) / one_file[2]
+        return _fetched(one_file[1], revision, lambda fetch: fetch([all_parts(one_file[2])])) / one_file[2]
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
             "is a file; expected its folder, or a .pth or .gguf file"
@@ -117,13 +118,13 @@ def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Pat
             fetch(patterns)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 return folder
-        names = _gguf_files(repo_id, revision) if kinds is WEIGHT_PATTERNS else []
+        names = models_in(_gguf_files(repo_id, revision)) if kinds is WEIGHT_PATTERNS else []
         if len(names) > 1:
             raise CheckpointError(
                 f"{repo_id!r} holds several GGUF files: {', '.join(names)}; name one of them, as in"
                 f" {f'{repo_id}/{names[0]}'!r}"
             )
-        return (fetch(names) / names[0]).parent if names else folder
+        return (fetch([all_parts(names[0])]) / names[0]).parent if names else folder
 
     return _fetched(repo_id, revision, whole)
 
