@@ -129,11 +129,11 @@ def finetune(
     from saes.training import FinetuneConfig, finetune_coders
     from saes.training.loop import check_folder
 
-    check_folder(out, resume)
     config = FinetuneConfig(
         n_tokens=n_tokens, steps=steps, lr=lr, reconstruction=reconstruction, seed=seed, progress=not quiet
     )
     data = DataConfig(rows_per_pass=rows_per_pass, context_length=context_length, seed=seed)
+    check_folder(out, resume)
     named = load_coders(coders, device)
     loaded = model_of(named, model or trained_model(coders), device)
     result = finetune_coders(loaded, named, text, config, data, out=out, resume=resume, loggers=logger or ())
