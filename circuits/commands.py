@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import DEFAULT_MODEL, ModelOption, new_app, reports_errors
+from hooked_mamba.cli import DEFAULT_MODEL, ModelOption, check_inputs, new_app, reports_errors
 
 app = new_app("circuit")
 
@@ -41,19 +41,17 @@ def circuit(
     check: Annotated[bool, typer.Option(help="Check the circuit by intervening.")] = True,
 ) -> None:
     """Trace what a prediction is made of: a pruned graph, its checks, and a page to look at."""
-    from circuits.extract import extract_circuit
+    check_inputs(reads={"--text": text}, writes={"--out": out}, folders={"--graph": graph}, model=model)
+    if minus is not None and target is None:
+        raise ValueError("--minus needs --target: which token's lead is explained?")
+    from circuits.extract import check_choices, extract_circuit
     from circuits.files import save_graph
     from circuits.targets import Logit
     from circuits.viewer import about_features, circuit_page
     from hooked_mamba.models import load_model
     from saes.command_parts import load_coders, note_other_weights
 
-    if minus is not None and target is None:
-        raise ValueError("--minus needs --target: which token's lead is explained?")
-    if text is not None and not text.is_file():
-        raise FileNotFoundError(f"--text {text}: there is no such file")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder: give the page a name, such as {out / 'circuit.html'}")
+    check_choices(budget, choose, selection)
     loaded = load_model(model)
     coders = load_coders(coder or ())
     note_other_weights(coders, loaded, model)

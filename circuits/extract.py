@@ -17,7 +17,7 @@ from circuits.graph import Graph
 from circuits.influence import Scores, prune, scores, thin
 from circuits.integrated import node_effects
 from circuits.paths import Paths, top_paths
-from circuits.rules import Selection
+from circuits.rules import Selection, rule_of
 from circuits.targets import Logit, Metric, Target, chosen_targets, top_logits
 from hooked_mamba.frozen.places import Part
 from hooked_mamba.models import HookedModel
@@ -101,10 +101,7 @@ def extract_circuit(
         More than one prompt, no target, a budget below 1, an unknown choice, or no metric for a target that is no
         logit.
     """
-    if budget < 1:
-        raise ValueError(f"budget must be at least 1, got {budget}")
-    if choose not in ("influence", "integrated"):
-        raise ValueError(f"choose must be 'influence' or 'integrated', got {choose!r}")
+    check_choices(budget, choose, selection)
     frozen = FrozenModel(model, prompt, coders, mode, selection=selection, units=units)
     targets = _targets(frozen, target)
     if reference is not None and not isinstance(reference, FrozenModel):
@@ -123,6 +120,15 @@ def extract_circuit(
         assert measure is not None
         report = faithfulness(frozen, whole, graph, targets, measure, reference=reference)
     return Circuit(frozen, targets, whole, graph, scores(whole), top_paths(whole), report)
+
+
+def check_choices(budget: int, choose: str, selection: Selection) -> None:
+    """Raise ValueError for what :func:`extract_circuit` refuses whatever the model is."""
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1, got {budget}")
+    if choose not in ("influence", "integrated"):
+        raise ValueError(f"choose must be 'influence' or 'integrated', got {choose!r}")
+    rule_of(selection)
 
 
 def within(graph: Graph, budget: int, nodes: float = 0.8, edges: float = 0.98) -> Graph:

@@ -110,5 +110,5 @@ def check_cache_fits(
     raise MemoryError(
         f"this cache would take {needed / 2**30:.1f} GiB ({len(sizes)} sites, the largest {largest} with"
         f" {sizes[largest] / 2**30:.2f} GiB) and {free / 2**30:.1f} GiB are free on {device}."
-        " Name fewer sites, choose positions with pos_slice, or give device= for where the cache should live"
+        " Name fewer sites, or choose positions with pos_slice=, or give device= for where the cache should live"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ def table(uses: Mapping[str, str]) -> str:
 
 
 def import_advice(
-    module: str, uses: Mapping[str, str], other: Callable[[str], Any] | None = None
+    module: str, uses: Mapping[str, str], other: Callable[[str], Any] | None = None, library: str = TRANSFORMER_LENS
 ) -> Callable[[str], Any]:
     """A module's `__getattr__`: an ImportError, whose text `from module import name` shows.
 
@@ -43,16 +44,37 @@ def import_advice(
     ----------
     other
         Called for names that are not in the table.
+    library
+        Whose names they are.
     """
 
     def find(name: str) -> Any:
         if name in uses:
-            raise ImportError(advice(name, uses))
+            raise ImportError(advice(name, uses, library))
         if other is not None:
             return other(name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return find
+
+
+class _OtherModules:
+    """Asked by Python for modules that nothing else finds."""
+
+    def __init__(self, package: str, uses: Mapping[str, str], library: str) -> None:
+        self.package, self.uses, self.library = package, uses, library
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """Nothing; for a name in the table an ImportError that says what to use."""
+        package, _, name = fullname.partition(".")
+        if package == self.package and name in self.uses:
+            raise ImportError(advice(name, self.uses, self.library), name=fullname)
+
+
+def module_advice(package: str, uses: Mapping[str, str], library: str = TRANSFORMER_LENS) -> None:
+    """From now on, `import package.name` of a name in the table, where there is no such module, says what to use."""
+    if not any(isinstance(finder, _OtherModules) and finder.package == package for finder in sys.meta_path):
+        sys.meta_path.append(_OtherModules(package, uses, library))  # type: ignore[arg-type]
 
 
 def knows_options(

@@ -435,6 +435,12 @@ FACTORED: dict[str, str] = {
 }
 """Attributes of FactoredMatrix."""
 
+SAELENS_TOP: dict[str, str] = dict.fromkeys(
+    ("HookedSAETransformer", "SAETransformerBridge"),
+    "load_model(name), with saes.splice(model, coders, error=True)",
+) | dict.fromkeys(("SAE", "SparseAutoencoder"), "saes.SAE")
+"""Names of SAELens' package that are asked of this one."""
+
 SAELENS_MODEL: dict[str, str] = {
     "run_with_saes": "with saes.splice(model, coders): model(text)",
     "run_with_cache_with_saes": "with saes.splice(model, coders, record=True) as spliced: model.run_with_cache(text)",

@@ -6,20 +6,14 @@
 from __future__ import annotations
 
 from hooked_mamba.lazy import lazy
+from hooked_mamba.names_elsewhere import SAE_LENS, import_advice, module_advice
 from saes import saelens_names
 from saes.renamed import renamed_in
 
 _renamed = renamed_in(__name__, {"Edit": "saes.splicing.LatentEdit"})
-
-
-def _other(name: str) -> object:
-    """Old names, and what to use for SAELens' names: an ImportError, whose text `from saes import ...` shows."""
-    if name in saelens_names.TOP:
-        raise ImportError(saelens_names.advice(name, saelens_names.TOP))
-    return _renamed(name)
-
-
-__getattr__, __all__ = lazy(__name__, __file__, _other)
+_elsewhere = {**saelens_names.TOP, **saelens_names.MODULES}
+__getattr__, __all__ = lazy(__name__, __file__, import_advice(__name__, _elsewhere, _renamed, SAE_LENS))
+module_advice(__name__, _elsewhere, SAE_LENS)
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,7 @@ from saes.find import bundled_names, resolve
 from saes.options import OptionError, read_file
 from saes.run_options import RUN
 from saes.store.data import DataConfig, rows_of
+from saes.training.loop import TrainResult
 
 
 def coder_folders(names: Sequence[str]) -> dict[str, Path]:
@@ -99,3 +100,13 @@ def note_other_weights(coders: Mapping[str, SparseCoder], model: HookedModel, na
 def text_rows(text: Path, model: HookedModel, context_length: int, seed: int = 0) -> Any:
     """Rows of tokens of a text file, read once."""
     return rows_of(text, model, DataConfig(context_length=context_length, epochs=1, seed=seed))
+
+
+def tell_ending(result: TrainResult, out: Path, again: str) -> None:
+    """Say how a training ended, and where its coders are; exit code 130: it was stopped and can go on."""
+    if result.ended == "stopped":
+        typer.echo(f"{result.ending()}; to continue: {again}", err=True)
+        raise typer.Exit(130)
+    if result.ended == "text":
+        typer.echo(f"{result.ending()}: coders are as they were then, before the learning rate had come down", err=True)
+    typer.echo(f"coders in {out / 'coders'}")

@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn
 
 import hooked_mamba.models  # noqa: F401  # what is declared is known once every kind of branch is defined
 from hooked_mamba.hooks.names import declared, is_declared, unalias
-from saes.saelens_names import CONFIG, advice
+from hooked_mamba.names_elsewhere import SAE_LENS, import_advice
+from saes.saelens_names import CONFIG, TOP, advice
 
 Architecture = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka", "abstopk", "groupmax"]
 
@@ -251,3 +252,6 @@ def mambacoder_config(
         target=target,
         **fields,
     )
+
+
+__getattr__ = import_advice(__name__, TOP, library=SAE_LENS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 
+from hooked_mamba.local_paths import means_local, missing
 from saes.files import CoderFileError
 from saes.files.checks import nearest
 from saes.files.load import SINGLE
@@ -76,11 +78,12 @@ def resolve(
     if path.exists():
         _no_revision(str(name), revision, "is on this machine")
         return _within(path, subfolder)
+    if means_local(name):
+        raise CoderFileError(f"{missing(name)}")
     families = {known.split("/")[0] for known in bundled}
     parts = str(name).split("/")
-    if isinstance(name, Path) or parts[0] in families or not HUB_ID.fullmatch("/".join(parts[:2])):
-        known = f"; coders that come with the package: {', '.join(bundled)}" if bundled else ""
-        raise CoderFileError(f"{full!r} is not a bundled coder, a folder or a hub id{nearest(full, bundled)}{known}")
+    if parts[0] in families or not HUB_ID.fullmatch("/".join(parts[:2])):
+        raise CoderFileError(f"{full!r} is not a bundled coder, a folder or a hub id{_known(full, bundled)}")
     if parts[2:]:
         if subfolder is not None:
             raise CoderFileError(
@@ -88,6 +91,15 @@ def resolve(
             )
         subfolder = check_name("/".join(parts[2:]))
     return fetch("/".join(parts[:2]), subfolder, revision, token)
+
+
+def _known(name: str, bundled: list[str]) -> str:
+    """Part of a message: bundled coders of the model that a name begins with, or near it, and what lists all."""
+    family = name.split("/")[0]
+    there = [known for known in bundled if known.startswith(f"{family}/")]
+    near = there or difflib.get_close_matches(name, bundled, n=3, cutoff=0.6)
+    said = "" if not near else f"; {f'of {family} there are' if there else 'near it are'} {', '.join(near)}"
+    return f"{said}; of the bundled ones, which need no network, `hooked-mamba sae list` lists all"
 
 
 def _no_revision(name: str, revision: str | None, why: str) -> None:
@@ -148,7 +160,8 @@ def snapshot(repo_id: str, files: list[str], revision: str | None = None, token:
             snapshot_download(repo_id, revision=revision, allow_patterns=files, token=token, endpoint=endpoint())
         )
     except Exception as error:  # the client's errors differ between its releases and its HTTP libraries
-        raise HubError(what_failed(f"fetching {repo_id!r}{f' at {revision!r}' if revision else ''}", error)) from None
+        doing = f"fetching {repo_id!r}{f' at {revision!r}' if revision else ''}"
+        raise HubError(f"{what_failed(doing, error)}{_known(repo_id, bundled_names())}") from None
 
 
 def what_failed(doing: str, error: BaseException) -> str:
@@ -157,8 +170,7 @@ def what_failed(doing: str, error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     said += [line for line in [_line(error)] if line not in said]
-    bundled = ", ".join(bundled_names()) or "none"
-    return f"{doing} failed ({'; '.join(said)}). Coders that need no network: {bundled}"
+    return f"{doing} failed ({'; '.join(said)})"
 
 
 def _line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hooked_mamba.durable import write_file
+from hooked_mamba.local_paths import means_local, missing
 from saes.cards import MARK, model_card
 from saes.coder import SparseCoder
 from saes.files import CoderFileError, open_coder, save
@@ -63,7 +64,9 @@ def list_coders(source: str | Path | None = None, revision: str | None = None, t
     if source is None or is_local(source):
         folder = PRETRAINED if source is None else Path(source).expanduser()
         if source is not None and not folder.is_dir():
-            raise CoderFileError(f"{str(source)!r} is neither an existing folder nor a hub id (owner/name)")
+            path = means_local(source) and not Path(source).expanduser().exists()
+            said = missing(source) if path else f"{str(source)!r} is neither a folder nor a hub id (owner/name)"
+            raise CoderFileError(said)
         if revision is not None:
             raise CoderFileError(f"{str(source)!r} is on this machine and has no revisions; leave revision= out")
         entries = None if source is None else read_index(folder)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hooked_mamba.local_paths import missing
+
 T = TypeVar("T")
 
 
@@ -101,7 +103,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(missing(path))
     if path.suffix not in (".json", ".toml"):
         raise OptionError(f"{path} must end in .json or .toml to be read as options")
     text = path.read_text(encoding="utf-8")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hooked_mamba.hooks.names import unalias
+from hooked_mamba.names_elsewhere import SAE_LENS, import_advice
 from saes.config import ARCHITECTURES, ONLY_READ, CoderConfig
 from saes.files import CoderFileError, Opened, open_coder
 from saes.files.checks import nearest, read_object
 from saes.files.own import Metrics, Training, clean_metrics, clean_training
 from saes.renamed import renamed_in
+from saes.saelens_names import TOP
 
 INDEX = "index.json"
 FORMAT = 1
@@ -219,4 +221,5 @@ def one_of(entries: Mapping[str, Entry] | Sequence[str], where: str) -> str:
     raise CoderFileError(f"{where} has {len(names)} coders; name one of {', '.join(names[:20])}{more}")
 
 
-__getattr__ = renamed_in(__name__, {"default_name": "saes.naming.full_name"})
+_renamed = renamed_in(__name__, {"default_name": "saes.naming.full_name"})
+__getattr__ = import_advice(__name__, TOP, _renamed, SAE_LENS)

@@ -69,10 +69,76 @@ TOP: dict[str, str] = {
     "upload_saes_to_huggingface": 'saes.hub.push({"name": coder}, "owner/repository")',
     "PretrainedSaeHuggingfaceLoader": 'SparseCoder.from_pretrained("owner/repository", "folder")',
     "PretrainedSaeDiskLoader": "SparseCoder.load(folder)",
+    "load_model": "hooked_mamba.load_model(name)",
+    "get_pretrained_saes_directory": "saes.hub.list_coders(), of the package, or list_coders(repository)",
+    "PretrainedSAELookup": "saes.registry.Entry, of which saes.hub.list_coders(source) gives a list",
+    "get_repo_id_and_folder_name": 'none: SparseCoder.from_pretrained("owner/repository", "folder") takes both',
+    "get_norm_scaling_factor": "SparseCoder.load(folder, norm_factor=...)",
+    "get_neuronpedia_quick_list": "none: explore(model, coders, text) writes a page of its own",
+    "open_neuronpedia_feature_dashboard": "none: explore(model, coders, text) writes a page of its own",
+    "EvalConfig": "the arguments of evaluate(model, coders, text, metrics, n_tokens=...)",
+    "get_eval_everything_config": "none: evaluate(model, coders, text) measures everything",
+    "get_downstream_reconstruction_metrics": 'evaluate(model, coders, text, ["loss"])',
+    "get_sparsity_and_variance_metrics": 'evaluate(model, coders, text, ["reconstruction", "sparsity"])',
     "register_sae_class": "none: architectures are in saes.activations",
     "register_sae_training_class": "none: architectures are in saes.activations",
 }
 """Names of the package sae_lens -> what to use of the package saes."""
+
+MODULES: dict[str, str] = {
+    "evals": "saes.evaluation: evaluate(model, coders, text)",
+    "toolkit": "saes.hub, saes.find and saes.files",
+    "loading": "saes.hub, saes.find and saes.files",
+    "analysis": "saes.explorer, saes.splicing and saes.features",
+    "saes": "saes.coder: SparseCoder, with saes.config.CoderConfig; saes.activations has the architectures",
+    "constants": "none",
+    "util": "none",
+    "tutorial": "none",
+    "tokenization_and_batching": "saes.store.rows",
+    "llm_sae_training_runner": _TRAIN,
+    "sae_training_runner": _TRAIN,
+    "multi_sae_training_runner": "saes.training.train_coders(model, coders, text, TrainConfig())",
+    "cache_activations_runner": "saes.store.capture_to_disk, or DataConfig(folder=, disk_tokens=)",
+    "training.activations_store": "saes.store.make_store(model, streams, text, DataConfig())",
+    "training.mixing_buffer": "saes.store.ActivationStore, which shuffles within blocks",
+    "training.activation_scaler": 'input_norm="scale" of a coder while it is trained',
+    "training.sae_trainer": "saes.training.trainer",
+    "training.multi_sae_trainer": "saes.training.trainer",
+    "training.training_sae": "saes.coder: SparseCoder, which is trained and used as one class",
+    "training.optim": "none: TrainConfig has warmup and decay",
+    "training.types": "none",
+    "training.upload_saes_to_huggingface": 'saes.hub.push({"name": coder}, "owner/repository")',
+}
+"""Its modules -> what to use."""
+
+SYNTHETIC: dict[str, str] = {
+    **dict.fromkeys(
+        ("FeatureDictionary", "FeatureDictionaryInitializer", "SyntheticModel", "orthogonal_initializer"),
+        "saes.synthetic.plant(scenario, ...), whose atoms are given",
+    ),
+    **dict.fromkeys(
+        (
+            "ActivationGenerator",
+            "generate_activations",
+            "SyntheticActivationIterator",
+            "SyntheticDataActivationIterator",
+        ),
+        "plant(scenario, ...).sample(n, generator)",
+    ),
+    **dict.fromkeys(
+        ("TreeFeatureGenerator", "HierarchyNode", "create_correlation_matrix", "generate_random_correlation_matrix"),
+        "plant(scenario, ...): correlated and families are scenarios",
+    ),
+    **dict.fromkeys(
+        ("eval_sae_on_synthetic", "eval_sae_on_synthetic_data", "SyntheticEvalResult"),
+        "saes.metrics.recovery",
+    ),
+    **dict.fromkeys(
+        ("train_sae_on_synthetic", "train_toy_sae", "SyntheticSAERunner"),
+        "saes.training.Trainer(coders, ActivationStore(MemoryBlocks({site: x}), batch_size), TrainConfig())",
+    ),
+}
+"""Names of its modules synthetic and toy_model -> what to use of saes.synthetic."""
 
 CODER: dict[str, str] = {
     "from_pretrained_with_cfg_and_sparsity": "SparseCoder.from_pretrained(name, subfolder); its config is coder.cfg",

@@ -9,13 +9,11 @@ import typer
 
 from hooked_mamba.cli import console, reports_errors, table
 from saes.command_options import CodersArgument, app
-from saes.flags import speaks_in_flags
 from saes.options import OptionError
 
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def push(
     coders: CodersArgument,
     to: Annotated[str, typer.Option("--to", help="Repository of the hub (owner/name), or a folder.")],
@@ -42,7 +40,6 @@ def push(
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def pull(
     source: Annotated[str, typer.Argument(help="Bundled name, hub id (owner/name or owner/name/coder) or folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the coder into.")],
@@ -57,7 +54,6 @@ def pull(
 
 @app.command("list")
 @reports_errors
-@speaks_in_flags
 def list_(
     query: Annotated[str, typer.Argument(help="Words to find in names, sites, models and architectures.")] = "",
     source: Annotated[

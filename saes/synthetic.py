@@ -22,6 +22,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_mamba.names_elsewhere import SAE_LENS, import_advice
+from saes.saelens_names import SYNTHETIC
+
 Scenario = Literal["uniform", "zipf", "correlated", "families", "rare"]
 
 SCENARIOS: tuple[Scenario, ...] = ("uniform", "zipf", "correlated", "families", "rare")
@@ -112,3 +115,6 @@ def _frequencies(weight: Tensor, l0: float | int) -> Tensor:
         else:
             high = scale
     return (weight * high).clamp(max=MOST)
+
+
+__getattr__ = import_advice(__name__, SYNTHETIC, library=SAE_LENS)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import DEFAULT_MODEL, console, reports_errors, table
+from hooked_mamba.cli import DEFAULT_MODEL, check_inputs, console, reports_errors, table
 from saes.command_options import (
     CodersArgument,
     ContextOption,
@@ -22,13 +22,13 @@ from saes.command_options import (
     WorkOption,
     app,
 )
-from saes.flags import speaks_in_flags
 from saes.run_options import run_options
+from saes.settings import speaks_of_settings
 
 
 @app.command()
 @reports_errors
-@speaks_in_flags
+@speaks_of_settings
 def train(
     config: Annotated[
         Path | None,
@@ -80,24 +80,26 @@ def train(
         "train.progress": False if quiet else None,
     }
     options = run_options(config, flags, setting or [], resume)
+    check_inputs(
+        reads={"--text": options["text"]},
+        folders={"--out": options["out"]},
+        model=options.get("model"),
+        device=options.get("device"),
+    )
     if not quiet:
         typer.echo(f"loading {options.get('model', 'the model')} ...", err=True)
+    from saes.command_parts import tell_ending
     from saes.training import RunConfig, run  # takes seconds, so the line above comes first
 
     result = run(RunConfig.from_dict(options), resume=resume)
     columns = ("coder", "EV", "L0", "dead")
     rows = [(name, f"{m['ev']:.4f}", f"{m['l0']:.2f}", f"{m['dead']:.2%}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
-    if not result.complete:
-        again = f"hooked-mamba sae train --resume --out {options['out']}"
-        typer.echo(f"stopped at step {result.step}; to continue: {again}", err=True)
-        raise typer.Exit(130)
-    typer.echo(f"coders in {Path(options['out']) / 'coders'}")
+    tell_ending(result, Path(options["out"]), f"hooked-mamba sae train --resume --out {options['out']}")
 
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def finetune(
     coders: CodersArgument,
     text: TextOption,
@@ -121,29 +123,28 @@ def finetune(
 
     hooked-mamba sae finetune runs/mine --text stories.txt --n-tokens 1000000 --out runs/mine-tuned
     """
-    from saes.command_parts import load_coders, model_of, trained_model
+    check_inputs(reads={"--text": text}, folders={"--out": out}, model=model, device=device)
+    from saes.command_parts import load_coders, model_of, tell_ending, trained_model
     from saes.store import DataConfig
     from saes.training import FinetuneConfig, finetune_coders
+    from saes.training.loop import check_folder
 
-    named = load_coders(coders, device)
-    loaded = model_of(named, model or trained_model(coders), device)
     config = FinetuneConfig(
         n_tokens=n_tokens, steps=steps, lr=lr, reconstruction=reconstruction, seed=seed, progress=not quiet
     )
     data = DataConfig(rows_per_pass=rows_per_pass, context_length=context_length, seed=seed)
+    check_folder(out, resume)
+    named = load_coders(coders, device)
+    loaded = model_of(named, model or trained_model(coders), device)
     result = finetune_coders(loaded, named, text, config, data, out=out, resume=resume, loggers=logger or ())
     columns = ("coder", "KL", "EV", "L0")
     rows = [(name, f"{m['kl']:.4f}", f"{m['ev']:.4f}", f"{m['l0']:.2f}") for name, m in result.measured.items()]
     console().print(table("", columns, rows, right=columns[1:]))
-    if not result.complete:
-        typer.echo(f"stopped at step {result.step}; the same command with --resume continues", err=True)
-        raise typer.Exit(130)
-    typer.echo(f"coders in {out / 'coders'}")
+    tell_ending(result, out, "the same command with --resume")
 
 
 @app.command("eval")
 @reports_errors
-@speaks_in_flags
 def eval_(
     coders: CodersArgument,
     text: TextOption,
@@ -160,9 +161,14 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Evaluate coders on a text: reconstruction, sparsity, and the loss of the model when it runs on them."""
+    check_inputs(
+        reads={"--text": text}, writes={"--json": json_file}, folders={"--work": work}, model=model, device=device
+    )
     from saes.command_parts import load_coders, model_of, processes, text_rows, trained_model
     from saes.evaluation import evaluate
+    from saes.report import chosen_metrics
 
+    chosen_metrics(metric or None)
     with processes(device, work) as (world, device):
         named = load_coders(coders, device)
         loaded = model_of(named, model or trained_model(coders), device)
@@ -176,7 +182,6 @@ def eval_(
 
 @app.command()
 @reports_errors
-@speaks_in_flags
 def capture(
     text: TextOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")],
@@ -189,6 +194,7 @@ def capture(
     quiet: QuietOption = False,
 ) -> None:
     """Write a model's activations on a text as sharded safetensors; processes under torchrun share the text."""
+    check_inputs(reads={"--text": text}, folders={"--out": out}, model=model, device=device)
     from hooked_mamba.models import load_model
     from saes.command_parts import processes, text_rows
     from saes.options import check_choice

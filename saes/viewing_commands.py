@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_mamba.cli import reports_errors
+from hooked_mamba.cli import check_inputs, reports_errors
 from saes.command_options import (
     CodersArgument,
     ContextOption,
@@ -20,14 +20,12 @@ from saes.command_options import (
     app,
     explore_app,
 )
-from saes.flags import speaks_in_flags
-from saes.options import OptionError
+from saes.options import OptionError, read_file
 
 
 @explore_app.command()
 @app.command()
 @reports_errors
-@speaks_in_flags
 def explore(
     coders: CodersArgument,
     text: TextOption,
@@ -46,9 +44,16 @@ def explore(
     quiet: QuietOption = False,
 ) -> None:
     """Write a page about the features of coders: where they are active, what they promote, which are similar."""
+    check_inputs(
+        reads={"--text": text, "--labels": labels},
+        writes={"--out": out},
+        folders={"--work": work},
+        model=model,
+        device=device,
+    )
+    names = _labels(read_file(labels)) if labels is not None else None
     from saes.command_parts import load_coders, model_of, processes, trained_model
     from saes.explorer import explore as look
-    from saes.options import read_file
 
     with processes(device, work) as (world, device):
         named = load_coders(coders, device)
@@ -58,7 +63,7 @@ def explore(
             named,
             text,
             features=feature or None,
-            labels=_labels(read_file(labels)) if labels is not None else None,
+            labels=names,
             top=top,
             sampled=sampled,
             n_tokens=n_tokens,

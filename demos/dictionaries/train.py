@@ -126,9 +126,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def ended(result: TrainResult, out: Path) -> int:
     """Say how a training ended; the command's exit code."""
-    if not result.complete:
+    if result.ended == "stopped":
         print(f"Stopped at step {result.step}; the checkpoint is written. Continue with --resume.")
         return 130
+    if result.ended == "text":
+        print(f"{result.ending()}: coders are as they were then.")
     print(f"Coders written in {out / 'coders'}")
     return 0
 

@@ -84,6 +84,7 @@ def heat_map(
             "cmin": -bound if diverging else None,
             "cmax": bound if diverging else None,
             "colorbar": {
+                "tickangle": 0,  # on narrow screens plotly would turn them, into the map
                 "title": {"text": legend, "side": "top", "font": {"size": 12}},
                 "orientation": "h",
                 "x": 0,
@@ -92,9 +93,9 @@ def heat_map(
                 "yanchor": "bottom",
                 "len": 0.5,
                 "thickness": 8,
-                "ypad": 0,
+                "ypad": 4,
                 "outlinewidth": 0,
-                "nticks": 5,
+                "nticks": 4,
             },
         },
     )

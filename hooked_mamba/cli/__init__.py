@@ -12,3 +12,4 @@ from hooked_mamba.cli.base import console as console
 from hooked_mamba.cli.base import new_app as new_app
 from hooked_mamba.cli.base import reports_errors as reports_errors
 from hooked_mamba.cli.base import table as table
+from hooked_mamba.cli.inputs import check_inputs as check_inputs

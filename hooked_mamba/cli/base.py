@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hooked_mamba.cli.flags import flags_of, in_flags, offered
+
 WIDTH = 160
 """Columns where the output is no terminal."""
 
@@ -23,7 +25,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Bundled name, f
 
 
 def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command whose errors are one line and exit code 2; with HOOKED_MAMBA_DEBUG=1 they are tracebacks."""
+    """A command whose errors are one line and exit code 2, and name its flags; with HOOKED_MAMBA_DEBUG=1 tracebacks."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -32,7 +34,7 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except MISTAKES as error:
             if os.environ.get("HOOKED_MAMBA_DEBUG") == "1":
                 raise
-            typer.echo(f"error: {one_line(error)}", err=True)
+            typer.echo(f"error: {offered(in_flags(one_line(error), flags_of(command)))}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hooked_mamba.cli.base import DEFAULT_MODEL, ModelOption, console, reports_errors, table
+from hooked_mamba.cli.inputs import check_inputs
 
 
 @reports_errors
@@ -32,6 +33,7 @@ def cache(
 
     Without --site, all sites but the largest (those of every state); name these to get them.
     """
+    check_inputs(writes={"--out": out}, model=model, device=device)
     from rich.markup import escape
 
     from hooked_mamba.models import load_model

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hooked_mamba.cli.base import console, reports_errors, table
+from hooked_mamba.cli.inputs import check_inputs
 
 
 @reports_errors
@@ -25,6 +26,8 @@ def verify(
 
     Prints one table and writes a JSON file, which docs/verified.md says where to send. Exit code 1: they differ.
     """
+    path = out or Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', name.strip('/'))}.json")
+    check_inputs(writes={"--out": path}, model=name, device=device)
     from hooked_mamba import verification
 
     found = verification.verify(name, revision=revision, device=device, dtypes=dtype or tuple(verification.BOUNDS))
@@ -48,7 +51,6 @@ def verify(
         screen.print("transformers did not read these files: its model was made of the weights loaded here")
     for precision, why in found.left_out.items():
         screen.print(f"{precision} was left out: {why}", soft_wrap=True, markup=False)
-    path = out or Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', found.name)}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(found.to_json(), encoding="utf-8")
     screen.print(f"{'They agree' if found.agrees else 'They DIFFER'}; written to {path}", soft_wrap=True, markup=False)

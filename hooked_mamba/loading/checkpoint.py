@@ -15,6 +15,7 @@ from hooked_mamba.loading.adapters.apply import Adapter, merge_adapters
 from hooked_mamba.loading.counts import check_counts
 from hooked_mamba.loading.files import adapter_folder, open_weights, resolve
 from hooked_mamba.loading.gguf.opened import gguf_file, open_gguf
+from hooked_mamba.loading.gguf.parts import name_of_all
 from hooked_mamba.loading.gguf.vocabulary import find_tokenizer
 from hooked_mamba.loading.mlx import from_mlx, is_mlx, refuse_folded
 from hooked_mamba.loading.quantised.read import dequantised
@@ -133,4 +134,4 @@ def _from_gguf(path: Path, family: str | None, name_or_path: str | Path) -> Chec
 
 def _name(name_or_path: str | Path) -> str:
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
-    return name.removesuffix(".pth").removesuffix(".gguf")
+    return name_of_all(name).removesuffix(".pth").removesuffix(".gguf")

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from hooked_mamba.loading.gguf.parts import all_parts, models_in
 from hooked_mamba.loading.tables import CheckpointError, LazyState
 from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, open_sharded
+from hooked_mamba.local_paths import means_local, missing
 
 __all__ = ["bundled_names", "open_weights", "resolve"]
 
@@ -47,7 +49,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises
     ------
     CheckpointError
-        Nothing of that name, or a revision where there are none.
+        Nothing of that name (of a path, with names near it), or a revision where there are none.
     OSError
         The hub cannot be reached, or does not let us have the checkpoint; the bundled names are listed.
     """
@@ -55,12 +57,14 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
     folder = PRETRAINED / name if name in bundled_names() else Path(name_or_path).expanduser()
     if folder.is_dir() or (folder.is_file() and folder.suffix in LONE_FILES):
         if revision is not None:
-            raise CheckpointError(f"{name!r} is local and has no revisions; expected revision=None")
+            raise CheckpointError(f"{name!r} is local and has no revisions; leave revision= out")
         return folder
+    if means_local(name_or_path) and not folder.exists():
+        raise CheckpointError(missing(name_or_path))
     bundled = ", ".join(bundled_names()) or "none"
     one_file = None if isinstance(name_or_path, Path) else HUB_FILE.fullmatch(name)
     if one_file is not None:
-        return _fetched(one_file[1], revision, lambda fetch: fetch([one_file[2]])) / one_file[2]
+        return _fetched(one_file[1], revision, lambda fetch: fetch([all_parts(one_file[2])])) / one_file[2]
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
         what = (
             "is a file; expected its folder, or a .pth or .gguf file"
@@ -86,7 +90,9 @@ def adapter_folder(name_or_path: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise CheckpointError(f"{name!r} is a file; expected the adapter's folder, {folder.parent}")
-    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
+    if means_local(name_or_path):
+        raise CheckpointError(f"adapter {missing(name_or_path)}")
+    if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"adapter {name!r} is neither an existing folder nor a hub id")
     return _download(name, None, ADAPTER_PATTERNS)
 
@@ -112,13 +118,13 @@ def _download(repo_id: str, revision: str | None, kinds: list[list[str]]) -> Pat
             fetch(patterns)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 return folder
-        names = _gguf_files(repo_id, revision) if kinds is WEIGHT_PATTERNS else []
+        names = models_in(_gguf_files(repo_id, revision)) if kinds is WEIGHT_PATTERNS else []
         if len(names) > 1:
             raise CheckpointError(
                 f"{repo_id!r} holds several GGUF files: {', '.join(names)}; name one of them, as in"
                 f" {f'{repo_id}/{names[0]}'!r}"
             )
-        return (fetch(names) / names[0]).parent if names else folder
+        return (fetch([all_parts(names[0])]) / names[0]).parent if names else folder
 
     return _fetched(repo_id, revision, whole)
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_mamba.local_paths import near_paths
+
 END = "<|endoftext|>"
 """What separates documents in a text file."""
 
@@ -136,13 +138,14 @@ def read_text_file(path: str | Path, separator: str = END) -> list[str]:
         There is no such file, as where the text itself was given.
     """
     try:
-        read = Path(path).read_text(encoding="utf-8")
+        read = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             raise
         shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:60]}... ({len(str(path)):,} characters)"
+        near = near_paths(path) if error.errno == errno.ENOENT else ""
         raise FileNotFoundError(
-            errno.ENOENT, f"there is no text file {shown!r}; pass the text itself in a list, text=[...]"
+            errno.ENOENT, f"there is no text file {shown!r}{near}; pass the text itself in a list, text=[...]"
         ) from None
     documents = [text.strip() for text in read.split(separator)]
     documents = [text for text in documents if text]

@@ -70,7 +70,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.n_tokens is None) == (self.steps is None):
-            raise OptionError(f"give n_tokens or steps, not both; got n_tokens={self.n_tokens}, steps={self.steps}")
+            both = "neither" if self.steps is None else "both"
+            raise OptionError(f"give n_tokens= or steps=, one of them; got {both}")
         for name in ("n_tokens", "steps", "aux_k"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, whole=True)

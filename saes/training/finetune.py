@@ -16,25 +16,24 @@ and Matryoshka keep the largest of a batch, and their threshold for inference is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hooked_mamba.models import HookedModel
+from saes.files.own import Training
 from saes.naming import Coders, check_fits, named_coders
 from saes.store.data import DataConfig, Text, rows_of
 from saes.store.rows import EveryNth, Rows, RowSource, take
-from saes.training.checkpoint import ResumeError, load_checkpoint, save_checkpoint, steps_saved
 from saes.training.coder_run import calibrate
 from saes.training.finetune_config import FinetuneConfig
-from saes.training.loggers import Logger, make_loggers
-from saes.training.signals import stop_on_signal
+from saes.training.loop import TrainingLoop, TrainResult
 from saes.training.spliced_pass import along_spheres, frozen, spliced_pass
-from saes.training.trainer import TrainResult, check_folder
 from saes.training.world import World, torchrun
 
 KINDS = ("topk", "batchtopk", "matryoshka")
@@ -84,8 +83,12 @@ def finetune_coders(
         return Finetuning(model, coders, text, config, data, out=out, loggers=loggers).train(resume=resume)
 
 
-class Finetuning:
+class Finetuning(TrainingLoop):
     """Coders in training through the model; see :func:`finetune_coders`."""
+
+    config: FinetuneConfig
+    kind, source_kind = "finetune", "rows"
+    kept_figures: ClassVar = {"ev": "ev", "l0": "l0"}
 
     def __init__(
         self,
@@ -98,70 +101,37 @@ class Finetuning:
         out: str | Path | None = None,
         loggers: Sequence[str] = (),
     ) -> None:
-        self.model, self.config, self.data = model, config, data or DataConfig(seed=config.seed)
-        self.coders = named_coders(coders)
-        for name, coder in self.coders.items():
+        self.model, self.data = model, data or DataConfig(seed=config.seed)
+        named = named_coders(coders)
+        for name, coder in named.items():
             check_fits(coder, model, name)
             if coder.cfg.architecture not in KINDS:
                 raise ValueError(
                     f"{name} is {coder.cfg.architecture}: how many of its latents are active is held by a penalty,"
                     f" which fine-tuning has none of; expected {', '.join(KINDS)}"
                 )
-        self.world = World.current()
-        rows: RowSource = rows_of(text, model, self.data)
-        self.rows = EveryNth(rows, self.world.rank, self.world.size) if self.world.size > 1 else rows
-        self.out = None if out is None else Path(out)
-        self.logger_names = tuple(loggers)
+        world, rows = World.current(), rows_of(text, model, self.data)
+        self.rows: RowSource = EveryNth(rows, world.rank, world.size) if world.size > 1 else rows
+        tokens_a_step = self.data.rows_per_pass * self.data.context_length
+        super().__init__(named, config, self.rows, tokens_a_step, out=out, loggers=loggers)
         self.parameters = {f"{n}.{p}": value for n, c in self.coders.items() for p, value in c.named_parameters()}
         self.norms = {name: coder.W_dec.detach().norm(dim=1, keepdim=True) for name, coder in self.coders.items()}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, betas=(config.beta1, config.beta2))
-        self.tokens_a_step = self.data.rows_per_pass * self.data.context_length * self.world.size
-        self.n_steps = config.n_steps(self.tokens_a_step)
-        self.step = 0
-        self.measured: dict[str, dict[str, float]] = {}
         self.sums = torch.zeros(1 + 2 * len(self.coders), dtype=torch.float64)
         """Divergence, shares missed and active latents, since the last line of the log."""
         self.summed = 0
-        self._seen: dict[str, Tensor] = {}
-        self._loggers: list[Logger] = []
+        self._last: Rows | None = None
 
-    def train(self, *, resume: bool = False) -> TrainResult:
-        """Train to the last step, the end of the text, or Ctrl-C, which leaves a checkpoint."""
-        check_folder(self.out, resume)
-        if resume and self.out is not None and steps_saved(self.out / "checkpoints"):
-            self.resume()
-        if self.out is not None and self.world.first:
-            self._loggers = make_loggers(self.logger_names, self.out, self.config.to_dict(), self.step)
-        hidden = not (self.config.progress and self.world.first)
-        try:
-            bar = tqdm(total=self.n_steps, initial=self.step, disable=hidden, unit="step")
-            with bar, stop_on_signal() as stop, frozen(self.model):
-                self._steps(stop, bar)
-            self.save()
-        finally:
-            for logger in self._loggers:
-                logger.close()
-            self._loggers = []
-        complete = self.step >= self.n_steps
-        if complete:
-            self._finish()
-        return TrainResult(self.coders, self.step, complete, self.measured)
+    @contextmanager
+    def running(self, stop: Callable[[], bool], bar: tqdm) -> Iterator[None]:
+        """While active, the model's weights take no gradients."""
+        with frozen(self.model):
+            yield
 
-    def _steps(self, stop: Callable[[], bool], bar: tqdm) -> None:
-        device = self.model.device
-        while self.step < self.n_steps and not self.world.any(stop(), device):
-            rows = take(self.rows, self.data.rows_per_pass)
-            if self.world.any(rows is None, device):
-                break
-            assert rows is not None
-            self.take_step(rows.to(device))
-            if self.step % self.config.log_every == 0 or self.step == self.n_steps:
-                self._log()
-                kl = next(iter(self.measured.values()))["kl"]
-                bar.set_postfix_str(f"KL {kl:.4f}", refresh=False)
-            if self.step % self.config.checkpoint_every == 0 and self.step < self.n_steps:
-                self.save()
-            bar.update()
+    def next_batch(self) -> Rows | None:
+        """The next rows of text."""
+        rows = take(self.rows, self.data.rows_per_pass)
+        return None if rows is None else rows.to(self.model.device)
 
     def take_step(self, rows: Rows) -> None:
         """One step of all coders on some rows.
@@ -197,46 +167,41 @@ class Finetuning:
                 coder.W_dec.mul_(self.norms[name] / coder.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
             parts = [found.kl, *found.fvu.values(), *found.l0.values()]
             self.sums += torch.stack([part.detach().double().cpu() for part in parts])
-        self._seen = found.seen
+        self._last = rows
         self.summed += 1
         self.step += 1
 
-    def _log(self) -> None:
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Thresholds for inference, from the last rows."""
+        if self._last is None:
+            return
+        for name, x in spliced_pass(self.model, self.coders, self._last).seen.items():
+            if calibrate(self.coders[name], x):
+                self.world.share_([self.coders[name].threshold])
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Divergence of all, ev and l0 of every coder since the last call."""
         self.world.mean_([self.sums])
         kl, *rest = (self.sums / max(1, self.summed)).tolist()
         self.sums.zero_()
         self.summed = 0
         n = len(self.coders)
-        for name, missed, active in zip(self.coders, rest[:n], rest[n:], strict=True):
-            self.measured[name] = {"kl": kl, "ev": 1 - missed, "l0": active}
-        numbers = {f"{n}/{kind}": value for n, mine in self.measured.items() for kind, value in mine.items()}
-        for logger in self._loggers:
-            logger.log(self.step, {**numbers, "tokens": self.step * self.tokens_a_step})
+        parts = zip(self.coders, rest[:n], rest[n:], strict=True)
+        return {name: {"kl": kl, "ev": 1 - missed, "l0": active} for name, missed, active in parts}
 
-    def _finish(self) -> None:
-        """Thresholds for inference from the last batch, and the coders' files."""
-        for name, x in self._seen.items():
-            if calibrate(self.coders[name], x):
-                self.world.share_([self.coders[name].threshold])
-        if self.out is None or not self.world.first:
-            return
-        about: dict[str, Any] = {
-            "finetuned": "KL(clean || spliced), all coders at once",
-            "reconstruction": self.config.reconstruction,
-            "tokens": self.step * self.tokens_a_step,
-            "steps": self.step,
-            "metrics_from": "the last training batches",
-        }
-        for name, coder in self.coders.items():
-            metrics = {key: self.measured[name][key] for key in ("ev", "l0")} if name in self.measured else {}
-            coder.save(self.out / "coders" / name, metrics=metrics, training=about)
+    def shown(self) -> str:
+        """The divergence."""
+        return f"KL {next(iter(self.measured.values()))['kl']:.4f}"
 
     # Keeping -------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, if there is a folder for it."""
-        if self.out is None:
-            return
+    def options(self) -> dict[str, Any]:
+        """The config's, and what of the data makes a step."""
+        return super().options() | {"rows": self.data.rows_per_pass, "length": self.data.context_length}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Coders, optimiser, norms, sums of the log and the last rows."""
         tensors: dict[str, Tensor] = {"sums": torch.cat([self.sums, torch.tensor([self.summed], dtype=torch.float64)])}
         for name, coder in self.coders.items():
             tensors |= {f"coder/{name}/{key}": value for key, value in coder.state_dict().items()}
@@ -244,29 +209,13 @@ class Finetuning:
             tensors |= {f"adam/{name}/{kind}": v for kind, v in self.optimizer.state[parameter].items()}
         for name, norms in self.norms.items():
             tensors[f"norms/{name}"] = norms
-        process = {"rows": self.rows.state_dict(), "digest": self.rows.digest()}
-        folder = self.out / "checkpoints"
-        save_checkpoint(folder, self.step, tensors, self._about(), process, world=self.world, keep=self.config.keep)
+        if self._last is not None:
+            tensors |= {f"last/{key}": value for key, value in self._last._asdict().items() if value is not None}
+        return tensors
 
     @torch.no_grad()
-    def resume(self, step: int | None = None) -> None:
-        """Restore a checkpoint, by default the last.
-
-        Raises
-        ------
-        ResumeError
-            If it was made with other options, coders or text.
-        """
-        assert self.out is not None
-        tensors, about, process = load_checkpoint(self.out / "checkpoints", self.world, step)
-        mine = self._about()
-        for part in ("finetune", "coders"):
-            if about.get(part) != mine[part]:
-                raise ResumeError(
-                    f"cannot resume: the checkpoint has {part} {about.get(part)!r}, this run {mine[part]!r}"
-                )
-        if process["digest"] != self.rows.digest():
-            raise ResumeError("cannot resume: the checkpoint was made with other text, or text cut another way")
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them."""
         for name, coder in self.coders.items():
             for key, value in coder.state_dict().items():
                 value.copy_(tensors[f"coder/{name}/{key}"])
@@ -279,12 +228,9 @@ class Finetuning:
                     self.optimizer.state[parameter][kind] = like.copy_(saved)
         self.sums.copy_(tensors["sums"][:-1])
         self.summed = int(tensors["sums"][-1])
-        self.rows.load_state_dict(process["rows"])
-        self.step, self.measured = about["step"], about["measured"]
+        last = {key.removeprefix("last/"): value for key, value in tensors.items() if key.startswith("last/")}
+        self._last = Rows(**last).to(self.model.device) if last else None
 
-    def _about(self) -> dict[str, Any]:
-        return {
-            "finetune": self.config.same_run() | {"rows": self.data.rows_per_pass, "length": self.data.context_length},
-            "coders": {name: coder.cfg.to_dict() for name, coder in self.coders.items()},
-            "measured": self.measured,
-        }
+    def training(self) -> Training:
+        """How it was fine-tuned."""
+        return {"finetuned": "KL(clean || spliced), all coders at once", "reconstruction": self.config.reconstruction}

@@ -45,7 +45,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if (self.n_tokens is None) == (self.steps is None):
-            raise OptionError(f"give n_tokens or steps, one of them; got n_tokens={self.n_tokens}, steps={self.steps}")
+            both = "neither" if self.steps is None else "both"
+            raise OptionError(f"give n_tokens= or steps=, one of them; got {both}")
         for name in ("n_tokens", "steps"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 1, whole=True)

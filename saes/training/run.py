@@ -23,9 +23,11 @@ from saes.renamed import warn_renamed
 from saes.run_options import RUN
 from saes.saelens_names import OPTIONS
 from saes.store.data import DataConfig, Text, make_store
+from saes.store.documents import read_text_file
 from saes.targets import all_streams
 from saes.training.config import TrainConfig
-from saes.training.trainer import Trainer, TrainResult, check_folder
+from saes.training.loop import TrainResult, check_folder
+from saes.training.trainer import Trainer
 from saes.training.world import World, local_device, torchrun
 
 SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target", "skip", "input_norm", "widths")
@@ -269,6 +271,8 @@ def run(config: RunConfig, *, resume: bool = False) -> TrainResult:
     """Load the model, train the coders, write them, and beside them the config itself, `out`/run.json."""
     out = Path(config.out).expanduser()
     check_folder(out, resume)
+    if not Path(config.text).expanduser().is_file():
+        read_text_file(config.text)  # which says what is wrong
     model = load_model(config.model).to(local_device(config.device))
     data = DataConfig.from_dict(config.data)
     named: dict[str, CoderConfig] = {}

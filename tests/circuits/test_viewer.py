@@ -41,6 +41,17 @@ def test_the_page_says_what_its_edges_hold():
         assert words in page.html
 
 
+def test_the_panel_can_be_closed_on_a_narrow_screen():
+    """Where it lies over the graph; on wide ones, where it stands beside it, there is no button and it is open."""
+    _, graph = graph_of(5, "local")
+    html = circuit_page(graph).html
+    wide, narrow = re.search(r"<style>(.*?)</style>", html, re.S)[1].split("@media (max-width: 900px)")
+    assert "#fold { display: none; }" in wide
+    assert ".closed" not in wide
+    assert "#panel.closed > :not(.head) { display: none; }" in narrow
+    assert 'button.addEventListener("click", () => { closed = !closed; tell(); });' in html
+
+
 def test_no_text_becomes_markup(tmp_path):
     _, graph = graph_of(5, "block")
     graph = replace(graph, tokens=(HOSTILE,) * len(graph.tokens)).renamed({2: HOSTILE}).with_supernode(HOSTILE, [1])
@@ -118,7 +129,7 @@ def test_the_commands_errors_are_one_line(tmp_path):
         (["a", "--coder", "nothing-of-this-name", "--out", out], "nothing-of-this-name"),
         (["a", "--text", "nothing.txt", "--out", out], "nothing.txt"),
         (["a", "--choose", "best", "--out", out], "'integrated'"),
-        (["a", "--out", str(tmp_path)], "is a folder: give the page a name"),
+        (["a", "--out", str(tmp_path)], "is a folder; name the file to write in it"),
         (["a", "--coder", "tinystories-4l", "--no-check", "--out", out], "a branch can be read by one only"),
     ):
         result = CliRunner().invoke(APP, ["circuit", *arguments])

@@ -173,5 +173,5 @@ def test_the_command_prints_everything_and_says_where_the_page_is(folders, tmp_p
 
 
 def test_a_wrong_model_name_is_one_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="neither an existing folder"):
+    with pytest.raises(ValueError, match="absent' does not exist"):
         main(["--model", str(tmp_path / "absent"), "--out", str(tmp_path / "page.html")])

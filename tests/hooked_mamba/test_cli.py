@@ -121,6 +121,11 @@ def test_errors_are_one_line(folder, tmp_path, monkeypatch):
         call("cache", "a", "-m", "no/such/model/at/all")
     )
     assert "has no tokens" in complaint(call("cache", "", "-m", folder))
+    for command in (("cache", "a", "-m"), ("circuit", "a", "-m"), ("verify",)):
+        path = tmp_path / "tiny.gguf"
+        assert "does not exist" in complaint(call(*command, path))
+    assert "--device cuda:99: torch sees" in complaint(call("cache", "a", "-m", folder, "--device", "cuda:99"))
+    assert "--device gpu is no device of torch" in complaint(call("cache", "a", "-m", folder, "--device", "gpu"))
     (tmp_path / "file").touch()
     assert "file" in complaint(call("cache", "a", "-m", folder, "-o", tmp_path / "file" / "x.safetensors"))
     assert "No such option" in call("cache", "a", "--sight", "x").stderr

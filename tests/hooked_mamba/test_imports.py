@@ -21,7 +21,7 @@ PACKAGES = [name for name in MAY_IMPORT if name != "demos"]
 STRATA = (
     {"transformerlens_names"},
     {"names_elsewhere"},
-    {"config", "ops", "display", "lazy", "renamed", "layers", "factored_matrix", "durable", "world"},
+    {"config", "ops", "display", "lazy", "renamed", "layers", "factored_matrix", "durable", "world", "local_paths"},
     {"recurrent_config", "pieces"},
     {"hybrid_config", "documents"},
     {"hooks"},
@@ -138,7 +138,7 @@ def test_strata_import_downwards():
 def test_loading_knows_only_config_and_tensors():
     for module, other in inside():
         if part_of(module) == "loading":
-            assert part_of(other) in {"loading", "config", "hybrid_config", "recurrent_config"}, (
+            assert part_of(other) in {"loading", "config", "hybrid_config", "recurrent_config", "local_paths"}, (
                 f"{module} imports {other}"
             )
         elif part_of(other) == "loading":

@@ -47,6 +47,19 @@ def test_every_name(what, owners):
     assert set(uses) <= set(getattr(transformerlens, what)), "a name that TransformerLens does not have"
 
 
+@pytest.mark.parametrize("name", ["HookedTransformer", "utilities", "train"])
+def test_modules(name):
+    with pytest.raises(ImportError) as caught:
+        exec(f"from hooked_mamba.{name} import anything")
+    assert str(caught.value) == advice(name, transformerlens_names.TOP)
+
+
+def test_names_of_saelens():
+    with pytest.raises(ImportError) as caught:
+        from hooked_mamba import HookedSAETransformer  # noqa: F401
+    assert str(caught.value) == advice("HookedSAETransformer", transformerlens_names.SAELENS_TOP, SAE_LENS)
+
+
 @pytest.mark.parametrize("method", transformerlens.ARGUMENTS)
 def test_every_argument(method, owners, unchecked):
     function = getattr(owners["MODEL"], method)

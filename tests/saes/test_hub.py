@@ -246,7 +246,7 @@ def test_no_server(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(HubError, match=r"fetching 'someone/coders' failed.*Coders that need no network"):
+    with pytest.raises(HubError, match=r"fetching 'someone/coders' failed.*`hooked-mamba sae list` lists all"):
         SparseCoder.from_pretrained(REPO, "one")
 
 

@@ -10,7 +10,7 @@ import torch
 import saes
 from saes import SAE, SparseCoder, sae_config
 from saes.options import OptionError
-from saes.saelens_names import CODER, CONFIG, LOADING, MODEL, OPTIONS, TOP, advice, table
+from saes.saelens_names import CODER, CONFIG, LOADING, MODEL, MODULES, OPTIONS, SYNTHETIC, TOP, advice, table
 from saes.training import train_sae
 
 DOCS = Path(__file__).parents[2] / "docs" / "moving.md"
@@ -27,7 +27,8 @@ PACKAGE = """
     SkipTranscoderConfig JumpReLUTranscoder JumpReLUTranscoderConfig JumpReLUSkipTranscoder JumpReLUSkipTranscoderConfig
     MatryoshkaBatchTopKTrainingSAE MatryoshkaBatchTopKTrainingSAEConfig TemporalSAE TemporalSAEConfig MatchingPursuitSAE
     MatchingPursuitTrainingSAE MatchingPursuitSAEConfig MatchingPursuitTrainingSAEConfig MultiSAEEvaluator
-    MultiSAETrainingRunner MultiSAETrainingRunnerConfig
+    MultiSAETrainingRunner MultiSAETrainingRunnerConfig SAETransformerBridge
+    load_model get_pretrained_saes_directory get_norm_scaling_factor EvalConfig
 """.split()  # noqa: SIM905
 
 METHODS = """
@@ -60,6 +61,36 @@ def test_of_the_package(name):
         __import__("saes", fromlist=[name])
     assert str(error.value) == advice(name, TOP)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_of_its_modules(name):
+    """Asked for as modules, with what is in them, and as names."""
+    for line in (f"import saes.{name}", f"import saes.{name}.what.ever", f"from saes.{name} import what"):
+        with pytest.raises(ImportError) as error:
+            exec(line)
+        assert str(error.value) == advice(name, MODULES)
+    if "." not in name:
+        with pytest.raises(ImportError) as error:
+            __import__("saes", fromlist=[name])
+        assert str(error.value) == advice(name, MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "uses"),
+    [
+        ("saes.config", "LanguageModelSAERunnerConfig", TOP),
+        ("saes.registry", "register_sae_class", TOP),
+        ("saes.training", "SAETrainer", TOP),
+        ("saes.synthetic", "FeatureDictionary", SYNTHETIC),
+    ],
+)
+def test_of_modules_that_are_here_too(module, name, uses):
+    with pytest.raises(ImportError) as error:
+        exec(f"from {module} import {name}")
+    assert str(error.value) == advice(name, uses)
+    with pytest.raises(ModuleNotFoundError):
+        exec("import saes.nothing_of_the_kind")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -129,6 +160,6 @@ def test_names_that_exist_are_not_listed():
     assert not [name for name in CONFIG if hasattr(coder.cfg, name)]
 
 
-@pytest.mark.parametrize("uses", [TOP, CODER, LOADING, CONFIG, OPTIONS, MODEL])
+@pytest.mark.parametrize("uses", [TOP, MODULES, SYNTHETIC, CODER, LOADING, CONFIG, OPTIONS, MODEL])
 def test_the_documents_tables_are_these(uses):
     assert f"|---|---|\n{table(uses)}\n\n" in DOCS.read_text(encoding="utf-8")

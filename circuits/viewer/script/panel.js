@@ -34,12 +34,28 @@ function actions(...buttons) {
   return line;
 }
 
+// On narrow screens the panel lies over the graph: its head stays, and the rest can be closed.
+let closed = false;
+function beginPanel(panel, title) {
+  const head = make("div", { class: "head" }), button = make("button", { id: "fold", type: "button" });
+  const tell = () => {
+    panel.classList.toggle("closed", closed);
+    button.textContent = closed ? "open" : "close";
+    button.setAttribute("aria-expanded", String(!closed));
+  };
+  button.addEventListener("click", () => { closed = !closed; tell(); });
+  head.append(make("h2", {}, title), button);
+  panel.replaceChildren(head);
+  panel.scrollTop = 0;
+  tell();
+}
+
 let shown = null;
 function drawPanel(i) {
   if (shown === i) return;
   shown = i;
   const panel = by("panel"), node = nodes[i], group = groupOf(i);
-  panel.replaceChildren(make("h2", {}, called(i)));
+  beginPanel(panel, called(i));
   const facts = make("dl", { class: "facts" });
   const known = [["kind", node.kind], ["influence", number(node.influence)]];
   if (traced(i)) known.push(["value", number(node.value)]);
@@ -68,7 +84,7 @@ function drawGroup(group) {
     for (const i of group.members) for (const [j, weight] of lists[i]) if (!inside.has(j)) sums.set(j, (sums.get(j) ?? 0) + weight);
     return bySize([...sums]);
   };
-  panel.replaceChildren(make("h2", {}, group.name || "Supernode"));
+  beginPanel(panel, group.name || "Supernode");
   panel.append(nameField(group.name, (name) => { group.name = name; changed(); drawGroup(group); }));
   panel.append(actions(["take apart", () => { ungroup(group); shown = null; changed(); }]));
   panel.append(make("h2", {}, `nodes (${group.members.length})`));

@@ -11,9 +11,9 @@ from torch import Tensor
 from hooked_mamba.config import Mamba2Config, MambaConfig, ModelConfig
 from hooked_mamba.hybrid_config import HybridConfig
 from hooked_mamba.loading.gguf import falcon_h1, granite, jamba, lfm2, nemotron_h, qwen3, rwkv7
-from hooked_mamba.loading.gguf.header import read_header
-from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE, shown, text_of
+from hooked_mamba.loading.gguf.keys import ARCHITECTURE, FILE, text_of
 from hooked_mamba.loading.gguf.mamba import mamba2_to_ours, mamba_to_ours
+from hooked_mamba.loading.gguf.parts import models_in, read_parts
 from hooked_mamba.loading.gguf.types import open_tensors
 from hooked_mamba.loading.tables import CheckpointError, LazyState, some
 from hooked_mamba.recurrent_config import RWKV7Config
@@ -59,41 +59,40 @@ REFUSED = {
 }
 """Architectures near to those here -> what is missing for them."""
 
-WHOLE = (0, 1)
-"""`split.count` of a file that holds all of a model; `llama-gguf-split --merge` writes 0."""
-
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth")
 """What a folder is read from rather than from a GGUF file beside it."""
 
 
 def gguf_file(place: Path) -> Path | None:
-    """The GGUF file that a path is, or that a folder without other weights holds.
+    """The GGUF file that a path is, or that a folder without other weights holds; of a model in parts, one of them.
 
     Raises
     ------
     CheckpointError
-        The folder holds several.
+        The folder holds several models.
     """
     if place.is_file():
         return place if place.suffix == ".gguf" else None
-    found = sorted(place.glob("*.gguf"))
+    found = models_in(path.name for path in place.glob("*.gguf"))
     if not found or any(path for pattern in WEIGHTS for path in place.glob(pattern)):
         return None
     if len(found) > 1:
-        names = some(path.name for path in found)
-        raise CheckpointError(f"{place} holds several GGUF files, {names}; give the path of one of them")
-    return found[0]
+        raise CheckpointError(f"{place} holds several GGUF files, {some(found)}; give the path of one of them")
+    return place / found[0]
 
 
 def open_gguf(path: Path) -> tuple[str, dict[str, Any], LazyState]:
     """A GGUF file's architecture, its keys and its tensors, none of which is read yet.
 
+    Of a model in parts, `path` is any of them.
+
     Raises
     ------
     CheckpointError
-        A damaged file, an architecture that is not read, or one file of several that belong together.
+        A damaged file, an architecture that is not read, or parts that are missing.
     """
-    header = read_header(path)
+    headers = read_parts(path)
+    header, path = headers[0], headers[0].path
     kind = text_of(header.keys, "general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{path} is of general.type={kind!r}, no whole model; expected 'model'")
@@ -105,10 +104,7 @@ def open_gguf(path: Path) -> tuple[str, dict[str, Any], LazyState]:
         known = ", ".join(GGUF_FORMATS)
         found = f"is of the architecture {architecture!r}" if architecture is not None else f"has no {ARCHITECTURE}"
         raise CheckpointError(f"{path} {found}; expected one of {known}")
-    parts = header.keys.get("split.count", 1)
-    if not isinstance(parts, int) or parts not in WHOLE:
-        raise CheckpointError(
-            f"{path} is one of {shown(parts)} files that hold one model; put them together first, with llama.cpp's"
-            " `llama-gguf-split --merge`"
-        )
-    return architecture, header.keys | {FILE: str(path)}, open_tensors(header)
+    opened = [open_tensors(one) for one in headers]
+    getters = {name: state.getter(name) for state in opened for name in state}
+    places = {name: state.place(name) for state in opened for name in state}
+    return architecture, header.keys | {FILE: str(path)}, LazyState(getters, places)

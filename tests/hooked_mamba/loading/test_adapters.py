@@ -288,7 +288,7 @@ def test_an_archive_and_the_class_and_the_command_line(mamba, tmp_path):
         make_app([]), ["cache", "x", "-m", str(base), "--adapter", str(tmp_path / "gone" / "x")]
     )
     assert result.exit_code == 2
-    assert "neither an existing folder nor a hub id" in result.output
+    assert "does not exist: there is no folder" in " ".join(result.output.split())
 
 
 def test_an_adapter_on_the_hub(mamba, tmp_path, monkeypatch):

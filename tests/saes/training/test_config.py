@@ -36,8 +36,8 @@ def test_length_and_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give n_tokens or steps"),
-        ({"steps": 1, "n_tokens": 1}, "give n_tokens or steps"),
+        ({}, "give n_tokens= or steps="),
+        ({"steps": 1, "n_tokens": 1}, "give n_tokens= or steps="),
         ({"steps": 0}, "steps must be a whole number at least 1, got 0"),
         ({"steps": True}, "steps must be a whole number"),
         ({"steps": 1, "lr": -1}, "lr must be a number at least 0, got -1"),

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from hooked_mamba import cli
 from saes.coder import SparseCoder
+from saes.command_parts import tell_ending
 from saes.config import mambacoder_config, sae_config
+from saes.hub import list_coders
 from saes.options import OptionError
 from saes.store import DataConfig, Rows
-from saes.training import FinetuneConfig, ResumeError, finetune_coders
+from saes.training import FinetuneConfig, ResumeError, TrainResult, finetune_coders
 from saes.training.spliced_pass import spliced_pass
 from tests.saes.models import mambacoder_on, sae_on, tiny
 from tests.saes.training import small
@@ -156,6 +159,35 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(stored.W_dec, result.coders["l0"].W_dec)
 
 
+def test_text_that_ends_early_leaves_finished_coders(tmp_path: Path) -> None:
+    """Also when a run is resumed at the end: thresholds are those of the last rows."""
+    source = small.documents_text()
+    rows = torch.stack([source.next_row()[0] for _ in range(22)])
+
+    def ended(resume: bool, text: torch.Tensor = rows):
+        data = DataConfig(rows_per_pass=4, context_length=12, epochs=1)
+        return finetune_coders(small.model(), trained(), text, config(), data, out=tmp_path, resume=resume)
+
+    first = ended(False)
+    assert (first.step, first.complete, first.ended, first.n_steps) == (6, False, "text", 9)
+    assert first.ending() == "the text ended at step 6 of 9"
+    stored = SparseCoder.load(tmp_path / "coders" / "l1")
+    told = list_coders(tmp_path / "coders")[1]
+    assert (told.training["steps"], told.training["steps_asked"]) == (6, 9)
+    assert told.metrics["l0"] == pytest.approx(4)
+    assert float(stored.threshold) not in (0.0, pytest.approx(0.02)), "fitted"
+    again = ended(True)
+    for name, value in state(first).items():
+        assert torch.equal(state(again)[name], value), name
+    assert torch.equal(SparseCoder.load(tmp_path / "coders" / "l1").threshold, stored.threshold)
+
+
+def test_a_finished_run_resumed_has_the_same_thresholds(tmp_path: Path) -> None:
+    first, again = state(finetune(tmp_path)), state(finetune(tmp_path, resume=True))
+    assert torch.equal(first["l1.threshold"], again["l1.threshold"])
+    assert torch.equal(SparseCoder.load(tmp_path / "coders" / "l1").threshold, first["l1.threshold"])
+
+
 def test_what_it_refuses() -> None:
     model = small.model()
     d = model.site(X.format(0)).width
@@ -192,3 +224,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert "coders in" in found.output
     assert SparseCoder.load(tmp_path / "tuned" / "coders" / "l1").cfg.in_site == X.format(1)
     assert "--n-tokens" in CliRunner().invoke(APP, line).output
+
+
+def test_the_end_of_the_text_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ended(result: TrainResult) -> int:
+        try:
+            tell_ending(result, tmp_path, "sae train --resume")
+        except typer.Exit as error:
+            return error.exit_code
+        return 0
+
+    assert ended(TrainResult({}, 6, False, {}, "text", 9)) == 0
+    assert "the text ended at step 6 of 9: coders are as they were then" in capsys.readouterr().err
+    assert ended(TrainResult({}, 6, False, {}, "stopped", 9)) == 130
+    assert "stopped at step 6 of 9; to continue: sae train --resume" in capsys.readouterr().err
+    assert ended(TrainResult({}, 9, True, {}, "steps", 9)) == 0
+    assert capsys.readouterr().err == ""

@@ -121,8 +121,9 @@ def test_resumed_logs_are_the_whole_ones(tmp_path: Path, whole) -> None:
 
     ends = Ends(store.blocks, store.batch_size)
     result = Trainer(named, ends, small.config(), out=tmp_path).train()
-    assert (result.complete, result.step) == (False, 13)
-    assert not (tmp_path / "coders").exists()
+    assert (result.complete, result.step, result.ended) == (False, 13, "text")
+    assert result.ending() == "the text ended at step 13 of 24"
+    assert (tmp_path / "coders" / "jumprelu" / "saved").exists(), "finished as far as it came"
     leftover = tmp_path / "coders" / ".topk.0123.tmp"
     leftover.mkdir(parents=True)
     result = small.train(tmp_path, resume=True)
@@ -131,6 +132,38 @@ def test_resumed_logs_are_the_whole_ones(tmp_path: Path, whole) -> None:
     assert_same(weights(result), whole[1])
     assert (tmp_path / "metrics.jsonl").read_text() == whole[2]
     assert (tmp_path / "coders" / "jumprelu" / "saved").read_text() == "none", "scales are folded in"
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 50])
+def test_text_that_ends_early_leaves_finished_coders(tmp_path: Path, monkeypatch, log_every: int) -> None:
+    """With the figures of the last steps and thresholds of the last batch, again when the end is met again."""
+    told: list[dict] = []
+
+    def save(self: SparseCoder, folder: Path, **options: object) -> Path:
+        told.append({**options, "threshold": float(self.threshold)})
+        return folder
+
+    monkeypatch.setattr(SparseCoder, "save", save)
+
+    def ended(resume: bool) -> tuple[TrainResult, SparseCoder]:
+        coder = SparseCoder(sae_config(SITE, 12, 48, k=4, architecture="batchtopk"), seed=1)
+        store = ActivationStore(MemoryBlocks(small.planted(64 * 7).values, epochs=1), 64)
+        config = small.config(steps=30, log_every=log_every)
+        return Trainer({"sae": coder}, store, config, out=tmp_path).train(resume=resume), coder
+
+    result, coder = ended(False)
+    assert (result.step, result.n_steps, result.complete, result.ended) == (7, 30, False, "text")
+    assert told[0]["training"] == {
+        "tokens": 448,
+        "steps": 7,
+        "steps_asked": 30,
+        "metrics_from": "the last training batches",
+    }
+    assert told[0]["metrics"].keys() == {"ev", "l0", "dead_share"}
+    values = small.planted(64 * 7).values[SITE]
+    assert 3.2 < (coder.encode(values) != 0).sum(1).float().mean() < 4.8, "calibrated"
+    ended(True)
+    assert told[1] == told[0]
 
 
 def test_the_log(whole) -> None:

@@ -51,8 +51,9 @@ def mamba_file(
     changed: dict[str, Tensor | None] | None = None,
     kind: str = "F32",
     architecture: str = "mamba",
+    **split: Any,
 ) -> Path:
     """The file; a key or tensor given as None is left out."""
     values = {name: value for name, value in (KEYS | (keys or {})).items() if value is not None}
     given = {name: tensor for name, tensor in (tensors() | (changed or {})).items() if tensor is not None}
-    return write(path, architecture, values, given, kind)
+    return write(path, architecture, values, given, kind, **split)

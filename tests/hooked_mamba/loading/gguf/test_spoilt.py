@@ -132,8 +132,11 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "another state": ({".ssm.state_size": 8}, r"blk\.0\.ssm_a in spoilt\.gguf got \(64, 4\), expected \(64, 8\)"),
     "a crooked alignment": ({"general.alignment": 12}, r"general\.alignment is 12; expected a multiple of 8"),
     "an adapter": ({"general.type": "adapter"}, r"is of general\.type='adapter', no whole model"),
-    "one of several files": ({"split.count": 3}, "is one of 3 files that hold one model; put them together"),
-    "a list of files": ({"split.count": [1, 1]}, "is one of 2 entries files that hold one model"),
+    "one of several files": (
+        {"split.count": 3},
+        r"is one of 3 files that hold one model, .* such as model-00001-of-00003\.gguf",
+    ),
+    "a list of files": ({"split.count": [1, 1]}, "split.count is 2 entries; expected a number of files"),
     "a list for a type": ({"general.type": [1, 2]}, r"is of general\.type='2 entries', no whole model"),
 }
 

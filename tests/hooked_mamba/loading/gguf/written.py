@@ -35,6 +35,7 @@ def write(
     tensors: dict[str, Tensor | np.ndarray],
     kind: str = "F32",
     types: dict[str, str] | None = None,
+    **split: Any,
 ) -> Path:
     """A GGUF file.
 
@@ -52,8 +53,10 @@ def write(
         Type of matrices; vectors and what the converter keeps are float32.
     types
         Types of some tensors, by name.
+    split
+        How the writer is to split it, such as `split_max_tensors`.
     """
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **split)
     for name, value in keys.items():
         full = f"{architecture}{name}" if name.startswith(".") else name
         if isinstance(value, bool):
