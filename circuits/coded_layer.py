@@ -160,8 +160,8 @@ class CodedLayer:
         read = run.norm_of(self.part, place.weighted).of(rows).push(delta) if place.normed else delta
         return push_window(self.coder.cfg, run, read, rows) @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, run: Run, V: Float[Tensor, "n l f"], rows: Rows) -> Tensor | None:
-        """What a skip adds to V below; None without one."""
+    def pull_skip(self, run: Run, V: Float[Tensor, "n l f"], rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """What a skip adds to V below, and what the own bias of the norm that it reads adds; None without one."""
         if self.coder.W_skip is None:
             return None
         below = V @ self.coder.W_skip.detach().to(V.dtype).t()
@@ -169,7 +169,10 @@ class CodedLayer:
             assert isinstance(rows, Tensor)  # at a few points there is no skip from others
             below = pull_window(self.coder.cfg, run, below, rows)
         place = run.place_of(self.coder.cfg.in_site)
-        return run.behind_norm_of(self.part, below, rows, weighted=place.weighted) if place.normed else below
+        bias = V.new_zeros(len(V)) + run.norm_offset(place, below.sum(1))
+        if place.normed:
+            below = run.behind_norm_of(self.part, below, rows, weighted=place.weighted)
+        return below, bias
 
 
 def _mode(asked: str | None) -> str | None:

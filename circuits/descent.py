@@ -202,7 +202,11 @@ class Descent:
             there = getattr(self.parts, name)
             there[coded.part] = there[coded.part] + value if coded.part in there else value
         skip = coded.pull_skip(self.frozen, V, rows)
-        return 0.0 if skip is None else skip
+        if skip is None:
+            return 0.0
+        below, bias = skip
+        self.add_constants(coded.part, bias, torch.zeros_like(bias))
+        return below
 
     def nothing(self, part: Part) -> None:
         """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""

@@ -159,6 +159,7 @@ class Feature:
     def label(self) -> str:
         cfg = self.coder.cfg
         kind, layer = "sae" if cfg.is_sae else "block", "" if cfg.layer is None else cfg.layer
+        kind = kind if cfg.window == 1 else "window"
         branch = SiteName.parse(cfg.out_site).place.partition(".")[0]
         name = f"{branch}{layer}.{kind}" if branch in ("attn", "mlp", "moe") else f"{kind}{layer}"
         return f"{name}[{self.index}]@{self.position}"

@@ -448,7 +448,7 @@ class Run:
         scale = self.cache[f"{name}.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
 
-    def norm_offset(self, place: int | Place, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+    def norm_offset(self, place: int | Place, covector: Float[Tensor, "*n d"]) -> Float[Tensor, "..."]:
         """What the own bias of a layer's norm (or of the one that a stream is read through) gives to a covector on what
         it gives; 0 of a norm without."""
         if isinstance(place, Place):
