@@ -2,9 +2,8 @@
 
 So it is with a coder in place of every mixer's output, or of every mixer's write. A covector is then d numbers at its
 own position (at the K taps of a convolution, if it is on a write; at those that a coder reads, if it reads a window),
-and not l d. Where it meets a block's coder it meets
-what stands at these positions; where it meets a write dictionary, a row of the scan's attention matrix says what it
-reads of each source, and paths end there.
+and not l d. Where it meets a block's coder it meets what stands at these positions; where it meets a write dictionary,
+a row of the scan's attention matrix says what it reads of each source, and paths end there.
 """
 
 from __future__ import annotations

@@ -253,9 +253,11 @@ def mambacoder_config(
     k: int | None = 32,
     reads: Literal["normalized", "resid"] = "normalized",
     target: Literal["block", "local"] = "block",
+    window: int = 1,
     **fields: Any,
 ) -> CoderConfig:
-    """The config of a MambaCoder of one block: from its input to its output without the residual."""
+    """The config of a MambaCoder of one block: from its input, of as many positions as `window`, to its output without
+    the residual."""
     site = {"normalized": "norm.hook_out", "resid": "hook_resid_pre"}.get(reads)
     if site is None:
         raise ValueError(f"reads must be 'normalized' or 'resid', got {reads!r}")
@@ -263,11 +265,12 @@ def mambacoder_config(
         architecture=architecture,
         in_site=f"blocks.{layer}.{site}",
         out_site=f"blocks.{layer}.mixer.hook_out_proj",
-        d_in=d_model,
+        d_in=window * d_model,
         d_out=d_model,
         d_sae=d_sae,
         k=k if architecture in (*NEEDS_K, *ONLY_READ) else None,
         reads=reads,
         target=target,
+        window=window,
         **fields,
     )
