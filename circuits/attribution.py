@@ -180,7 +180,7 @@ def _check_sum(frozen: FrozenModel, found: Attribution, covectors: list[Covector
     # What cancels within a product is in no part: a target far below its factors is rounding itself.
     rows = found.rows.tolist()
     factors = [
-        float(frozen.value_of(c.stream, c.layer)[row, c.position].norm() * c.vector.norm())
+        float(frozen.value_of(c.stream, c.layer)[row, c.columns].norm() * c.vector.norm())
         for c, row in zip(covectors, rows, strict=True)
     ]
     measured = zip(found.residual.abs().tolist(), found.size.tolist(), factors, strict=True)

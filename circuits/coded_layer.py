@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.read_values import pull_window, push_window, read_by
 from hooked_mamba.components import at_least_fp32
 from hooked_mamba.frozen.linear import Rows
 from hooked_mamba.frozen.places import Part, Place, in_order, out_site, part_of, u_site
@@ -101,7 +102,7 @@ class CodedLayer:
     @classmethod
     @torch.no_grad()
     def _at(cls, run: Run, coder: SparseCoder, part: Part, mode: LayerMode) -> CodedLayer:
-        x = run.value_at(coder.cfg.in_site)
+        x = read_by(coder.cfg, run)
         codes = coder.encode_topk(x)
         said = coder.decode_sparse(codes, x).to(run.dtype)
         if mode == "split":
@@ -151,21 +152,27 @@ class CodedLayer:
         """V . error at each position."""
         return (V * self.error[rows]).sum(-1)
 
-    def push_skip(self, run: Run, delta: Float[Tensor, "n l d"], rows: Rows) -> Tensor | float:
+    def push_skip(self, run: Run, delta: Float[Tensor, "n l d"], rows: Tensor) -> Tensor | float:
         """What the skip makes of a change of the stream that the branch's norm reads."""
         if self.coder.W_skip is None:
             return 0.0
         place = run.place_of(self.coder.cfg.in_site)
         read = run.norm_of(self.part, place.weighted).of(rows).push(delta) if place.normed else delta
-        return read @ self.coder.W_skip.detach().to(delta.dtype)
+        return push_window(self.coder.cfg, run, read, rows) @ self.coder.W_skip.detach().to(delta.dtype)
 
-    def pull_skip(self, run: Run, V: Float[Tensor, "n l f"], rows: Rows) -> Tensor | None:
-        """What a skip adds to V below; None without one."""
+    def pull_skip(self, run: Run, V: Float[Tensor, "n l f"], rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """What a skip adds to V below, and what the own bias of the norm that it reads adds; None without one."""
         if self.coder.W_skip is None:
             return None
         below = V @ self.coder.W_skip.detach().to(V.dtype).t()
+        if self.coder.cfg.window > 1:
+            assert isinstance(rows, Tensor)  # at a few points there is no skip from others
+            below = pull_window(self.coder.cfg, run, below, rows)
         place = run.place_of(self.coder.cfg.in_site)
-        return run.behind_norm_of(self.part, below, rows, weighted=place.weighted) if place.normed else below
+        bias = V.new_zeros(len(V)) + run.norm_offset(place, below.sum(1))
+        if place.normed:
+            below = run.behind_norm_of(self.part, below, rows, weighted=place.weighted)
+        return below, bias
 
 
 def _mode(asked: str | None) -> str | None:

@@ -139,7 +139,7 @@ class Descent:
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         """Let the targets that read this stream join, in place."""
         for i in self.reading(stream, part):
-            V[i, self.covectors[i].position] += self.covectors[i].vector
+            V[i, self.covectors[i].columns] += self.covectors[i].vector
         return V
 
     def reading(self, stream: Stream, part: Part) -> list[int]:
@@ -202,7 +202,11 @@ class Descent:
             there = getattr(self.parts, name)
             there[coded.part] = there[coded.part] + value if coded.part in there else value
         skip = coded.pull_skip(self.frozen, V, rows)
-        return 0.0 if skip is None else skip
+        if skip is None:
+            return 0.0
+        below, bias = skip
+        self.add_constants(coded.part, bias, torch.zeros_like(bias))
+        return below
 
     def nothing(self, part: Part) -> None:
         """The share of a branch above all targets: zeros where :meth:`through` would have its numbers."""
@@ -311,7 +315,7 @@ class Descent:
         like = chain.values.get(node, chain.u)
         covector = like.new_zeros(len(self.rows), *like.shape[1:])
         for i in mine:
-            covector[i, self.covectors[i].position] = self.covectors[i].vector
+            covector[i, self.covectors[i].columns] = self.covectors[i].vector
         coded = self._coded(part)
         if coded is not None and coded.node == "u" and node == "y":  # the features stand below
             pulled = chain.pull(covector, self.rows, start="y", until="u")

@@ -195,12 +195,12 @@ class FrozenModel(Run):
         return super().behind_norm_of(part, covectors, at, differentiated or self.rule.differentiates_norms, weighted)
 
     def reading(
-        self, site: str, row: int, position: int, covector: Float[Tensor, " f"]
-    ) -> tuple[Stream, Part, Float[Tensor, " d_or_E"]]:
+        self, site: str, row: int, columns: int | slice, covector: Float[Tensor, "*w f"]
+    ) -> tuple[Stream, Part, Float[Tensor, "*w d_or_E"]]:
         """As in a run, by the rule."""
         place = self.place_of(site)
         if self.rule.reads_through_norms or not place.normed:
-            return super().reading(site, row, position, covector)
+            return super().reading(site, row, columns, covector)
         return place.stream, place.layer, covector
 
     @property

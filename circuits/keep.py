@@ -26,6 +26,7 @@ from hooked_mamba.frozen.places import Part, branch_of, frozen_sites, in_order, 
 from hooked_mamba.frozen.run import frozen_branch
 from hooked_mamba.hooks.names import unalias
 from hooked_mamba.hooks.points import HookPoint
+from saes.windows import windows
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def only(frozen: FrozenModel, keep: Keep, reference: FrozenModel | None = None) 
         layer, out = coded.part, value.flatten(2)
         read = unalias(coded.coder.cfg.in_site)
         x = out if read == hook.name else cache[read].flatten(2)  # an SAE reads what is here, not yet in the cache
+        x = x if coded.coder.cfg.window == 1 else windows(x, coded.coder.cfg.window)[0]
         z = coded.coder.encode(x)
         mask, stays = keep.features[layer].to(z.dtype), keep.errors[layer].to(out.dtype).unsqueeze(-1)
         usual_z: Tensor | float = 0.0

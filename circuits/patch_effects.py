@@ -269,5 +269,4 @@ def _replay(
 
 
 def _read(x: Float[Tensor, "k l e"], covectors: list[Covector]) -> Float[Tensor, " k"]:
-    goal = covectors[0]
-    return torch.stack([x[row, goal.position] @ c.vector + c.offset for row, c in enumerate(covectors)])
+    return torch.stack([c.of(x[row]) + c.offset for row, c in enumerate(covectors)])

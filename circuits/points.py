@@ -1,9 +1,9 @@
 """Covectors going down where nothing moves between positions of the stream: each stays at the few that it started at.
 
 So it is with a coder in place of every mixer's output, or of every mixer's write. A covector is then d numbers at its
-own position (at the K taps of a convolution, if it is on a write), and not l d. Where it meets a block's coder it meets
-what stands at these positions; where it meets a write dictionary, a row of the scan's attention matrix says what it
-reads of each source, and paths end there.
+own position (at the K taps of a convolution, if it is on a write; at those that a coder reads, if it reads a window),
+and not l d. Where it meets a block's coder it meets what stands at these positions; where it meets a write dictionary,
+a row of the scan's attention matrix says what it reads of each source, and paths end there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def stays(frozen: FrozenModel, covectors: list[Covector]) -> bool:
 def _stays(frozen: FrozenModel, part: Part) -> bool:
     coded = frozen.coded.get(part)
     if coded is not None and coded.node == "out":
-        return coded.mode == "block"
+        return coded.mode == "block" and (coded.coder.cfg.window == 1 or coded.coder.W_skip is None)
     chain = frozen.chain(part)
     shifts = reach(chain.between(until="p")) > 1
     if coded is not None:
@@ -66,7 +66,8 @@ class PointDescent(Descent):
     ) -> None:
         super().__init__(frozen, covectors, rows, set(), keep_heads, {})
         inside = {covector.layer for covector in covectors if covector.stream == "u"}
-        self.window = max((reach(frozen.chain(part).pieces) for part in inside), default=1)
+        reaches = [reach(frozen.chain(part).pieces) for part in inside]
+        self.window = max([*reaches, *(covector.width for covector in covectors)])
         at = torch.tensor([covector.position for covector in covectors], device=rows.device)
         before = torch.arange(1 - self.window, 1, device=rows.device)
         self.places: Int[Tensor, "n w"] = at[:, None] + before
@@ -82,7 +83,7 @@ class PointDescent(Descent):
 
     def join(self, V: Tensor, stream: Stream, part: Part) -> Tensor:
         for i in self.reading(stream, part):
-            V[i, -1] += self.covectors[i].vector
+            V[i, -self.covectors[i].width :] += self.covectors[i].vector
         return V
 
     def spread(self, at_points: Float[Tensor, "n w ..."]) -> Float[Tensor, "n l ..."]:
@@ -133,7 +134,7 @@ class PointDescent(Descent):
         n = len(self.rows[0])
         covector = chain.u.new_zeros(n, self.window, chain.width)
         for i in mine:
-            covector[i, -1] = self.covectors[i].vector
+            covector[i, -self.covectors[i].width :] = self.covectors[i].vector
         above = chain.pull(covector, self.rows, start="u", until="p")
         pb, earlier = above.below, self.places[:n] < 0
         initial = above.initial

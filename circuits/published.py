@@ -37,6 +37,7 @@ from torch import Tensor
 
 from circuits.coded_layer import CodedLayer
 from circuits.frozen_model import FrozenModel
+from circuits.read_values import read_by
 from circuits.rules import Rule
 from hooked_mamba.frozen.chain import Chain, Pulled
 from hooked_mamba.frozen.linear import Back, Gain, Mix, Rows
@@ -113,7 +114,7 @@ class AllLatents(CodedLayer):
     def of(cls, frozen: FrozenModel, coded: CodedLayer) -> AllLatents:
         """From one that the active latents add to."""
         with torch.no_grad():
-            preact = coded.coder.preact(frozen.value_at(coded.coder.cfg.in_site)).to(frozen.dtype)
+            preact = coded.coder.preact(read_by(coded.coder.cfg, frozen)).to(frozen.dtype)
         latents = torch.arange(preact.shape[-1], device=preact.device).expand(preact.shape)
         parts: dict[str, Any] = {field.name: getattr(coded, field.name) for field in dataclasses.fields(coded)}
         return cls(**{**parts, "codes": Codes(preact, latents)})

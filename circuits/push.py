@@ -154,7 +154,7 @@ class Pushed:
 
         A mixer's output is read as the mixer's own, whether or not a coder stands in its place.
         """
-        return self.of(covector.stream, covector.layer)[:, covector.position] @ covector.vector
+        return covector.of(self.of(covector.stream, covector.layer))
 
     def of(self, stream: Stream, part: Part) -> Float[Tensor, "n l e"]:
         """The change of a stream."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.read_values import columns_read, read_at
 from hooked_mamba.frozen.places import Part, branch_of
 from hooked_mamba.frozen.places import Stream as Stream
 from hooked_mamba.frozen.run import Run
@@ -28,11 +29,26 @@ class Covector(NamedTuple):
     layer: Part
     """Of "resid" the number of the layer (n_layers: above all), of all others the part."""
     position: int
-    vector: Float[Tensor, " d_or_E"]
+    vector: Float[Tensor, " d_or_E"] | Float[Tensor, "w d_or_E"]
+    """At this position; of a number that reads w positions, at this one and those before it, the last row its own."""
     offset: Float[Tensor, ""]
     """Biases on the way from the stream to the number."""
     value: Float[Tensor, ""]
     """The number as the run had it."""
+
+    @property
+    def width(self) -> int:
+        """Positions w at which there is a vector."""
+        return len(self.vector) if self.vector.ndim > 1 else 1
+
+    @property
+    def columns(self) -> slice:
+        """These positions."""
+        return slice(self.position + 1 - self.width, self.position + 1)
+
+    def of(self, values: Float[Tensor, "*n l e"]) -> Float[Tensor, "*n"]:
+        """vector . values of the stream."""
+        return (values[..., self.columns, :] * self.vector).sum((-2, -1))
 
 
 @runtime_checkable
@@ -143,6 +159,7 @@ class Feature:
     def label(self) -> str:
         cfg = self.coder.cfg
         kind, layer = "sae" if cfg.is_sae else "block", "" if cfg.layer is None else cfg.layer
+        kind = kind if cfg.window == 1 else "window"
         branch = SiteName.parse(cfg.out_site).place.partition(".")[0]
         name = f"{branch}{layer}.{kind}" if branch in ("attn", "mlp", "moe") else f"{kind}{layer}"
         return f"{name}[{self.index}]@{self.position}"
@@ -151,14 +168,16 @@ class Feature:
         coder, position = self.coder, run.column(self.position, row)
         if not 0 <= self.index < coder.cfg.d_sae:
             raise IndexError(f"feature {self.index} is out of range: this coder has {coder.cfg.d_sae}")
-        f = coder.W_enc[:, self.index].detach().to(run.dtype)
-        offset = coder.encoder_bias[self.index].detach().to(f.dtype)
+        columns = columns_read(coder.cfg, run, row, position)
+        enc = coder.W_enc[:, self.index].detach().to(run.dtype)
+        offset = coder.encoder_bias[self.index].detach().to(enc.dtype)
         if coder.cfg.apply_b_dec_to_input:
-            offset = offset - f @ coder.b_dec.detach().to(f.dtype)
-        stream, layer, vector = run.reading(coder.cfg.in_site, row, position, f)
-        offset = offset + run.norm_offset(run.place_of(coder.cfg.in_site), f)
-        x = run.value_at(coder.cfg.in_site)[row, position].to(coder.W_enc.dtype)
-        value = coder.preact_of(x, self.index).detach().to(f.dtype)
+            offset = offset - enc @ coder.b_dec.detach().to(enc.dtype)
+        f = enc.unflatten(0, (coder.cfg.window, -1))[columns.start - columns.stop :]
+        stream, layer, vector = run.reading(coder.cfg.in_site, row, columns, f)
+        offset = offset + run.norm_offset(run.place_of(coder.cfg.in_site), f.sum(0))
+        x = read_at(coder.cfg, run, row, position).to(coder.W_enc.dtype)
+        value = coder.preact_of(x, self.index).detach().to(enc.dtype)
         return Covector(stream, layer, position, vector, offset, value)
 
 

@@ -98,13 +98,13 @@ class Documents:
         return torch.where(starts, torch.zeros((), dtype=x.dtype, device=x.device), x)
 
 
-Taps = Callable[[Float[Tensor, "b m c"], Float[Tensor, "b k c"] | None], Float[Tensor, "b l c"]]
+Taps = Callable[[Float[Tensor, "b m c"], Float[Tensor, "b k c"] | None], Float[Tensor, "b l o"]]
 """(inputs, the k before them or None where they are in front of the inputs) -> outputs of a causal convolution."""
 
 
 def restarted(
     documents: Documents | None, k: int, run: Taps, x: Float[Tensor, "b m c"], history: Float[Tensor, "b k c"] | None
-) -> Float[Tensor, "b l c"]:
+) -> Float[Tensor, "b l o"]:
     """A causal convolution that reads k inputs back, but none of another document.
 
     The first k outputs of every document are computed from its own inputs, with zeros in front.

@@ -73,7 +73,8 @@ Licence: {{ license }}.
 | name | kind | architecture | reads | predicts | d_in → d_sae → d_out | k |
 |---|---|---|---|---|---|---|
 {%- for e in entries %}
-| {{ e.name }} | {{ e.kind }} | {{ e.architecture }}{{ ", skip" if e.skip }} | {{ e.site }} |
+| {{ e.name }} | {{ e.kind }} | {{ e.architecture }}{{ ", skip" if e.skip }} |
+{#- #} {{ e.site }}{{ ", " ~ e.window ~ " positions" if e.window > 1 }} |
 {%- if e.kind == "sae" %} the same{% else %} {{ e.out_site }}{{ ", local part" if e.target == "local" }}{% endif %} |
 {#- #} {{ e.d_in }} → {{ e.d_sae }} → {{ e.d_out }} | {{ e.k }} |
 {%- endfor %}
@@ -120,8 +121,10 @@ _HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _loads_in_saelens(entry: Entry) -> bool:
-    """SAELens has no SAE with a skip, and no TopK or gated transcoder."""
-    return not entry.skip if entry.kind == "sae" else entry.architecture not in ("topk", "gated")
+    """SAELens has no SAE with a skip, no TopK or gated transcoder, and none that reads several positions."""
+    if entry.kind == "sae":
+        return not entry.skip
+    return entry.architecture not in ("topk", "gated") and entry.window == 1
 
 
 def model_card(entries: Sequence[Entry], *, repo: str, title: str | None = None, license: str = "mit") -> str:

@@ -211,7 +211,8 @@ class SparseCoder(CoderParameters):
         """One line about it."""
         cfg = self.cfg
         k = "" if cfg.k is None else f", k={cfg.k}"
-        arrow = cfg.in_site if cfg.is_sae else f"{cfg.in_site} -> {cfg.out_site}"
+        read = cfg.in_site if cfg.window == 1 else f"{cfg.window} x {cfg.in_site}"
+        arrow = cfg.in_site if cfg.is_sae else f"{read} -> {cfg.out_site}"
         return f"{cfg.architecture}, {cfg.d_in} -> {cfg.d_sae} -> {cfg.d_out}{k}, {arrow}"
 
 

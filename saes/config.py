@@ -85,6 +85,9 @@ class CoderConfig:
     input gives through the frozen mixer."""
     reads: Literal["normalized", "resid"] | None = None
     """What a MambaCoder reads: the block's input after its norm, or before."""
+    window: int = 1
+    """Positions that are read, the last of them its own, side by side: `d_in` is as many times the width of `in_site`.
+    Before a text begins they are zeros, as a causal convolution sees them."""
     skip: bool = False
     """Whether x W_skip is added to the prediction."""
     apply_b_dec_to_input: bool | None = None
@@ -108,6 +111,7 @@ class CoderConfig:
         _check_site("in_site", self.in_site)
         _check_site("out_site", self.out_site)
         self._check_kind()
+        self._check_window()
         self._check_k()
         if self.apply_b_dec_to_input is None:
             object.__setattr__(self, "apply_b_dec_to_input", self.is_sae)
@@ -131,6 +135,20 @@ class CoderConfig:
                 "a MambaCoder (in_site and out_site differ) needs target 'block' or 'local' and reads 'normalized' or"
                 f" 'resid', got target={self.target!r}, reads={self.reads!r}"
             )
+
+    def _check_window(self) -> None:
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
+            raise ValueError(f"window must be a positive integer, got {self.window!r}")
+        if self.window == 1:
+            return
+        if self.is_sae:
+            raise ValueError(f"an SAE predicts what it reads at one position, so window must be 1; got {self.window}")
+        if self.target == "local":
+            raise ValueError(
+                f"target 'local' is what position t's own input gives, so window must be 1; got {self.window}"
+            )
+        if self.d_in % self.window:
+            raise ValueError(f"d_in must be a multiple of window={self.window}, got {self.d_in}")
 
     def _check_k(self) -> None:
         if self.architecture in (*NEEDS_K, *ONLY_READ):
@@ -207,6 +225,8 @@ class CoderConfig:
         """A plain mapping, fit for JSON, that :meth:`from_dict` reads back to an equal config."""
         values = dataclasses.asdict(self)
         widths = self.matryoshka_widths
+        if self.window == 1:  # as files were before there were windows
+            del values["window"]
         return {**values, "matryoshka_widths": None if widths is None else list(widths)}
 
     def replace(self, **changes: Any) -> CoderConfig:
@@ -234,9 +254,11 @@ def mambacoder_config(
     k: int | None = 32,
     reads: Literal["normalized", "resid"] = "normalized",
     target: Literal["block", "local"] = "block",
+    window: int = 1,
     **fields: Any,
 ) -> CoderConfig:
-    """The config of a MambaCoder of one block: from its input to its output without the residual."""
+    """The config of a MambaCoder of one block: from its input, of as many positions as `window`, to its output without
+    the residual."""
     site = {"normalized": "norm.hook_out", "resid": "hook_resid_pre"}.get(reads)
     if site is None:
         raise ValueError(f"reads must be 'normalized' or 'resid', got {reads!r}")
@@ -244,12 +266,13 @@ def mambacoder_config(
         architecture=architecture,
         in_site=f"blocks.{layer}.{site}",
         out_site=f"blocks.{layer}.mixer.hook_out_proj",
-        d_in=d_model,
+        d_in=window * d_model,
         d_out=d_model,
         d_sae=d_sae,
         k=k if architecture in (*NEEDS_K, *ONLY_READ) else None,
         reads=reads,
         target=target,
+        window=window,
         **fields,
     )
 

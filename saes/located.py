@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hooked_mamba.models import HookedModel
-from saes.targets import LOCAL, sites_of
+from saes.targets import LOCAL, sites_of, window_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def locate(stream: str, model: HookedModel, channels: Sequence[int] | None = Non
         If a channel is out of range.
     """
     sites = tuple(sites_of(stream, model))
-    first, *rest = model.site(stream.removesuffix(LOCAL)).shape(1, 1)[2:]
+    site, window = window_of(stream)
+    first, *rest = model.site(site.removesuffix(LOCAL)).shape(1, 1)[2:]
     for channel in channels or ():
         if not 0 <= channel < first:
             raise IndexError(f"channel {channel} of {stream} is out of range: it has {first}, 0 to {first - 1}")
-    return Located(sites, math.prod([first if channels is None else len(channels), *rest]))
+    return Located(sites, math.prod([window, first if channels is None else len(channels), *rest]))

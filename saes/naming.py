@@ -18,8 +18,12 @@ Coders = SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder]
 
 
 def default_name(cfg: CoderConfig) -> str:
-    """The name of an unnamed coder, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local"."""
+    """The name of an unnamed coder, from its site: "l1-out_proj", "l1-norm.out", "l1-mambacoder-local", and of one that
+    reads a window from what it predicts: "l1-x-window4"."""
     where = "" if cfg.layer is None else f"l{cfg.layer}-"
+    if cfg.window > 1:
+        predicted = cfg.out_site.split(".", 2)[-1]
+        return f"{where}{predicted.removeprefix('mixer.hook_').replace('hook_', '')}-window{cfg.window}"
     if not cfg.is_sae:
         branch = cfg.out_site.split(".", 2)[-1].removeprefix("hook_").removesuffix("_out").partition(".")[0]
         if branch in ("attn", "mlp", "moe"):

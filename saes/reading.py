@@ -16,6 +16,7 @@ from hooked_mamba.model.text import PaddingSide
 from hooked_mamba.models import HookedModel
 from saes.naming import Coders, check_fits, named_coders, pick
 from saes.sparse import Codes
+from saes.store.rows import Rows
 from saes.targets import last_layer, sites_of, stream_values
 
 
@@ -166,9 +167,10 @@ def encode_on(
     )
     assert isinstance(cache, ActivationCache)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    codes = {}
+    codes, beginnings = {}, Rows(tokens, real).beginnings()
     for name, coder in named.items():
-        values, indices = coder.encode_topk(stream_values(reads[name], cache, model))
+        x = stream_values(reads[name], cache, model, beginnings=beginnings)
+        values, indices = coder.encode_topk(x)
         codes[name] = Codes(torch.where(real.unsqueeze(-1), values, 0.0), indices)
     strings = None
     if model.tokenizer is not None:

@@ -62,6 +62,8 @@ class Entry:
     k: int | None = None
     skip: bool = False
     target: str | None = None
+    window: int = 1
+    """Positions that it reads."""
     layer: int | None = None
     model: str | None = None
     model_hash: str | None = None
@@ -78,7 +80,7 @@ class Entry:
         training: Mapping[str, Any] | None = None,
     ) -> Entry:
         """The entry of a coder under a name."""
-        same = ("kind", "architecture", "out_site", "d_in", "d_out", "d_sae", "k", "skip", "target", "layer")
+        same = ("kind", "architecture", "out_site", "d_in", "d_out", "d_sae", "k", "skip", "target", "window", "layer")
         return cls(
             name=check_name(name),
             site=cfg.in_site,
@@ -95,7 +97,7 @@ class Entry:
         if not isinstance(values, dict):
             raise CoderFileError(f"{where} lists {values!r}; expected an object a coder")
         types = {row.name: str(row.type) for row in fields(cls)}
-        optional = {n for n, t in types.items() if "None" in t or n in ("skip", "metrics", "training")}
+        optional = {n for n, t in types.items() if "None" in t or n in ("skip", "window", "metrics", "training")}
         missing = [n for n in types if n not in values and n not in optional]
         if missing:
             raise CoderFileError(f"an entry of {where} lacks {', '.join(missing)}{nearest(missing[0], values)}")

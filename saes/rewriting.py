@@ -5,6 +5,9 @@ A coder reads x and predicts y, a stream of its own (see `saes.targets`). A rewr
     y a whole site         value' = y'
     y a local part         value' = value + (y' - y)
 
+A coder that reads a window reads its own pass from where a text begins; in `generate` also what earlier calls read. A
+pass that continues from an initial state is refused, since no memory holds what was read.
+
 Padded positions stay as they are: some sites lie behind the point where a mixer makes padding zero, so that a number
 written there would reach real positions.
 """
@@ -25,7 +28,8 @@ from hooked_mamba.components import at_least_fp32
 from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.models import HookedModel
 from saes.config import CoderConfig
-from saes.targets import LOCAL, sites_of, stream_values, streams_of
+from saes.targets import LOCAL, sites_of, stream_values, streams_of, window_of
+from saes.windows import CarriedWindows
 
 
 class Rewrite(NamedTuple):
@@ -53,8 +57,8 @@ def rewritten(model: HookedModel, rewrites: Sequence[Rewrite], positions: Column
     needed = [site for _, streams in known for site in _inputs(model, *streams)]
     with ExitStack() as stack:
         cache = stack.enter_context(captured(model, dict.fromkeys(needed)))
-        padding = stack.enter_context(padding_under_way(model))
-        hooks = [_hook(model, rewrite.new, *streams, cache, padding, positions) for rewrite, streams in known]
+        told = stack.enter_context(padding_under_way(model))
+        hooks = [_hook(model, rewrite.new, *streams, cache, told, positions) for rewrite, streams in known]
         stack.enter_context(model.hooks(hooks))
         yield
 
@@ -70,15 +74,19 @@ def _hook(
     x_stream: str,
     y_stream: str,
     cache: ActivationCache,
-    padding: Padded,
+    told: Padded,
     positions: Columns,
 ) -> tuple[str, Callable[..., Tensor | None]]:
     site = y_stream.removesuffix(LOCAL)
+    read, window = window_of(x_stream)
+    side_by_side = CarriedWindows(window)
 
     def edit(value: Tensor, hook: HookPoint) -> Tensor | None:
         whole = value.flatten(2)
         y = stream_values(y_stream, cache, model) if y_stream != site else whole
-        x = y if x_stream == y_stream else stream_values(x_stream, cache, model)
+        x = y if x_stream == y_stream else stream_values(read, cache, model)
+        if window > 1:
+            x = side_by_side(x, told, columns_before(model), model.rows_move)
         new = rewrite(x, y)
         if new is None:
             return None
@@ -86,9 +94,9 @@ def _hook(
             new = at_least_fp32(whole) + (new - y)
         new = new.to(value.dtype)
         batch, length = value.shape[:2]
-        mask = column_mask(positions, batch, length, columns_before(model), value.device, padding.padding)
-        if site.startswith("blocks.") and padding.padding is not None:
-            real = padding.padding.mask
+        mask = column_mask(positions, batch, length, columns_before(model), value.device, told.padding)
+        if site.startswith("blocks.") and told.padding is not None:
+            real = told.padding.mask
             mask = real if mask is None else mask & real
         return (new if mask is None else torch.where(mask.unsqueeze(2), new, whole)).reshape(value.shape)
 

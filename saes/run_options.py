@@ -12,7 +12,7 @@ from saes.options import OptionError, check_keys, read_file
 PARTS = ("train", "data")
 """Mappings within a run's options."""
 
-CODER_FLAGS = ("site", "layer", "d_sae", "k", "architecture", "reads", "target")
+CODER_FLAGS = ("site", "layer", "d_sae", "k", "architecture", "reads", "target", "window")
 """Flags that describe coders, which a file may do instead."""
 
 

@@ -1,7 +1,8 @@
 """What a coder reads and predicts: streams of one vector per position, all from one forward pass.
 
-A *stream* is a hook site's value with its last axes flattened, `blocks.1.mixer.hook_out_proj`, or the local part of a
-block's output, `blocks.1.mixer.hook_out_proj@local`, which is formed from several sites:
+A *stream* is a hook site's value with its last axes flattened, `blocks.1.mixer.hook_out_proj`; a window of such values,
+those of positions t-3 to t side by side at position t, `blocks.1.norm.hook_out@window4` (see `saes.windows`); or the
+local part of a block's output, `blocks.1.mixer.hook_out_proj@local`, which is formed from several sites:
 
     local_t = W_o [G_t (C_t . B_bar_t + D) sigma_t kappa[K-1] W_x n_t]
 
@@ -14,6 +15,7 @@ G = SiLU(z), in Mamba-2 with the gated norm's weight and divisor (a frozen numbe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -21,13 +23,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mamba.activation_cache import ActivationCache
+from hooked_mamba.frozen.places import norm_name
 from hooked_mamba.hooks.names import split_state_point, unalias
 from hooked_mamba.hooks.site_name import SiteName
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.models import HookedModel
+from saes.windows import Beginnings, windows
 
 LOCAL = "@local"
 """What the name of a local stream ends in."""
+
+_WINDOW = re.compile(r"^(?P<site>[^@]+)@window(?P<n>[1-9]\d*)$")
+"""The name of a stream of windows."""
 
 
 Sites = Mapping[str, Tensor] | ActivationCache
@@ -47,10 +54,19 @@ class Coded(Protocol):
     @property
     def target(self) -> str | None: ...
 
+    @property
+    def window(self) -> int: ...
+
+
+def window_of(stream: str) -> tuple[str, int]:
+    """The stream that windows are made of, and how many positions each has; of any other stream itself and 1."""
+    found = _WINDOW.match(stream)
+    return (found["site"], int(found["n"])) if found else (stream, 1)
+
 
 def streams_of(cfg: Coded) -> tuple[str, str]:
     """The names of what a coder reads and of what it predicts; equal for an SAE."""
-    read = unalias(cfg.in_site)
+    read = unalias(cfg.in_site) + (f"@window{cfg.window}" if cfg.window > 1 else "")
     predicted = unalias(cfg.out_site)
     return read, predicted + LOCAL if cfg.target == "local" else predicted
 
@@ -79,6 +95,7 @@ def sites_of(stream: str, model: HookedModel) -> list[str]:
     ValueError
         If a local part is asked of another site than a block's output, or one of token ids.
     """
+    stream, _ = window_of(stream)
     if not stream.endswith(LOCAL):
         model.hook_point(stream)
         if split_state_point(stream) or stream == "hook_tokens":
@@ -106,6 +123,35 @@ def _branch(site: str, model: HookedModel) -> tuple[int, str, Branch]:
     return name.layer, site.removesuffix(name.hook), branch
 
 
+def input_of(model: HookedModel, site: str) -> str:
+    """The site of what a branch reads, from one of the branch's own sites: the stream behind its norm.
+
+    Raises
+    ------
+    ValueError
+        It is no site of a branch, or the branch reads the stream as it is.
+    """
+    layer, name, _ = _owner(model, site)
+    if model.block(layer).norm_after:
+        raise ValueError(f"block {layer} reads the stream as it is: its norms stand behind its branches")
+    return f"blocks.{layer}.{norm_name(model, layer, name)}.hook_out"
+
+
+def taps_of(model: HookedModel, site: str) -> int:
+    """How many positions of its input a branch's convolution or token shift reads, from one of the branch's sites."""
+    return _owner(model, site)[2].reach
+
+
+def _owner(model: HookedModel, site: str) -> tuple[int, str, Branch]:
+    """(layer, name, branch) that a site is within."""
+    found = SiteName.parse(site)
+    branches = {} if found.layer is None else model.block(found.layer).branches
+    name = found.place.partition(".")[0]
+    if found.layer is None or name not in branches:
+        raise ValueError(f"a window is of what a branch reads, and {site} is no site of a branch (mixer, attn, ...)")
+    return found.layer, name, branches[name]
+
+
 def last_layer(sites: Iterable[str]) -> int | None:
     """The last block that must run for these sites; None where the final norm or the logits are among them."""
     layers = [_layer(site) for site in sites if site.startswith("blocks.")]
@@ -115,7 +161,11 @@ def last_layer(sites: Iterable[str]) -> int | None:
 
 
 def stream_values(
-    stream: str, cache: Sites, model: HookedModel, channels: list[int] | None = None
+    stream: str,
+    cache: Sites,
+    model: HookedModel,
+    channels: list[int] | None = None,
+    beginnings: Beginnings | None = None,
 ) -> Float[Tensor, "b l f"]:
     """A stream's values from cached sites.
 
@@ -130,11 +180,24 @@ def stream_values(
     channels
         Entries of the first axis after the positions (channels, heads, groups) to keep, for a large site such as
         hook_h; None: all.
+    beginnings
+        Where the texts of the cached pass begin; only windows need it, and a cache of all positions.
+
+    Raises
+    ------
+    ValueError
+        Windows are asked for without it.
     """
+    stream, window = window_of(stream)
     value = _own_part(stream.removesuffix(LOCAL), cache, model) if stream.endswith(LOCAL) else cache[stream]
     if channels is not None:
         value = value[:, :, channels]
-    return value.flatten(2)
+    value = value.flatten(2)
+    if window == 1:
+        return value
+    if beginnings is None:
+        raise ValueError(f"windows of {stream} end where a text begins: say where that is, beginnings=")
+    return windows(value, window, beginnings)[0]
 
 
 def local_part(model: HookedModel, layer: int, cache: Sites) -> Float[Tensor, "b l d"]:

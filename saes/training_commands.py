@@ -50,6 +50,10 @@ def train(
     ] = None,
     reads: Annotated[str | None, typer.Option(help="What MambaCoders read: normalized or resid.")] = None,
     target: Annotated[str | None, typer.Option(help="What MambaCoders predict: block or local.")] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Positions of the normalised inputs that are read; taps: as the convolution does."),
+    ] = None,
     n_tokens: Annotated[int | None, typer.Option("--n-tokens", help="Tokens to train on.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps, instead of tokens.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -74,6 +78,7 @@ def train(
     flags = {
         **{"model": model, "text": None if text is None else str(text), "out": None if out is None else str(out)},
         **{"layer": layer, "site": site, "d_sae": d_sae, "k": k, "architecture": architecture},
+        "window": int(window) if window is not None and window.isdigit() else window,
         **{"reads": reads, "target": target, "device": device, "loggers": logger},
         **{"train.n_tokens": n_tokens, "train.steps": steps, "train.lr": lr, "train.seed": seed},
         **{"data.batch_size": batch_size, "data.context_length": context_length, "data.seed": seed},

@@ -25,6 +25,7 @@ from circuits.graph import Graph
 from circuits.interventions.edits import Intervention, OfState, ScaleEmbedding, ScaleUnit, checked
 from circuits.interventions.parts import by_coder, coders_change, cuts_of, factors, state_changes
 from circuits.push import Changes, Pushed, held_heads
+from circuits.read_values import read_by
 from circuits.targets import Target, chosen_targets
 from hooked_mamba.analysis.cuts import Cut, Pass, StateChange, lost_reads, state_edits
 from hooked_mamba.frozen.chain import Chain
@@ -99,7 +100,7 @@ def frozen_effects(
         # A coder on u reads it before its own edit, as it does in the real model.
         if covectors[0].stream == "out" and covectors[0].layer in changes.outs:
             added = changes.outs[covectors[0].layer]
-            effect = effect + torch.stack([added[row, c.position] @ c.vector for row, c in enumerate(covectors)])
+            effect = effect + torch.stack([c.of(added[row]) for row, c in enumerate(covectors)])
         effects.append(effect)
     return torch.stack(effects)
 
@@ -134,7 +135,7 @@ def _change_of(frozen: FrozenModel, coder: SparseCoder, edits: list[Any]) -> Flo
     stream = streams_of(coder.cfg)[1]
     local = stream.endswith(LOCAL)
     y = stream_values(stream, frozen.cache, frozen.model) if local else frozen.value_at(coder.cfg.out_site)
-    change = coders_change(coder, edits, frozen.value_at(coder.cfg.in_site), y, padding=frozen.padding).to(frozen.dtype)
+    change = coders_change(coder, edits, read_by(coder.cfg, frozen), y, padding=frozen.padding).to(frozen.dtype)
     return change if frozen.mask is None else change * frozen.mask.unsqueeze(-1)
 
 

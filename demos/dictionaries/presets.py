@@ -81,6 +81,7 @@ def specs(
     k: int | None = None,
     skip: bool = False,
     kind: str = "bundled",
+    window: int | str | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """The coders that a command line asks for: a preset, or one coder a layer.
 
@@ -96,6 +97,8 @@ def specs(
         Latents, architecture, active latents of each, and whether it has a linear path as well.
     kind
         Which preset, of :data:`KINDS`.
+    window
+        Positions that each reads of the normalised inputs, or "taps"; see :func:`saes.training.coder_config`.
 
     Raises
     ------
@@ -104,8 +107,10 @@ def specs(
     """
     if layers is None:
         found = preset(model, kind)
-        if (site, d_sae, architecture, k) != (None,) * 4 or skip:
-            raise ValueError("--site, --d-sae, --architecture, --k and --skip go with --layers; the preset has its own")
+        if (site, d_sae, architecture, k, window) != (None,) * 5 or skip:
+            raise ValueError(
+                "--site, --window, --d-sae, --architecture, --k and --skip go with --layers; the preset has its own"
+            )
         return found
     if d_sae is None:
         raise ValueError("--layers needs --d-sae, the number of latents")
@@ -115,6 +120,8 @@ def specs(
         | ({"architecture": architecture} if architecture else {})
         | ({"k": k} if k else {})
         | ({"skip": True} if skip else {})
+        | ({"window": window} if window is not None else {})
     )
     suffix = "mambacoder" if site is None else {"out_proj": "out", "x": "write"}.get(site, site.replace("_", "-"))
+    suffix += "" if window is None else "-window"
     return tuple({"name": f"l{layer}-{suffix}", "layer": layer, **kind} for layer in layers)

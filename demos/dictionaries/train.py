@@ -47,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", help="one coder for each of these blocks (default: the model's preset)")
     add("--preset", choices=KINDS, default="bundled", help="without --layers: which preset (default: %(default)s)")
     add("--site", help="with --layers: SAEs on this site (out_proj, x, dt, ...); without it MambaCoders")
+    add(
+        "--window",
+        type=positions,
+        help="with --layers: coders that read so many normalised inputs; taps: as many as the convolution",
+    )
     add("--d-sae", type=int, help="with --layers: latents of each")
     add("--architecture", "--variant", choices=ARCHITECTURES, help="with --layers: architecture")
     add("--k", type=int, help="with --layers: active latents (default: 32)")
@@ -65,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out, bit for bit")
     return parser
+
+
+def positions(text: str) -> int | str:
+    """A number of positions, or "taps"."""
+    if text == "taps":
+        return text
+    return int(text)
 
 
 def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
@@ -87,7 +99,9 @@ def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
         autocast="bfloat16" if args.device.startswith("cuda") else None,
         progress=sys.stderr.isatty(),
     )
-    asked = specs(args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip, args.preset)
+    asked = specs(
+        args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip, args.preset, args.window
+    )
     named = {spec["name"]: coder_config(model, spec) for spec in asked}
     rows = training_rows(model, args.text, args.dataset, args.generated_share, data, told_by(args))
     before = time.perf_counter(), time.process_time()

@@ -7,16 +7,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.config import SSMConfig
+from hooked_mamba.documents import Documents
 from hooked_mamba.hooks.points import Reader
 from hooked_mamba.hooks.positions import PositionSelect
 from hooked_mamba.hooks.root import HookedRoot
 from hooked_mamba.model.stack import Stack
-from hooked_mamba.state import Padding
+from hooked_mamba.state import BlockState, Call, Padding
 
 Positions = int | Iterable[int] | Tensor | None
 """Columns: one, several, a mask b l of bools (its own columns for each row), or None for all. Negative ones count from
@@ -49,19 +50,35 @@ def captured(model: HookedRoot, names: Iterable[str]) -> Iterator[ActivationCach
 
 
 class Padded:
-    """The padding of the pass under way; None where nothing is padded."""
+    """What the pass under way was told of its rows."""
 
     padding: Padding | None = None
+    """None where nothing is padded."""
+    documents: Documents | None = None
+    """None where each row is one; known from the first block on."""
+    seen: Int[Tensor, " b"] | None = None
+    """Real tokens of each row in earlier calls; None where there were none, or nobody counted."""
+    memory: BlockState | None = None
+    """What the block under way continues from; None where it starts."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the pass continues from the memory of earlier calls."""
+        seen, memory = self.seen, self.memory
+        counted = seen is not None and bool(seen.any())
+        return counted or (memory is not None and any(bool(part.any()) for part in memory))
 
 
 @contextmanager
 def padding_under_way(model: Stack) -> Iterator[Padded]:
-    """What is padded in each forward pass inside the `with`."""
+    """What is padded in each forward pass inside the `with`, and what else the pass was told of its rows."""
     padded = Padded()
 
     def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = kwargs.get("call", args[2] if len(args) > 2 else None)
-        padded.padding = None if call is None else call.padding
+        call = Call() if call is None else call
+        padded.padding, padded.documents, padded.seen = call.padding, call.documents, call.seen
+        padded.memory = kwargs.get("state", args[1] if len(args) > 1 else None)
 
     def before_embedding(embed: nn.Module, args: tuple[Any, ...]) -> None:
         padded.padding = model.padding

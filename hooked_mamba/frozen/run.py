@@ -448,7 +448,7 @@ class Run:
         scale = self.cache[f"{name}.hook_scale"][at]
         return behind - x * (behind * x).sum(-1, keepdim=True) / (x.shape[-1] * scale.square())
 
-    def norm_offset(self, place: int | Place, covector: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+    def norm_offset(self, place: int | Place, covector: Float[Tensor, "*n d"]) -> Float[Tensor, "..."]:
         """What the own bias of a layer's norm (or of the one that a stream is read through) gives to a covector on what
         it gives; 0 of a norm without."""
         if isinstance(place, Place):
@@ -460,14 +460,20 @@ class Run:
         return covector @ norm.bias.to(covector.dtype) if isinstance(norm, Centred) else covector.new_zeros(())
 
     def reading(
-        self, site: str, row: int, position: int, covector: Float[Tensor, " f"]
-    ) -> tuple[Stream, Part, Float[Tensor, " d_or_E"]]:
-        """The stream behind a site, its layer or part, and a covector on the site as one on the stream."""
+        self, site: str, row: int, columns: int | slice, covector: Float[Tensor, "*w f"]
+    ) -> tuple[Stream, Part, Float[Tensor, "*w d_or_E"]]:
+        """The stream behind a site, its layer or part, and covectors on the site as ones on the stream.
+
+        Parameters
+        ----------
+        row, columns
+            Where: at one position, or at w positions of the row, each with a covector.
+        """
         place = self.place_of(site)
         if place.normed and place.stream == "resid":
-            covector = self.behind_norm(int(place.layer), covector, (row, position))
+            covector = self.behind_norm(int(place.layer), covector, (row, columns))
         elif place.normed:
-            covector = self.behind_norm_of(place.layer, covector, (row, position), weighted=place.weighted)
+            covector = self.behind_norm_of(place.layer, covector, (row, columns), weighted=place.weighted)
         elif place.stream == "u":
             covector = self.chain(place.layer).on_lanes(covector)
         return place.stream, place.layer, covector

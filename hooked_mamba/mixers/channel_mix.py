@@ -75,6 +75,7 @@ class ChannelMix(Branch):
     # The linear form: one of the factors of relu(k)^2 = k relu(k) is held ---------------------------------------------
 
     frozen_sites = ("hook_pre", "hook_post")
+    reach = 2
     places: ClassVar = {"p": "hook_pre", "u": "hook_post"}
 
     def frozen(self, read: Read, before: BranchState | None, mask: Bool[Tensor, "b l"] | None, norm: Gain) -> Chain:

@@ -122,6 +122,7 @@ class GatedDeltaNet(Branch):
         d, H = cfg.d_model, cfg.n_value_heads
         self.in_proj = Linear(d, cfg.conv_dim, bias=False)
         if cfg.d_conv:
+            self.reach = cfg.d_conv
             self.conv1d = nn.Conv1d(cfg.conv_dim, cfg.conv_dim, cfg.d_conv, groups=cfg.conv_dim, bias=cfg.conv_bias)
         if cfg.gate != "none":
             self.z_proj = Linear(d, cfg.E, bias=False)

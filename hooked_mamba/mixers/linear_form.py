@@ -65,6 +65,8 @@ class LinearForm(SitedModule):
     """Channels P of a head; None where each channel stands alone."""
     unit: int = 1
     """Channels side by side that act as one where they are nodes of a graph: those of an attention head."""
+    reach: int = 1
+    """Positions of its input, the last its own, that one value u is made of: the taps of a convolution."""
     vectors_site: str | None = None
     """The site that the output's weights read; None: it is formed from y and the gain."""
     selection_reads: ClassVar[Literal["stream", "u"]] = "stream"

@@ -93,6 +93,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
         self.cfg = cfg
         E, N, R, d = cfg.E, cfg.d_state, cfg.R, cfg.d_model
         self.in_proj = Linear(d, 2 * E, bias=cfg.use_bias)
+        self.reach = cfg.d_conv
         self.conv1d = nn.Conv1d(E, E, cfg.d_conv, groups=E, bias=cfg.conv_bias)
         self.x_proj = Linear(E, R + 2 * N, bias=False)
         self.dt_proj = Linear(R, E)

@@ -103,6 +103,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
         self.cfg = cfg
         E, H, d = cfg.E, cfg.H, cfg.d_model
         self.in_proj = Linear(d, E + cfg.conv_dim + H, bias=cfg.use_bias)
+        self.reach = cfg.d_conv
         self.conv1d = nn.Conv1d(cfg.conv_dim, cfg.conv_dim, cfg.d_conv, groups=cfg.conv_dim, bias=cfg.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))

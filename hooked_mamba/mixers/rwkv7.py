@@ -221,6 +221,7 @@ class RWKV7Mixer(Branch):
         *(f"hook_{name}" for name in ("shift", "r", "w", "k", "v", "v_pre", "kappa", "a", "gate")),
         "norm.hook_scale",
     )
+    reach = 2
     places: ClassVar = {
         "p": "hook_v_pre",
         "u": "hook_v",

@@ -71,6 +71,8 @@ class Generation:
 
     columns_before: int | None = None
     """Columns of earlier calls while `generate` runs; None outside of it."""
+    rows_move: bool = False
+    """Whether a beam search is under way, whose calls have their rows in different orders."""
 
     @knows_options(OPTIONS, GRANTED)
     @torch.no_grad()
@@ -151,7 +153,7 @@ class Generation:
         made: list[Tensor] = []
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         bar = tqdm(total=max_new_tokens, disable=not verbose, desc="tokens", leave=False)
-        with bar, self._counting_columns() as columns:
+        with bar, self._counting_columns(num_beams > 1) as columns:
             step, state = tokens, initial_state
             if num_beams > 1 and max_new_tokens:
                 rules = Rules(num_beams, max_new_tokens, stops, length_penalty)
@@ -224,7 +226,7 @@ class Generation:
         return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
     @contextmanager
-    def _counting_columns(self) -> Iterator[Any]:
+    def _counting_columns(self, rows_move: bool) -> Iterator[Any]:
         """Say on the model and on single-state hook points how many columns earlier calls had; gives a function that
         counts on."""
         sites = [p for p in self.hook_dict.values() if isinstance(p, StateHookPoint)]  # type: ignore[attr-defined]
@@ -235,10 +237,11 @@ class Generation:
                 site.offset = (site.offset or 0) + columns
 
         count(0)
+        self.rows_move = rows_move
         try:
             yield count
         finally:
-            self.columns_before = None
+            self.columns_before, self.rows_move = None, False
             for site in sites:
                 site.offset = None
 

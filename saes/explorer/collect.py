@@ -203,8 +203,9 @@ class Reader:
             return_type=None,
             stop_at_layer=None if self.last is None else self.last + 1,
         )
+        beginnings = rows.beginnings()
         for name, coder in self.named.items():
-            yield name, coder.encode(stream_values(self.reads[name], cache, self.model))
+            yield name, coder.encode(stream_values(self.reads[name], cache, self.model, beginnings=beginnings))
 
 
 def counted_rows(

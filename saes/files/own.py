@@ -134,7 +134,8 @@ def _check_types(values: Mapping[str, Any], where: Path) -> None:
     """Of the fields whose type a config relies on; their values are its own concern."""
     for name, kind in {"d_in": int, "d_out": int, "d_sae": int, "in_site": str, "out_site": str}.items():
         field(values, name, kind, where)
-    for name, right in {"k": int, "model_name": str, "model_hash": str, "matryoshka_widths": list}.items():
+    kinds = {"k": int, "window": int, "model_name": str, "model_hash": str, "matryoshka_widths": list}
+    for name, right in kinds.items():
         value = values.get(name)
         if isinstance(value, str) and len(value) > TEXT:
             raise CoderFileError(f"{where} has a {name} of {len(value):,} characters, expected at most {TEXT}")

@@ -2,8 +2,8 @@
 
 SAELens reads `cfg.json` and `sae_weights.safetensors`. It wants the exact tensors of the architecture, and leaves
 keys of the config that it does not know alone. At inference BatchTopK and Matryoshka are JumpReLU with one threshold,
-and are written as such. It has no TopK or gated transcoder: those are written under names of the same pattern, which it
-refuses by name.
+and are written as such. It has no TopK or gated transcoder, and none that reads several positions: those are written
+under names of the same pattern, which it refuses by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def architecture_name(cfg: CoderConfig) -> str:
     name = WRITTEN_AS[cfg.architecture]
     if cfg.is_sae and not cfg.skip:
         return name
-    return f"{'' if name == 'standard' else name + '_'}{'skip_' if cfg.skip else ''}transcoder"
+    kind = f"{'window_' if cfg.window > 1 else ''}{'skip_' if cfg.skip else ''}transcoder"
+    return kind if name == "standard" else f"{name}_{kind}"
 
 
 def saelens_reads(cfg: CoderConfig) -> bool:

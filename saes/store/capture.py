@@ -12,7 +12,7 @@ from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.models import HookedModel
 from saes.located import locate
 from saes.store.rows import Rows
-from saes.targets import last_layer, stream_values
+from saes.targets import last_layer, stream_values, window_of
 
 
 class Capture:
@@ -26,7 +26,7 @@ class Capture:
         Names, see `saes.targets`.
     positions_per_row
         Random positions of a row to keep, the same ones for all rows of a call; None: all. What is not kept of a
-        large site (hook_h) is not even formed.
+        large site (hook_h) is not even formed, unless a stream of windows is captured with it.
     channels
         Stream -> entries of its first axis after the positions (channels or heads of hook_h).
     exclude_tokens
@@ -61,6 +61,7 @@ class Capture:
         self.widths = {name: place.width for name, place in located.items()}
         self.names = list(dict.fromkeys(site for place in located.values() for site in place.sites))
         self.last = last_layer(self.names)
+        self.windowed = any(window_of(name)[1] > 1 for name in located)
         self.positions_per_row = positions_per_row
         self.exclude_tokens = tuple(int(token) for token in exclude_tokens)
         self.dtype, self.device = dtype, device
@@ -74,11 +75,12 @@ class Capture:
             If the model gives NaN or infinity.
         """
         chosen, counted = self.positions(rows, generator)
+        beginnings = rows.beginnings() if self.windowed else None
         with torch.no_grad():
             _, cache = self.model.run_with_cache(
                 rows.tokens,
                 names_filter=self.names,
-                pos_slice=chosen,
+                pos_slice=None if self.windowed else chosen,  # windows reach back to positions that are not kept
                 **rows.arguments(),
                 return_type=None,
                 stop_at_layer=None if self.last is None else self.last + 1,
@@ -86,7 +88,8 @@ class Capture:
             assert isinstance(cache, ActivationCache)
             out = {}
             for stream in self.widths:
-                value = stream_values(stream, cache, self.model, self.channels.get(stream))
+                value = stream_values(stream, cache, self.model, self.channels.get(stream), beginnings)
+                value = value[:, chosen] if self.windowed and chosen is not None else value
                 value = value.flatten(0, 1)
                 if not bool(counted.all()):
                     value = value[counted.flatten().to(value.device)]

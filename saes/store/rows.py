@@ -13,7 +13,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_mamba.documents import Documents as Packed
+from hooked_mamba.state import Padding
 from saes.store.documents import Documents
+from saes.windows import Beginnings
 
 Row = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 """Tokens, their mask, and where documents are kept apart the document of each token; l each."""
@@ -53,6 +56,14 @@ class Rows(NamedTuple):
         """What a model is told beside the tokens."""
         mask = None if bool(self.real.all()) else self.real
         return {"attention_mask": mask} | ({} if self.document_ids is None else {"document_ids": self.document_ids})
+
+    def beginnings(self) -> Beginnings:
+        """Where the texts begin, for what reads windows of positions."""
+        padding = Padding.from_mask(self.real.long(), self.real.shape)
+        if self.document_ids is None:
+            return Beginnings(padding)
+        ids, mask = self.document_ids, None if padding is None else padding.mask
+        return Beginnings(padding, Packed.from_ids(ids, (ids.shape[0], ids.shape[1]), mask, ids.device))
 
     @property
     def starts(self) -> Bool[Tensor, "b l"] | None:

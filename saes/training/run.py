@@ -18,19 +18,21 @@ from saes.coder import SAE, MambaCoder, SparseCoder
 from saes.config import NEEDS_K, CoderConfig
 from saes.located import locate
 from saes.naming import unique_name
-from saes.options import OptionError, check_keys, from_mapping, near, read_file
+from saes.options import OptionError, check_keys, check_number, from_mapping, near, read_file
 from saes.renamed import warn_renamed
 from saes.run_options import RUN
 from saes.saelens_names import OPTIONS
 from saes.store.data import DataConfig, Text, make_store
 from saes.store.documents import read_text_file
-from saes.targets import all_streams
+from saes.targets import all_streams, input_of, taps_of
 from saes.training.config import TrainConfig
 from saes.training.loop import TrainResult, check_folder
 from saes.training.trainer import Trainer
 from saes.training.world import World, local_device, torchrun
 
-SPEC = ("name", "site", "layer", "architecture", "d_sae", "k", "reads", "target", "skip", "input_norm", "widths")
+SPEC = (
+    "name", "site", "layer", "architecture", "d_sae", "k", "reads", "target", "window", "skip", "input_norm", "widths",
+)  # fmt: skip
 """Keys of a coder in short form, see :func:`coder_config`."""
 
 
@@ -45,7 +47,9 @@ def coder_config(
         On whose activations it will be trained.
     spec
         An SAE where it has "site": a full name, or a short one ("x", "out_proj") with "layer". A MambaCoder where
-        it has only "layer", with "reads" and "target". "d_sae" is required. "architecture" is "topk" by default for
+        it has only "layer", with "reads" and "target". With "window", a number of positions or "taps" (as many as the
+        branch's convolution or token shift reads), a transcoder to the site, or to the block's output, that reads the
+        branch's normalised inputs at so many positions. "d_sae" is required. "architecture" is "topk" by default for
         an SAE and "batchtopk" for a MambaCoder, "k" 32, "input_norm" "scale"; "skip", and "widths" of a matryoshka.
     channels
         Site -> the channels of it that are kept, as in `DataConfig`.
@@ -62,11 +66,15 @@ def coder_config(
     if layer is not None and not -model.cfg.n_layers <= layer < model.cfg.n_layers:
         raise OptionError(f"layer {layer} is out of range: the model has {model.cfg.n_layers}")
     fields: dict[str, Any] = {}
+    window = spec.get("window")
     if site is not None:
         read = predicted = model.act_name(site, layer)
         for key in ("reads", "target"):
             if key in spec:
                 raise OptionError(f'"{key}" is for MambaCoders, which have no "site"')
+        if window is not None:
+            read = input_of(model, predicted)
+            fields = {"reads": "normalized", "target": "block"}
     elif layer is not None:
         reads = spec.get("reads", "normalized")
         sites = {"normalized": "norm.hook_out", "resid": "hook_resid_pre"}
@@ -77,13 +85,16 @@ def coder_config(
         fields = {"reads": reads, "target": spec.get("target", "block")}
     else:
         raise OptionError('a coder needs a "site" (SAE) or a "layer" (MambaCoder)')
+    if window is not None:
+        fields["window"] = window = taps_of(model, predicted) if window == "taps" else window
+        check_number("window", window, 1, whole=True)
     architecture = spec.get("architecture", "topk" if site is not None else "batchtopk")
     widths, kept = spec.get("widths"), channels or {}
     return CoderConfig(
         architecture=architecture,
         in_site=read,
         out_site=predicted,
-        d_in=locate(read, model, kept.get(read)).width,
+        d_in=locate(read, model, kept.get(read)).width * (window or 1),
         d_out=locate(predicted, model, kept.get(predicted)).width,
         d_sae=spec["d_sae"],
         k=spec.get("k", 32) if architecture in NEEDS_K else None,

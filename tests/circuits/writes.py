@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_mamba.frozen.places import Part, branch_of, part_of, u_site
 from saes import CoderConfig, SparseCoder
+from saes.targets import input_of, taps_of
 from tests.circuits.oracle import Off, Replay, array
 from tests.circuits.test_attribution import ARCHITECTURES
 
@@ -49,6 +50,27 @@ def writer(model: Any, part: Part, architecture: str = "topk", seed: int = 0, d_
     cfg = CoderConfig(
         architecture=architecture, in_site=source, out_site=site, d_in=d_in, d_out=d, d_sae=d_sae,
         **{**ARCHITECTURES[architecture], **fields},
+    )  # fmt: skip
+    return noisy(SparseCoder(cfg, seed=seed), seed)
+
+
+def window_writer(
+    model: Any, part: Part, window: int | None = None, architecture: str = "topk", seed: int = 0, d_sae: int = 11,
+    skip: bool = False, reads: str = "normalized",
+) -> SparseCoder:  # fmt: skip
+    """A transcoder to what a branch writes, from what its norm gives (or the stream) at the last positions."""
+    layer, name = branch_of(part)
+    block = model.block(layer)
+    site = f"blocks.{layer}.{name}.{u_site(block.branches[name])}"
+    if block.norm_after or reads == "resid":  # there is no norm before the branch
+        source = f"blocks.{layer}." + ("hook_resid_pre" if name in block.stages[0] else "hook_resid_mid")
+    else:
+        source = input_of(model, site)
+    window = taps_of(model, site) if window is None else window
+    cfg = CoderConfig(
+        architecture=architecture, in_site=source, out_site=site, d_in=window * model.site(source).width,
+        d_out=model.site(site).width, d_sae=d_sae, window=window, reads=reads, target="block", skip=skip,
+        **ARCHITECTURES[architecture],
     )  # fmt: skip
     return noisy(SparseCoder(cfg, seed=seed), seed)
 

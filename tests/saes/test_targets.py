@@ -17,6 +17,7 @@ class Config:
     in_site: str
     out_site: str
     target: str | None = None
+    window: int = 1
 
 
 SAE = Config("blocks.1.mixer.hook_x", "blocks.1.mixer.hook_x")
