@@ -82,6 +82,6 @@ def test_the_page(tmp_path, capsys):
     found = Tags()
     found.feed(page)
     assert found.addresses == ["data:,"]  # nothing is loaded
-    assert found.tags.count("section") == 7
+    assert found.tags.count("section") == 9
     assert page.count('class="plot"') == 3
     assert main(["--models", str(tmp_path)]) == 2
