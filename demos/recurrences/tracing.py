@@ -52,7 +52,7 @@ class Traced:
     write: Named
 
 
-class _BeyondTheMean(FrozenModel):
+class BeyondTheMean(FrozenModel):
     """At the bottom, covectors meet what embeddings have beyond the mean of all prompts at their position."""
 
     @property
@@ -74,7 +74,7 @@ def traced(
     prompts = prompts.rows(right.nonzero()[:n, 0])
     target = Logit(tuple(prompts.answers.tolist()), minus=values)
     found = attribute(FrozenModel(model, prompts.tokens), targets=target)
-    beyond = attribute(_BeyondTheMean(model, prompts.tokens), targets=target, keep_heads=False, unexplained="keep")
+    beyond = attribute(BeyondTheMean(model, prompts.tokens), targets=target, keep_heads=False, unexplained="keep")
     largest = (found.embeddings.argmax(-1), beyond.embeddings.argmax(-1), largest_write(model, found))
     return Traced(*(_named(position, prompts) for position in largest))
 
