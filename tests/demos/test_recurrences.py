@@ -73,11 +73,11 @@ def compared():
 @torch.no_grad()
 def test_the_traced_source_is_the_answers(compared, title):
     subject = next(one for one in compared if one.title == title)
-    recalled, control = tracing.traced_recall(subject, 96, 7)
-    assert min(recalled.token.answer.value, recalled.write.answer.value) >= 0.93  # 256 prompts of the page: 0.95
-    assert recalled.beyond.answer.value >= 0.93
+    recalled, control = tracing.traced_recall(subject, 64, 7)
+    # Of the page's 256 prompts it is in 95% or more; a few of 64 may differ.
+    assert min(reading.answer.value for reading in (recalled.token, recalled.beyond, recalled.write)) >= 0.9
     assert max(control.token.answer.value, control.write.answer.value) < 0.3
-    assert tracing.traced_induction(subject, 96, 7).token.answer.value >= 0.95
+    assert tracing.traced_induction(subject, 64, 7).token.answer.value >= 0.95
 
 
 @torch.no_grad()
