@@ -4,8 +4,7 @@
 2. Duration: right answers when questions about other pairs come first.
 3. What is left of a write after so many positions, beside the same model before training.
 4. A key that comes again with another value: the new one, the old one, or something else?
-5. The position whose embedding adds most to the answer's lead, beside the same model before training.
-6. What the removal at the new value does for its lead over the old one: its direct part, and in the real model.
+5. What the removal at the new value does for its lead over the old one: its direct part, and in the real model.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits import FrozenModel, Logit, attribute
 from demos.localisation.stats import Rate
-from demos.recurrences.subjects import KEYS, PAIRS, VALUES, Rewritten, Subject, asked_late, recall, rewritten
+from demos.recurrences.subjects import PAIRS, Rewritten, Subject, asked_late, recall, rewritten
 from hooked_mamba import HookedModel
 from hooked_mamba.analysis import write_survival
 from hooked_mamba.analysis.erasure import Erasure, erasure
-from hooked_mamba.analysis.tasks import Prompts
 from hooked_mamba.frozen.delta import DeltaScan
 from hooked_mamba.frozen.run import Run
 
-VALUE_TOKENS = list(range(KEYS, KEYS + VALUES))
 PAIR_COUNTS = (2, 4, 6, 8, 10, 12, 14, 16)
 WAITS = (0, 2, 4, 8, 16, 32, 64, 128)
 """Questions about other pairs before the one that counts; in training up to 7 come first."""
@@ -70,42 +66,6 @@ def which_value(subject: Subject, n: int, seed: int) -> dict[str, Rate]:
     said = subject.model(prompts.tokens)[:, -1].argmax(-1)
     new, old = int((said == prompts.new).sum()), int((said == prompts.old).sum())
     return {"new": Rate(new, n), "old": Rate(old, n), "other": Rate(n - new - old, n)}
-
-
-@dataclass(frozen=True)
-class Traced:
-    """How often the position with the largest part of the answer's lead is a certain one."""
-
-    answer: Rate
-    """The answer's own."""
-    before: Rate
-    """The one before it, which holds the key, or the token that was asked for."""
-
-
-def traced(
-    model: HookedModel, prompts: Prompts, values: list[int], n: int, answered_by: HookedModel | None = None
-) -> Traced:
-    """Attribution to tokens of the answer's lead over the mean of all that could be answers, selection, gates and norms
-    held, in the first n prompts that are answered right (by the model itself unless another is given)."""
-    right = (answered_by or model)(prompts.tokens)[:, -1].argmax(-1) == prompts.answers
-    prompts = prompts.rows(right.nonzero()[:n, 0])
-    target = Logit(tuple(prompts.answers.tolist()), minus=values)
-    named = attribute(FrozenModel(model, prompts.tokens), targets=target).embeddings.argmax(-1)
-    hits = (int((named == prompts.where - by).sum()) for by in (0, 1))
-    return Traced(*(Rate(count, len(prompts)) for count in hits))
-
-
-def traced_recall(subject: Subject, n: int, seed: int) -> tuple[Traced, Traced]:
-    """By the trained model, and by the same before training on the same prompts."""
-    prompts = recall(2 * n, PAIRS, seed)
-    trained = traced(subject.model, prompts, VALUE_TOKENS, n)
-    return trained, traced(subject.untrained, prompts, VALUE_TOKENS, n, subject.model)
-
-
-def traced_induction(subject: Subject, n: int, seed: int) -> Traced:
-    """By the model of induction."""
-    task = subject.induction_task
-    return traced(subject.induction, task.prompts(2 * n, seed), list(range(task.vocab)), n)
 
 
 # Removals --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,16 @@ import plotly.graph_objects as go
 import torch
 
 from demos.localisation.stats import Rate
-from demos.recurrences import measure
+from demos.recurrences import measure, tracing
 from demos.recurrences.measure import DISTANCES, PAIR_COUNTS, WAITS
-from demos.recurrences.subjects import PAIRS, Subject
+from demos.recurrences.subjects import KEYS, PAIRS, VALUES, Subject
+from demos.recurrences.tracing import Traced
 from demos.studies.report import Plot, Report, Section, Table
 from demos.tour.charts import heat_map
 from hooked_mamba.frozen.delta import DeltaScan
+
+Traces = tuple[Traced, Traced, Traced]
+"""Of recall: the trained model and the same before training; of induction: the trained one."""
 
 
 def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
@@ -29,6 +33,7 @@ def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
         Of the prompts.
     """
     first = compared[0]
+    traces = [(*tracing.traced_recall(one, n, seed), tracing.traced_induction(one, n, seed)) for one in compared]
     return Report(
         "recurrences",
         "Which recurrence keeps what, and how long?",
@@ -43,7 +48,9 @@ def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
             duration_section(compared, n, seed),
             survival_section(compared, n, seed),
             rewriting_section(compared, n, seed),
-            tracing_section(compared, n, seed),
+            tracing_section(compared, traces),
+            readings_section(compared, traces),
+            default_section(compared, n, seed),
             removal_section(compared, n, seed),
         ],
     )
@@ -138,13 +145,11 @@ def rewriting_section(compared: Sequence[Subject], n: int, seed: int) -> Section
     )
 
 
-def tracing_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
+def tracing_section(compared: Sequence[Subject], traces: Sequence[Traces]) -> Section:
     """Attribution's source."""
     rows = []
-    for one in compared:
-        trained, control = measure.traced_recall(one, n, seed)
-        induction = measure.traced_induction(one, n, seed)
-        rates = (trained.answer, trained.before, control.answer, induction.answer)
+    for one, (trained, control, induction) in zip(compared, traces, strict=True):
+        rates = (trained.token.answer, trained.token.before, control.token.answer, induction.token.answer)
         rows.append([one.title, *map(str, rates)])
     columns = ["recall: the answer's position", "the one before it, its key's", "control", "induction: the answer's"]
     return Section(
@@ -157,6 +162,43 @@ def tracing_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
         Table(["recurrence", *columns], rows),
         after="Where a convolution has put a key and its value into one number, the sum shares that number out between"
         " the two by its taps, with SiLU's factor held.",
+    )
+
+
+def readings_section(compared: Sequence[Subject], traces: Sequence[Traces]) -> Section:
+    """Two other readings of the same sum."""
+    rows = []
+    for one, (trained, control, induction) in zip(compared, traces, strict=True):
+        rates = (trained.beyond.answer, trained.write.answer, trained.write.question)
+        rows.append([one.title, *map(str, (*rates, control.write.answer, induction.write.answer))])
+    columns = ["beyond the average prompt: the answer's", "largest write: the answer's", "the question's", "control"]
+    return Section(
+        "Two other readings of it",
+        "The table above counts all of an embedding, also what any other token would add at its place. Beyond the"
+        " average prompt: only what each embedding has beyond the mean of all prompts at its position. Largest write:"
+        " of the values that enter some layer's memory, of all layers and positions, the one with the largest part;"
+        " what a convolution spreads counts where it enters, and a write of layer 1 holds what layer 0 has put at its"
+        " position. The last two columns are of the largest write.",
+        Table(["recurrence", *columns, "induction: the answer's"], rows),
+        after="Where the traced token is the key and the largest write the answer's, the first layer has bound the two"
+        " at the answer's position, and the last layer recalls what was bound.",
+    )
+
+
+def default_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
+    """What is said without the answer."""
+    rows = []
+    for one in compared:
+        found = tracing.default(one, n, seed)
+        rates = [str(rate) if rate.n else "none" for rate in (found.said, found.kept, found.answer)]
+        rows.append([one.title, f"value {found.token - KEYS}", *rates])
+    columns = ["said most", "how often", "traced to the answer where this is it", "where another is it"]
+    return Section(
+        "Without the answer",
+        "The answer's embedding replaced by the mean of all values': what is said now? A model that falls back to one"
+        " value need not read it where it is right: the question itself says it, and the other values take it back."
+        f" Each value is the answer in about {1 / VALUES:.1%} of prompts.",
+        Table(["recurrence", *columns], rows),
     )
 
 
