@@ -21,7 +21,7 @@ from demos.localisation.families import TITLES
 from demos.localisation.options import Options, parse_args
 from demos.localisation.stats import Rate
 from demos.localisation.task import SMALLEST
-from demos.localisation.trainer import HELD_OUT_SEED, Trainer, accuracy
+from demos.localisation.trainer import HELD_OUT_SEED, Trainer, accuracy, largest_at
 from demos.tinystories.checkpoint import write_atomically
 from hooked_mamba import load_model
 from saes.training.signals import stop_on_signal
@@ -29,7 +29,7 @@ from saes.training.signals import stop_on_signal
 CARD = Path(__file__).with_name("card_template.md")
 CARD_SEED = 1_000_002
 CARD_PROMPTS = 5000
-CARD_OPTIONS = ("steps", "batch", "questions", "grow", "lr", "weight_decay", "seed")
+CARD_OPTIONS = ("steps", "batch", "questions", "lr", "weight_decay", "seed")
 
 
 def train(
@@ -138,6 +138,8 @@ def write_model(trainer: Trainer, card: Path, about: Mapping[str, object]) -> Pa
         **{name: getattr(options, name) for name in CARD_OPTIONS},
         "size": goal.size,
         "length": goal.length,
+        "largest": largest_at(options, options.steps - 1),
+        "grow": min(options.grow, options.steps),
         "parameters": f"{sum(p.numel() for p in stored.parameters()):,}",
         "held_out_seed": HELD_OUT_SEED,
         "minutes": f"{trainer.wall_seconds() / 60:.0f}",

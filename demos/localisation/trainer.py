@@ -33,12 +33,17 @@ def training_seed(options: Options, step: int) -> int:
     return (options.seed + 1) * 2**32 + step
 
 
+def largest_at(options: Options, step: int) -> int:
+    """The largest size that this step may draw. A run that ends before `options.grow` never comes to the full one."""
+    full, low = options.goal.size, SMALLEST[options.task]
+    return min(full, low + (full - low + 1) * step // options.grow)
+
+
 def task_at(options: Options, step: int) -> Task:
     """The task at the size of this step."""
-    goal, low = options.goal, SMALLEST[options.task]
-    limit = min(goal.size, low + (goal.size - low + 1) * step // options.grow)
     generator = torch.Generator().manual_seed(training_seed(options, step))
-    return dataclasses.replace(goal, size=int(torch.randint(low, limit + 1, (1,), generator=generator)))
+    sizes = (SMALLEST[options.task], largest_at(options, step) + 1)
+    return dataclasses.replace(options.goal, size=int(torch.randint(*sizes, (1,), generator=generator)))
 
 
 def learning_rate(step: int, options: Options) -> float:

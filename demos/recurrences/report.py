@@ -37,7 +37,7 @@ def report_of(compared: Sequence[Subject], n: int, seed: int) -> Report:
     return Report(
         "recurrences",
         "Which recurrence keeps what, and how long?",
-        "Five recurrences, each trained on associative recall until it succeeded (600 to 2,000 steps, see their cards):"
+        "Five recurrences, each trained on associative recall until it succeeded (350 to 2,000 steps, see their cards):"
         " pairs of a key and a value, then a key; which value followed it? Equal width, two layers,"
         " states of equal size: they differ in what a state forgets, and how it makes room.",
         "Tools: what is left of a write, attribution to tokens, exact erasure. Trained by demos.localisation.train.",
@@ -78,8 +78,8 @@ def capacity_section(compared: Sequence[Subject], n: int, seed: int) -> Section:
     rates = [measure.capacity(one, n, seed) for one in compared]
     return Section(
         "How much?",
-        f"More pairs than the {PAIRS} of training. There are 16 keys: with 16 pairs all of them are bound at once. By"
-        " chance, some value of the prompt is right once in as many questions as there are pairs.",
+        f"More pairs than the {PAIRS} of training (of Mamba-3: 6). There are 16 keys: with 16 pairs all of them are"
+        " bound at once. By chance, some value of the prompt is right once in as many questions as there are pairs.",
         plots=[_rates(compared, rates, [str(count) for count in PAIR_COUNTS], "pairs")],
         after=_ends(compared, rates, f"{PAIR_COUNTS[-1]} pairs"),
     )

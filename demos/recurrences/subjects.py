@@ -21,7 +21,7 @@ from hooked_mamba.state import BranchState
 KEYS = VALUES = 16
 """Tokens 0 to 15 are keys, 16 to 31 values."""
 PAIRS = 8
-"""Pairs that the models were trained on, at most."""
+"""Pairs of a prompt: the most of training, in which Mamba-3 saw 6."""
 
 
 @dataclass(frozen=True)

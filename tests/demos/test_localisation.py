@@ -20,7 +20,7 @@ from demos.localisation.page import render
 from demos.localisation.stats import Rate
 from demos.localisation.study import MODELS, REQUIRED, Finding, correct_prompts, load, study
 from demos.localisation.task import SMALLEST, Task
-from demos.localisation.trainer import HELD_OUT_SEED, Trainer, accuracy, task_at, training_seed
+from demos.localisation.trainer import HELD_OUT_SEED, Trainer, accuracy, largest_at, task_at, training_seed
 from demos.tinystories import checkpoint
 from hooked_mamba import HookedMamba, MambaConfig
 from hooked_mamba.analysis import knockout
@@ -315,6 +315,9 @@ def test_a_few_steps_lower_the_loss_and_the_card_says_what_the_file_measures(opt
     right = accuracy(model, task, train.CARD_PROMPTS, train.CARD_SEED)
     assert str(Rate(round(right * train.CARD_PROMPTS), train.CARD_PROMPTS)) in card
     assert "$" not in card
+    assert "grows to 2 within 3 steps" in card
+    short = train.finish(Trainer(dataclasses.replace(options, size=4, vocab=16, steps=2, grow=6)))
+    assert "grows to 2 within 2 steps" in (short / "README.md").read_text()  # of 4 pairs within 6
     parsed, resume = parse_args(options.command().split()[3:])
     assert parsed.to_dict() == options.to_dict()
     assert not resume
@@ -326,6 +329,7 @@ def test_prompts_grow_and_no_seed_is_both_trained_on_and_judged_on(options):
     assert min(min(some) for some in sizes) == SMALLEST["recall"]
     assert max(sizes[0]) < 8
     assert set(sizes[1]) == set(sizes[2]) == set(range(2, 9))
+    assert [largest_at(options, step) for step in (0, 34, 69, 1000)] == [2, 5, 8, 8]
     assert training_seed(options, 0) >= 2**32 > max(HELD_OUT_SEED, train.CARD_SEED)
 
 

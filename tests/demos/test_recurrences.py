@@ -73,9 +73,9 @@ def compared():
 @torch.no_grad()
 def test_the_traced_source_is_the_answers(compared, title):
     subject = next(one for one in compared if one.title == title)
-    recalled, control = tracing.traced_recall(subject, 64, 7)
-    # Of the page's 256 prompts it is in 95% or more; a few of 64 may differ.
-    assert min(reading.answer.value for reading in (recalled.token, recalled.beyond, recalled.write)) >= 0.9
+    recalled, control = tracing.traced_recall(subject, 128, 7)
+    # The least of the models is 125 of 128; the Mamba-3 that stood here before had 119.
+    assert min(reading.answer.value for reading in (recalled.token, recalled.beyond, recalled.write)) >= 0.95
     assert max(control.token.answer.value, control.write.answer.value) < 0.3
     assert tracing.traced_induction(subject, 64, 7).token.answer.value >= 0.95
 
@@ -104,12 +104,15 @@ def test_the_largest_write_is_looked_for_in_all_layers(compared):
     assert tracing.largest_write(compared[0].model, found).tolist() == [2, 1]
 
 
+@pytest.mark.parametrize("title", ["RWKV-7", "Mamba-3"])
 @torch.no_grad()
-def test_what_is_said_without_the_answer(compared):
-    found = tracing.default(compared[2], 32, 7)
-    assert found.answer.n + found.kept.n == found.said.n == 32
+def test_what_is_said_without_the_answer_is_still_read_where_it_is_the_answer(compared, title):
+    subject = next(one for one in compared if one.title == title)
+    found = tracing.default(subject, 192, 7)
+    assert found.answer.n + found.kept.n == found.said.n == 192
     assert KEYS <= found.token < KEYS + 16
-    assert found.answer.value >= 0.95
+    assert found.answer.value >= 0.94
+    assert found.kept.value >= 0.75  # the Mamba-3 that stood here before: 3 of 11
 
 
 @pytest.mark.slow
