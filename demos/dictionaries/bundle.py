@@ -4,7 +4,8 @@
 
 What is measured are the files as they are stored. Each coder is judged alone; those that predict the blocks' outputs,
 and write dictionaries, are also judged with all layers replaced at once, each kind apart. Of coders that were
-fine-tuned, --before names the folders of the trainings before:
+fine-tuned, --before names the folders of the trainings before; with --average the weights are the means over the ends
+of the last so many of them and of RUN, which does better than each:
 
     python -m demos.dictionaries.bundle --run runs/writes-tuned --before runs/writes --text train.txt \\
         --valid valid.txt --to saes/pretrained/tinystories-told-4l
@@ -103,7 +104,31 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def tuned_section(run: Path, before: list[Path], teller: str) -> str:
+def coders_of(run: Path) -> dict[str, SparseCoder]:
+    """A finished training's coders.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    found = {path.name: SparseCoder.load(path) for path in sorted((run / "coders").glob("[!.]*"))}
+    if not found:
+        raise ValueError(f"{run / 'coders'} holds no coder: has the training ended?")
+    return found
+
+
+@torch.no_grad()
+def averaged(runs: list[Path]) -> dict[str, SparseCoder]:
+    """Coders whose weights are the means over several trainings of the same ones."""
+    first, *others = (coders_of(run) for run in runs)
+    for name, coder in first.items():
+        for key, value in coder.state_dict().items():
+            value.copy_(torch.stack([value, *(other[name].state_dict()[key] for other in others)]).mean(0))
+    return first
+
+
+def tuned_section(run: Path, before: list[Path], teller: str, average: int = 1) -> str:
     """What the card says of a training in stages, from all stages' last checkpoints and logs."""
     first, *tuned = (_last(folder) for folder in [*before, run])
     train = first["state"]["train"]
@@ -113,6 +138,7 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
         f" of variance missed, learning rate {stage['state']['finetune']['lr']}"
         for stage in tuned
     )
+    mean = "" if average == 1 else f"; the weights are the means over the ends of the last {average} stages"
     rows = (
         "The text is the model's own training mix (see its card)."
         if teller == NOBODY
@@ -125,7 +151,7 @@ def tuned_section(run: Path, before: list[Path], teller: str) -> str:
 Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
 convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
 what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}{through}. {rows} The figures above are of held-out text
+{train["decay"]:.0%}{through}{mean}. {rows} The figures above are of held-out text
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -158,10 +184,14 @@ A MambaCoder reads one position and its block mixes many: most of what it misses
 
 
 def kept_sections(to: Path) -> list[str]:
-    """What the card there says of the training of other coders, which a push leaves out."""
+    """What the card there says of training, by coders' kinds, which a push leaves out."""
     card = to / "README.md"
     _, *sections = card.read_text(encoding="utf-8").split("\n## Training") if card.is_file() else [""]
     return [f"\n## Training{section}" for section in sections]
+
+
+def _heading(section: str) -> str:
+    return section.strip().splitlines()[0]
 
 
 def kept_reports(to: Path) -> dict[str, Any]:
@@ -179,6 +209,7 @@ def bundle(
     text: Path | None = None,
     before: list[Path] | None = None,
     teller: str | None = None,
+    average: int = 1,
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
 
@@ -188,15 +219,18 @@ def bundle(
         The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
     teller
         The model whose samples these were trained on; None: their own; "none": no samples.
+    average
+        How many stages' ends the weights are the means of: `run` and the last of `before`.
 
     Raises
     ------
     ValueError
-        If a coder was trained on other weights than the model's.
+        If there is no coder, or one was trained on other weights than the model's.
     """
-    trained = {path.name: SparseCoder.load(path) for path in sorted((run / "coders").glob("[!.]*"))}
-    if not trained:
-        raise ValueError(f"{run / 'coders'} holds no coder: has the training ended?")
+    stages = [*(before or []), run]
+    if not 1 <= average <= len(stages):
+        raise ValueError(f"average must be from 1 to {len(stages)}, the stages that are named; got {average}")
+    trained = averaged(stages[-average:])
     first = next(iter(trained.values())).cfg
     model = load_model(model_name or first.model_name or "")
     for name, coder in trained.items():
@@ -219,8 +253,12 @@ def bundle(
     everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        made = training_section(run) if before is None else tuned_section(run, before, teller or model.cfg.model_name)
-        card.write(made + "".join(section for section in sections if section.strip() != made.strip()))
+        made = (
+            training_section(run)
+            if before is None
+            else tuned_section(run, before, teller or model.cfg.model_name, average)
+        )
+        card.write(made + "".join(section for section in sections if _heading(section) != _heading(made)))
     return reports
 
 
@@ -230,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
     parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
     parser.add_argument("--teller", help="model whose samples those were trained on, or none (default: their own)")
+    parser.add_argument("--average", type=int, default=1, help="stages whose ends are averaged (default: %(default)s)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
@@ -237,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
     for report in bundle(
-        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller
+        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller, args.average
     ).values():
         print(report)
 

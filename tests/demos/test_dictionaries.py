@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demos.dictionaries import bound, bundle, presets, samples, table, text, train, tune
+from circuits import FrozenModel, build_graph, scores, top_logits
+from demos.dictionaries import bound, bundle, explained, presets, samples, table, text, train, tune
 from demos.dictionaries.text import training_rows
 from hooked_mamba import HookedMamba, HookedMamba2
 from saes import SparseCoder, evaluate
@@ -177,3 +178,23 @@ def test_write_dictionaries_from_samples_to_the_table(
     card = (to / "README.md").read_text()
     assert card.count("## Training") == 2
     assert "256 positions in 4 steps through the model" in card
+
+    bundle.main(["--run", str(tuned), "--before", str(run), "--average", "2", *shared])
+    card = (to / "README.md").read_text()
+    assert card.count("## Training") == 2, "what was said of replaced coders goes"
+    assert "means over the ends of the last 2 stages" in card
+    ends = [SparseCoder.load(folder / "coders" / "l1-write").W_dec for folder in (run, tuned)]
+    torch.testing.assert_close(SparseCoder.load(to / "l1-write").W_dec, sum(ends) / 2, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="from 1 to 2"):
+        bundle.bundle(tuned, Path(words), to, str(folder), before=[run], average=3)
+
+    line = ["--of", "write", str(tuned), "write", "write", "--prompts", "2", "--length", "8", "--model", str(folder)]
+    explained.main([*line, "--valid", words, "--json", str(tmp_path / "explained.json")])
+    (found,) = next(iter(json.loads((tmp_path / "explained.json").read_text()).values()))
+    frozen = [
+        FrozenModel(model, one[None], list(coders.values())) for one in explained.prompts_of(model, Path(words), 2, 8)
+    ]
+    graphs = [build_graph(one, top_logits(one), max_heads=0) for one in frozen]
+    assert found["replacement"] == pytest.approx(sum(scores(graph).replacement for graph in graphs) / 2, rel=1e-4)
+    assert found["prompts"] == 2
+    assert found["worst"] <= found["replacement"]
