@@ -11,10 +11,8 @@ does not come from errors.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -22,12 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits import FrozenModel, build_graph, scores, top_logits
-from demos.dictionaries.tune import coders_in
+from demos.dictionaries import kinds
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
-from saes.training import load_model
 
 FEATURES = 1000
 """Features of a graph that are traced on, at most."""
@@ -96,35 +93,16 @@ def table(lines: dict[str, list[Line]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.explained", allow_abbrev=False)
-    parser.add_argument(
-        "--of", nargs="+", action="append", required=True, metavar=("KIND", "FOLDER"),
-        help="a kind, a folder of coders, the mode of a graph, and a word that their names hold",
-    )  # fmt: skip
-    parser.add_argument("--model", help="name or folder of the model (default: the coders')")
-    parser.add_argument("--valid", type=Path, required=True, help="held-out text")
+    what = "a kind, a folder of coders, the mode of a graph, and a word that their names hold"
+    parser = kinds.parser("python -m demos.dictionaries.explained", what)
     parser.add_argument("--prompts", type=int, default=200, help="how many (default: %(default)s)")
     parser.add_argument("--length", type=int, default=32, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    lines: dict[str, list[Line]] = {}
-    for one in args.of:
-        if len(one) not in (3, 4):
-            parser.error(f"--of takes a kind, a folder, a mode, and a word or none; got {' '.join(one)}")
-        kind, folder, mode, *match = one
-        coders = coders_in(Path(folder), *match)
-        name = args.model or next(iter(coders.values())).cfg.model_name or ""
-        model = load_model(name)
-        prompts = prompts_of(model, args.valid, args.prompts, args.length)
-        lines.setdefault(name, []).append(measure(model, kind, coders, mode, prompts))
-        print(table({name: lines[name][-1:]}).splitlines()[-1], flush=True)
-    print("\n" + table(lines))
-    if args.json:
-        found = {name: [line._asdict() for line in some] for name, some in lines.items()}
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def line(model: HookedModel, *of: Any) -> Line:
+        return measure(model, *of, prompts_of(model, args.valid, args.prompts, args.length))
+
+    kinds.write_lines(args, line, table, more=1)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,13 @@ those whose name holds a word: --of "write" runs/all write. All figures are of h
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from demos.dictionaries import kinds
 from demos.dictionaries.bundle import held_out_rows
-from demos.dictionaries.tune import coders_in
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.metrics.model_loss import LossSums, next_token_log_probs
@@ -29,7 +26,6 @@ from saes.metrics.reconstruction import ReconstructionSums
 from saes.rewriting import Rewrite, rewritten
 from saes.splicing import splice
 from saes.store import Rows
-from saes.training import load_model
 
 
 class Line(NamedTuple):
@@ -120,29 +116,9 @@ def table(lines: dict[str, list[Line]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.table", allow_abbrev=False)
-    parser.add_argument(
-        "--of", nargs="+", action="append", required=True, metavar=("KIND", "FOLDER"),
-        help="a kind, a folder of coders, and a word that their names hold",
-    )  # fmt: skip
-    parser.add_argument("--model", help="name or folder of the model (default: the coders')")
-    parser.add_argument("--valid", type=Path, required=True, help="held-out text")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    lines: dict[str, list[Line]] = {}
-    for kind, folder, *match in args.of:
-        coders = coders_in(Path(folder), *match)
-        name = args.model or next(iter(coders.values())).cfg.model_name or ""
-        model = load_model(name)
-        lines.setdefault(name, []).append(measure(model, kind, coders, held_out_rows(model, args.valid)))
-        print(table({name: lines[name][-1:]}).splitlines()[-1], flush=True)
-    print("\n" + table(lines))
-    if args.json:
-        found = {name: [line._asdict() for line in some] for name, some in lines.items()}
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    what = "a kind, a folder of coders, and a word that their names hold"
+    args = kinds.parser("python -m demos.dictionaries.table", what).parse_args(argv)
+    kinds.write_lines(args, lambda model, *of: measure(model, *of, held_out_rows(model, args.valid)), table)
 
 
 if __name__ == "__main__":
