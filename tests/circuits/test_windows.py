@@ -23,8 +23,8 @@ from saes.rewriting import Rewrite, rewritten
 from saes.targets import taps_of
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off
-from tests.circuits.test_writes import EXACT, built, each_kind
-from tests.circuits.writes import Written, noisy, window_writer, writable
+from tests.circuits.test_writes import built, each_kind
+from tests.circuits.writes import EXACT, Written, begun, check_against_whole, noisy, window_writer, writable
 from tests.kinds import MAMBA
 
 
@@ -154,14 +154,10 @@ def test_places_are_those_of_finite_differences(family, coded):
 @pytest.mark.parametrize("start", ["padded", "going on"])
 def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, start):
     model, one = built(kind)
-    tokens, run = torch.cat([one, one.flip(1)]), {}
-    if start == "padded":
-        run = {"attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
-    elif start == "going on":
-        run = {"initial_state": model(tokens.flip(0), return_state=True)[1].detach()}
+    tokens = torch.cat([one, one.flip(1)])
     moving = [part for part in writable(model) if FrozenModel(model, tokens).chain(part).mix is not None]
     coders = [window_writer(model, part, 4, seed=i) for i, part in enumerate(moving)]
-    frozen = FrozenModel(model, tokens, coders, **run)
+    frozen = FrozenModel(model, tokens, coders, **begun(model, tokens, start))
     targets = [Logit(3), Logit(5, 3), *(Feature(coder, 2, t) for coder in coders for t in (2, 4))]
     covectors = [target.covector(frozen, row) for target in targets for row in range(2)]
     assert stays(frozen, covectors) == (kind != "rwkv7")
@@ -171,17 +167,7 @@ def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, s
             there = Feature(target.coder, 2, target.position - 2)
             value = there.covector(alone, 0).value
             assert torch.allclose(target.covector(frozen, 1).value, value, atol=EXACT)
-    found = attribute(frozen, targets=targets)
-    monkeypatch.setattr("circuits.attribution.stays", lambda frozen, covectors: False)
-    whole = attribute(frozen, targets=targets)
-    assert found.residual.abs().max() < EXACT
-    for name in ("embeddings", "features", "errors", "biases", "coder_biases", "initial", "heads", "experts"):
-        mine, theirs = getattr(found, name), getattr(whole, name)
-        mine, theirs = ({0: mine}, {0: theirs}) if name == "embeddings" else (mine, theirs)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.allclose(mine[key], theirs[key], atol=EXACT) for key in mine), name
-    if start == "going on":
-        assert any(float(part.abs().max()) > 1e-9 for part in found.initial.values())
+    check_against_whole(monkeypatch, frozen, targets, start)
 
 
 @pytest.mark.parametrize("family", MAMBA)

@@ -47,12 +47,10 @@ from hooked_mamba.models import load_model
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off
 from tests.circuits.test_attribution import coders_for
-from tests.circuits.writes import Written, some_writers, writable, writer
+from tests.circuits.writes import EXACT, Written, begun, check_against_whole, some_writers, writable, writer
 from tests.hooked_mamba.hybrids import tiny as hybrids
 from tests.hooked_mamba.recurrent import models as recurrent
 from tests.kinds import MAMBA
-
-EXACT = 1e-10
 
 
 def built(kind: str) -> tuple[Any, torch.Tensor]:
@@ -146,28 +144,14 @@ def test_every_kind_of_branch(kind):
 def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, start):
     """With a coder on every mixer nothing moves along the stream, whatever else stands in the blocks."""
     model, one = built(kind)
-    tokens, run = torch.cat([one, one.flip(1)]), {}
-    if start == "padded":
-        run = {"attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
-    elif start == "going on":
-        run = {"initial_state": model(tokens.flip(0), return_state=True)[1].detach()}
+    tokens = torch.cat([one, one.flip(1)])
     moving = [part for part in writable(model) if FrozenModel(model, tokens).chain(part).mix is not None]
     coders = [writer(model, part, seed=i) for i, part in enumerate(moving)]
-    frozen = FrozenModel(model, tokens, coders, **run)
+    frozen = FrozenModel(model, tokens, coders, **begun(model, tokens, start))
     targets = [Logit(3), Logit(5, 3), *(Feature(coder, 2, t) for coder in coders for t in (2, 4))]
     covectors = [target.covector(frozen, row) for target in targets for row in range(2)]
     assert stays(frozen, covectors) == (kind != "rwkv7")  # whose MLPs and values mix two positions
-    found = attribute(frozen, targets=targets)
-    monkeypatch.setattr("circuits.attribution.stays", lambda frozen, covectors: False)
-    whole = attribute(frozen, targets=targets)
-    assert found.residual.abs().max() < EXACT
-    for name in ("embeddings", "features", "errors", "biases", "coder_biases", "initial", "heads", "experts"):
-        mine, theirs = getattr(found, name), getattr(whole, name)
-        mine, theirs = ({0: mine}, {0: theirs}) if name == "embeddings" else (mine, theirs)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.allclose(mine[key], theirs[key], atol=EXACT) for key in mine), name
-    if start == "going on":
-        assert any(float(part.abs().max()) > 1e-9 for part in found.initial.values())
+    check_against_whole(monkeypatch, frozen, targets, start)
 
 
 @pytest.mark.parametrize("family", MAMBA)

@@ -6,14 +6,18 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from circuits import FrozenModel, attribute
 from hooked_mamba.frozen.places import Part, branch_of, part_of, u_site
 from saes import CoderConfig, SparseCoder
 from saes.targets import input_of, taps_of
 from tests.circuits.oracle import Off, Replay, array
 from tests.circuits.test_attribution import ARCHITECTURES
+
+EXACT = 1e-10
 
 
 def noisy(coder: SparseCoder, seed: int) -> SparseCoder:
@@ -89,6 +93,30 @@ def some_writers(model: Any, seed: int, share: float = 0.7) -> list[SparseCoder]
                 fields = {}
         found.append(writer(model, part, draw.choice(list(ARCHITECTURES)), seed + i, **fields))
     return found
+
+
+def begun(model: Any, tokens: Tensor, start: str) -> dict[str, Any]:
+    """How a run of two rows begins: "empty", "padded", or "going on" from a memory."""
+    if start == "padded":
+        return {"attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
+    if start == "going on":
+        return {"initial_state": model(tokens.flip(0), return_state=True)[1].detach()}
+    return {}
+
+
+def check_against_whole(monkeypatch: pytest.MonkeyPatch, frozen: FrozenModel, targets: list[Any], start: str) -> None:
+    """Covectors at few positions find what covectors at all of them do."""
+    found = attribute(frozen, targets=targets)
+    monkeypatch.setattr("circuits.attribution.stays", lambda frozen, covectors: False)
+    whole = attribute(frozen, targets=targets)
+    assert found.residual.abs().max() < EXACT
+    for name in ("embeddings", "features", "errors", "biases", "coder_biases", "initial", "heads", "experts"):
+        mine, theirs = getattr(found, name), getattr(whole, name)
+        mine, theirs = ({0: mine}, {0: theirs}) if name == "embeddings" else (mine, theirs)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.allclose(mine[key], theirs[key], atol=EXACT) for key in mine), name
+    if start == "going on":
+        assert any(float(part.abs().max()) > 1e-9 for part in found.initial.values())
 
 
 class Written(Replay):
