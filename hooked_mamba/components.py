@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -224,5 +226,6 @@ class Unembed(nn.Module):
         """The weight in TransformerLens' form."""
         return self.weight.t()
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l v"]:
-        return at_least_fp32(linear(x, self.weight))
+    def forward(self, x: Float[Tensor, "b l d"], tokens: Sequence[int] | None = None) -> Float[Tensor, "b l v"]:
+        """Of all tokens, or of some."""
+        return at_least_fp32(linear(x, self.weight if tokens is None else self.weight[list(tokens)]))

@@ -11,7 +11,7 @@ changed.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from hooked_mamba.activation_cache import ActivationCache
 from hooked_mamba.analysis.read_positions import Metric as Metric
 from hooked_mamba.analysis.read_positions import Readout
-from hooked_mamba.state import BlockState, ModelState
+from hooked_mamba.state import BlockState, Call, Padding
 
-STARTS = 8
-"""At how many positions of a prompt patches may start at the most."""
+STARTS = 32
+"""At how many positions of a prompt patches may start at the most; memory before each of them is kept."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def run_patches(
     base = Base(model, tokens, attention_mask)
     wanted = None if positions is None else [t % tokens.shape[1] for t in positions]
     whole = None if plain else list(range(tokens.shape[1]))  # functions on the way may count positions
-    readout = Readout(model, metric, model.to_logits(base.entering[-1]), wanted if whole is None else whole)
+    read = wanted if whole is None else whole
+    readout = Readout(model, metric, model.to_logits(base.entering[-1]), read, all_tokens=not plain)
     early = plain and attention_mask is None and model.causal
     firsts = _firsts(patches, len(patches) * b // batch_size, tokens.shape[1]) if early else [0]
     base.remember(firsts)
@@ -108,77 +109,70 @@ class Base:
     """
 
     def __init__(self, model: Any, tokens: Int[Tensor, "b l"], attention_mask: Tensor | None) -> None:
-        self.model, self.tokens, self.attention_mask = model, tokens, attention_mask
+        self.model, self.tokens, self.attention_mask = model, tokens.to(model.device), attention_mask
         self.n_layers: int = model.cfg.n_layers
         self.handed_on = model.handed_on()
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         names = ["blocks.*.hook_resid_pre", last, *self.handed_on.values()]
-        _, cache = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names, return_type=None)
+        run = {"names_filter": names, "attention_mask": attention_mask, "stop_at_layer": self.n_layers}
+        _, cache = model.run_with_cache(tokens, **run)
         assert isinstance(cache, ActivationCache)
         self.entering = [cache["resid_pre", i] for i in range(self.n_layers)] + [cache[last]]
         """The residual stream entering every block, and what the final norm reads."""
         self.carry = {name: cache[site] for name, site in self.handed_on.items()}
         """What one layer leaves for later ones."""
-        self.memories: Mapping[int, ModelState] = {}
-        """Memory before some columns."""
+        self.memories: dict[int, list[BlockState]] = {}
+        """Column -> every layer's memory before it."""
 
     def remember(self, at: Sequence[int]) -> None:
-        """Keep the states before some columns (ascending) from one pass over the prompts."""
-        found: dict[int, ModelState] = {}
-        state, column = None, 0
-        for first in at:
-            if first > column:
-                run = {"initial_state": state, "return_state": True, "stop_at_layer": self.n_layers}
-                _, state = self.model(self.tokens[:, column:first], **run)
-                found[first], column = state, first
-        self.memories = found
+        """Keep the memory before some columns (ascending), layer by layer, so that a layer's weights are read once."""
+        columns = [0, *(first for first in at if first)]
+        self.memories = {first: [] for first in columns[1:]}
+        for layer in range(self.n_layers if self.memories else 0):
+            state: BlockState | None = None
+            for before, first in pairwise(columns):
+                call = self.call(1, slice(before, first))
+                _, state, _ = self.model.run_block(layer, self.entering[layer][:, before:first], state, call)
+                self.memories[first].append(state)
 
     def mask(self, n: int) -> Tensor | None:
         """The mask of n copies."""
         return None if self.attention_mask is None else self.attention_mask.repeat(n, 1)
+
+    def call(self, n: int, columns: slice, embedded: Tensor | None = None) -> Call:
+        """What blocks are told that run some columns of n copies, whose embedding may have been edited."""
+        tokens, mask = self.tokens[:, columns].repeat(n, 1), self.mask(n)
+        carry = {name: value[:, columns].repeat(n, *(1,) * (value.ndim - 1)) for name, value in self.carry.items()}
+        return Call(
+            None if mask is None else Padding.from_mask(mask, tokens.shape, self.model.device),
+            torch.full((len(tokens),), columns.start, device=tokens.device) if columns.start else None,
+            dict(self.model.carried(carry, embedded, tokens) or {}),
+        )
 
     def patched(self, starts: Sequence[int | None], first: int) -> Float[Tensor, "n m d"]:
         """The last block's output from column `first` on, of copies that start at their layers (ascending).
 
         The hooks that edit the copies are on the model's hook points.
         """
-        n = len(starts)
-        if starts[0] is None:  # all of them: they are edited before the first block
-            run = {"attention_mask": self.mask(n), "initial_state": self.memory(first, n, range(self.n_layers))}
-            return self.model(self.tokens[:, first:].repeat(n, 1), stop_at_layer=self.n_layers, **run)
-        layers = [start for start in starts if start is not None]
-        stream = self.entering[0][:0, first:]
-        for layer, stop in pairwise([*dict.fromkeys(layers), self.n_layers]):
-            joining = self.entering[layer][:, first:].repeat(layers.count(layer), 1, 1)
-            stream = torch.cat([stream.to(joining.device), joining])
-            n = bisect_right(layers, layer)
-            stream = self.model(
-                stream,
-                start_at_layer=layer,
-                stop_at_layer=stop,
-                tokens=self.tokens[:, first:].repeat(n, 1),
-                attention_mask=self.mask(n),
-                initial_state=self.memory(first, n, range(layer, stop)),
-                carry={name: value[:, first:].repeat(n, *(1,) * (value.ndim - 1)) for name, value in self.carry.items()}
-                if layer
-                else None,
-            )
+        begin, n, columns = starts[0], 0, slice(first, None)
+        stream = self.entering[begin or 0][:0, columns]
+        if begin is None:  # all of them: they are edited before the first block
+            n = len(starts)
+            stream = self.model.embed_tokens(self.tokens[:, columns].repeat(n, 1))
+            call = self.call(n, columns, stream)
+        for layer in range(begin or 0, self.n_layers):
+            if joining := starts.count(layer):
+                more = self.entering[layer][:, columns].repeat(joining, 1, 1)
+                stream, n = torch.cat([stream.to(more.device), more]), n + joining
+                call = self.call(n, columns)
+            stream, _, call = self.model.run_block(layer, stream, self.memory(first, n, layer), call)
         return stream
 
-    def memory(self, first: int, n: int, layers: range) -> ModelState | None:
-        """The states of n copies before a column, for some layers; those of other layers only have the right shape."""
+    def memory(self, first: int, n: int, layer: int) -> BlockState | None:
+        """One layer's memory of n copies before a column."""
         if first not in self.memories:
             return None
-        state, b = self.memories[first], len(self.tokens)
-        index = torch.arange(b, device=self.tokens.device).repeat(n)
-
-        def copies(i: int, layer: BlockState) -> BlockState:
-            if i in layers:
-                return layer.map(lambda part: part[index.to(part.device)])
-            return layer.map(lambda part: part[:1].expand(n * b, *part.shape[1:]))
-
-        seen = None if state.seen is None else state.seen[index]
-        return ModelState(tuple(copies(i, layer) for i, layer in enumerate(state)), seen)
+        return self.memories[first][layer].map(lambda part: part.repeat(n, *(1,) * (part.ndim - 1)))
 
 
 def residuals(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

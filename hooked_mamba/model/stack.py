@@ -271,15 +271,23 @@ class Stack(SitedModule):
         call = Call(padding, None if state is None else state.seen, dict(carry or {}), documents)
         states: list[BlockState | None] = [None] * len(self.blocks) if state is None else list(state)
         for i in layers:
-            device, before = self.block(i).device, states[i]
-            if device != resid.device:
-                resid, call = resid.to(device), call.to(device)
-            if before is not None and any(part.device != device for part in before):
-                before = before.map(lambda part, device=device: part.to(device))  # type: ignore[misc]
-            resid, states[i] = self.blocks[i](resid, before, call)
+            resid, states[i], call = self.run_block(i, resid, states[i], call)
         batch, length, _ = resid.shape
         filled = (self.block(i).initial_state(batch) if one is None else one for i, one in enumerate(states))
         return resid, ModelState(tuple(filled), call.seen_after(batch, length, resid.device))
+
+    def run_block(
+        self, layer: int, resid: Float[Tensor, "b l d"], state: BlockState | None, call: Call
+    ) -> tuple[Float[Tensor, "b l d"], BlockState, Call]:
+        """One block on its own device; also the call, there."""
+        block = self.block(layer)
+        device = block.device
+        if device != resid.device:
+            resid, call = resid.to(device), call.to(device)
+        if state is not None and any(part.device != device for part in state):
+            state = state.map(lambda part: part.to(device))
+        resid, state = block(resid, state, call)
+        return resid, state, call
 
     def check_packs(self, layers: range) -> None:
         """Refuse packed documents if a branch would let one read another."""
@@ -292,10 +300,12 @@ class Stack(SitedModule):
                         " document its own row"
                     )
 
-    def to_logits(self, resid: Tensor) -> Tensor:
-        """Final norm and unembedding."""
-        normed = self.ln_final(resid.to(self.ln_final.weight.device))
-        return self.hook_logits(scaled(self.unembed(normed.to(self.unembed.weight.device)), self.logit_multiplier))
+    def to_logits(self, resid: Float[Tensor, "b l d"], tokens: Sequence[int] | None = None) -> Float[Tensor, "b l v"]:
+        """Final norm and unembedding; with `tokens` the logits of these alone, which `hook_logits` does not see."""
+        normed = self.ln_final(resid.to(self.ln_final.weight.device)).to(self.unembed.weight.device)
+        if tokens is not None:
+            return scaled(self.unembed(normed, tokens), self.logit_multiplier)
+        return self.hook_logits(scaled(self.unembed(normed), self.logit_multiplier))
 
     @property
     def causal(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hooked_mamba import patching
 from hooked_mamba.analysis import patch_runs
 from hooked_mamba.analysis.patch_runs import Patch, run_patches
-from hooked_mamba.analysis.read_positions import read_positions
+from hooked_mamba.analysis.read_positions import read_positions, read_tokens
 from tests.hooked_mamba.tiny import build, tokens_for
 from tests.kinds import MIXERS
 
@@ -106,3 +106,35 @@ def test_positions_may_be_given():
     found = patching.get_act_patch_resid_pre(model, corrupted, cache, metric, **options)
     assert all(logits[:, :-1].isnan().all() for logits in seen)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "reads"),
+    [
+        (lambda x: x[:, -1, 3] - x[:, 2, 1], [1, 3]),
+        (lambda x: x[:, -1, [3, 1, 5]].amax(-1), None),  # a gradient to the largest only
+        (lambda x: x[:, -1, 3] - x[:, -1].logsumexp(-1), None),
+        (lambda x: x[:, -1, :9].sum(-1), None),  # too many
+        (lambda x: torch.where(x[:, -1, 4] > 0, x[:, -1, 3], x[:, -1, 2]), None),  # reads more than its gradient shows
+        (lambda x: x[:, -1, 3].detach(), None),
+    ],
+)
+def test_of_which_tokens(metric, reads):
+    logits = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
+    assert read_tokens(metric, logits, [2, 5]) == reads
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_logits_are_formed_where_they_are_read(kind, monkeypatch):
+    model = build(kind).double()
+    clean, corrupted = tokens_for(model, 2, LENGTH, seed=0), tokens_for(model, 2, LENGTH, seed=1)
+    _, cache = model.run_with_cache(clean)
+    formed = []
+    monkeypatch.setattr(
+        model, "to_logits", lambda *given: formed.append(type(model).to_logits(model, *given)) or formed[-1]
+    )
+    patching.get_act_patch_resid_pre(model, corrupted, cache, lead, progress=False)
+    base, *others = formed  # of the run that patches change, then of patches
+    assert base.shape[2] == model.cfg.d_vocab
+    assert others
+    assert all(logits.shape[2] == 2 for logits in others)
