@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -166,6 +166,8 @@ class Call:
     """What one layer leaves for later ones, by name, such as RWKV-7's v_first."""
     documents: Documents | None = None
     """Documents packed into the rows; None: each row is one."""
+    read: int | None = None
+    """Of how many of the last columns, one at least, a block's output is read: it has no others. None: of all."""
     turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions that a layer of this pass has worked out, for the next one."""
     hidden: dict[tuple[Any, ...], Float[Tensor, "l m"]] = field(default_factory=dict)
@@ -178,7 +180,12 @@ class Call:
         seen = None if self.seen is None else self.seen.to(device)
         padding = None if self.padding is None else self.padding.to(device)
         documents = None if self.documents is None else self.documents.to(device)
-        return Call(padding, seen, {name: value.to(device) for name, value in self.carry.items()}, documents)
+        carry = {name: value.to(device) for name, value in self.carry.items()}
+        return Call(padding, seen, carry, documents, self.read)
+
+    def whole(self) -> Call:
+        """The same with every column read."""
+        return self if self.read is None else replace(self, read=None)
 
     @property
     def plain(self) -> bool:
@@ -213,6 +220,13 @@ class Call:
             return read if self.seen is None else read + torch.where(fresh, 0, self.seen)
         read = torch.full((batch,), length, device=device) if self.padding is None else self.padding.mask.sum(1)
         return read if self.seen is None else self.seen + read
+
+
+def columns_read(value: Float[Tensor, "b l ..."], call: Call | None) -> Float[Tensor, "b m ..."]:
+    """The last columns of a value, those that `call.read` names."""
+    if call is None or call.read is None:
+        return value
+    return value[:, max(0, value.shape[1] - call.read) :]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -93,7 +93,8 @@ def run_patches(
                     logits = model(rows, start_at_layer=base.n_layers, attention_mask=base.mask(len(batch)))
                     found = [torch.as_tensor(metric(one)) for one in logits.split(b)]
                 else:
-                    found = readout(base.patched([patch.start(base.n_layers) for patch in batch], first), first)
+                    starts = [patch.start(base.n_layers) for patch in batch]
+                    found = readout(base.patched(starts, first, min(readout.later(first), default=0)), first)
             results |= dict(zip(numbers, found, strict=True))
             bar.update(len(batch))
     return torch.stack([results[i] for i in range(len(patches))])
@@ -131,7 +132,7 @@ class Base:
         for layer in range(self.n_layers if self.memories else 0):
             state: BlockState | None = None
             for before, first in pairwise(columns):
-                call = self.call(1, slice(before, first))
+                call = replace(self.call(1, slice(before, first)), read=1)  # the least: its memory is what is wanted
                 _, state, _ = self.model.run_block(layer, self.entering[layer][:, before:first], state, call)
                 self.memories[first].append(state)
 
@@ -149,10 +150,11 @@ class Base:
             dict(self.model.carried(carry, embedded, tokens) or {}),
         )
 
-    def patched(self, starts: Sequence[int | None], first: int) -> Float[Tensor, "n m d"]:
-        """The last block's output from column `first` on, of copies that start at their layers (ascending).
+    def patched(self, starts: Sequence[int | None], first: int, reads: int) -> Float[Tensor, "n m d"]:
+        """The last block's output of copies that start at their layers (ascending) and run from column `first` on.
 
-        The hooks that edit the copies are on the model's hook points.
+        The hooks that edit the copies are on the model's hook points. Of the output only the columns from `reads` on
+        need be there.
         """
         begin, n, columns = starts[0], 0, slice(first, None)
         stream = self.entering[begin or 0][:0, columns]
@@ -165,6 +167,8 @@ class Base:
                 more = self.entering[layer][:, columns].repeat(joining, 1, 1)
                 stream, n = torch.cat([stream.to(more.device), more]), n + joining
                 call = self.call(n, columns)
+            if layer == self.n_layers - 1 and not self.model.hooked_inside(layer):
+                call = replace(call, read=self.tokens.shape[1] - reads)
             stream, _, call = self.model.run_block(layer, stream, self.memory(first, n, layer), call)
         return stream
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -248,16 +248,17 @@ class CleanValues:
         self.axes = tuple(axes) if axes else ("layer", "pos")
         self.by_state = name == STATE_SITE and "pos" in self.axes
         self._states: tuple[int, Tensor] | None = None
+        self.act_name, self.placed = cache(model.act_name), cache(model.site)
 
     def site(self, index: Sequence[int]) -> str:
         """Full name of the patched site."""
         if self.by_state:
-            return self.model.act_name(f"h.{index[self.axes.index('pos')]}", index[0])
-        return self.model.act_name(self.name, index[0])
+            return self.act_name(f"h.{index[self.axes.index('pos')]}", index[0])
+        return self.act_name(self.name, index[0])
 
     def column(self, index: Sequence[int]) -> int | None:
         """The column that an index names; None where it names none, or one from the end."""
-        if self.by_state or "pos" not in self.axes or self.model.site(self.site(index)).row.position_axis != 1:
+        if self.by_state or "pos" not in self.axes or self.placed(self.site(index)).row.position_axis != 1:
             return None
         column = index[self.axes.index("pos")]
         return column if 0 <= column < self.shape[1] else None
@@ -286,7 +287,7 @@ class CleanValues:
             return self.states(index[0])[:, index[self.axes.index("pos")]]
         value = self.cache[self.name, index[0]]
         value = value if self.cache.has_batch_dim else value[None]
-        axis = self.model.site(self.site(index)).row.position_axis
+        axis = self.placed(self.site(index)).row.position_axis
         found = (value.shape[0], value.shape[axis])
         if found != self.shape:
             raise ValueError(

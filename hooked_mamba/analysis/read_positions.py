@@ -125,11 +125,20 @@ class Readout:
             self._filled.fill_(torch.nan)
 
     def __call__(self, resid: Float[Tensor, "n m d"], first: int) -> list[Tensor]:
-        """The metric of each copy of the prompts, from its last block's output from column `first` on."""
-        b = self.base.shape[0]
-        later = [t for t in self.positions if t >= first]
-        logits = self.to_logits(resid[:, [t - first for t in later]], self.tokens) if later else resid[:, :0]
+        """The metric of each copy of the prompts whose columns from `first` on differ.
+
+        Parameters
+        ----------
+        resid
+            The last columns of the last block's output: those that are read, and any number before them.
+        """
+        (b, length), later = self.base.shape[:2], self.later(first)
+        logits = self.to_logits(resid[:, [t - length for t in later]], self.tokens) if later else resid[:, :0]
         return [self._value(part, later) for part in logits.split(b)]
+
+    def later(self, first: int) -> list[int]:
+        """The columns that it reads from `first` on."""
+        return [t for t in self.positions if t >= first]
 
     def _value(self, logits: Float[Tensor, "b r v"], later: list[int]) -> Tensor:
         read, new = self._at(self.positions), self._at(later)

@@ -50,8 +50,10 @@ class Branch(KeepsFloat32, LinearForm):
     @abstractmethod
     def forward(
         self, x: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+    ) -> tuple[Float[Tensor, "b m d"], BranchState]:
         """Normalised stream in; what is added to the stream, and the memory for the next call, out.
+
+        What is added to columns that nobody reads (`call.read`) may be left out; the block drops what is not.
 
         Parameters
         ----------

@@ -23,7 +23,7 @@ from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.recurrent_config import RWKV7Config
-from hooked_mamba.state import BranchState, Call, loadable
+from hooked_mamba.state import BranchState, Call, columns_read, loadable
 
 
 @loadable
@@ -65,10 +65,11 @@ class ChannelMix(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], ShiftState]:
+    ) -> tuple[Float[Tensor, "b m d"], ShiftState]:
         call = Call() if call is None else call
         before, last = shifted(resid, None if state is None else state[0], call.padding, call.documents)
-        x = self.hook_x_k(torch.addcmul(resid, self.x_k, self.hook_shift(before) - resid))
+        x = torch.addcmul(resid, self.x_k, self.hook_shift(before) - resid)
+        x = self.hook_x_k(columns_read(x, call))
         post = self.hook_post(F.relu(self.hook_pre(self.key(x))).square())
         return self.hook_out(self.value(post)), ShiftState(last)
 

@@ -34,7 +34,7 @@ from hooked_mamba.mixers.delta_states import (
 from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.recurrent_config import DeltaNetConfig
-from hooked_mamba.state import BranchState, Call, loadable, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, columns_read, loadable, with_history, zero_padding
 
 LENGTH_EPS = 1e-6
 """Added to the sum of squares of q' and k', inside the root."""
@@ -158,7 +158,7 @@ class GatedDeltaNet(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], DeltaNetState]:
+    ) -> tuple[Float[Tensor, "b m d"], DeltaNetState]:
         cfg = self.cfg
         padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
@@ -190,7 +190,7 @@ class GatedDeltaNet(Branch):
             z = self.hook_z(rearrange(self.z_proj(resid), "b l (h v) -> b l h v", v=cfg.value_dim))
             y = y * self.hook_gate(silu(z) if cfg.gate == "silu" else torch.sigmoid(z))
         y_gated = self.hook_y_gated(y)
-        return self.hook_out_proj(self.out_proj(y_gated.flatten(2))), DeltaNetState(history, S)
+        return self.hook_out_proj(self.out_proj(columns_read(y_gated, call).flatten(2))), DeltaNetState(history, S)
 
     def delta_rule(
         self,

@@ -27,7 +27,7 @@ from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
 from hooked_mamba.mixers.selective_rules import RULE_SITES, selective_rule_hooks
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
 from hooked_mamba.mixers.weight_views import Mamba1Views
-from hooked_mamba.state import BranchState, Call, LayerState, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, LayerState, columns_read, with_history, zero_padding
 
 
 class Mamba1Mixer(Mamba1Views, Branch):
@@ -118,7 +118,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], LayerState]:
+    ) -> tuple[Float[Tensor, "b m d"], LayerState]:
         E, N, R = self.cfg.E, self.cfg.d_state, self.cfg.R
         padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
@@ -157,7 +157,7 @@ class Mamba1Mixer(Mamba1Views, Branch):
             y_gated = y * gate
 
         y_gated = self.hook_y_gated(y_gated)
-        return self.hook_out_proj(self.out_proj(y_gated)), LayerState(history, h)
+        return self.hook_out_proj(self.out_proj(columns_read(y_gated, call))), LayerState(history, h)
 
     def ssm(
         self,

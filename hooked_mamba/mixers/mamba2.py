@@ -29,7 +29,7 @@ from hooked_mamba.mixers.precision import initial_dt_bias, uniform_fan_in
 from hooked_mamba.mixers.selective_rules import RULE_SITES, selective_rule_hooks
 from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_hooks
 from hooked_mamba.mixers.weight_views import Mamba2Views
-from hooked_mamba.state import BranchState, Call, LayerState, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, LayerState, columns_read, with_history, zero_padding
 
 
 class Mamba2Mixer(Mamba2Views, Branch):
@@ -133,7 +133,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], LayerState]:
+    ) -> tuple[Float[Tensor, "b m d"], LayerState]:
         cfg = self.cfg
         E, H, GN = cfg.E, cfg.H, cfg.G * cfg.d_state
         padding, documents = (None, None) if call is None else (call.padding, call.documents)
@@ -166,7 +166,7 @@ class Mamba2Mixer(Mamba2Views, Branch):
             out = self.norm(self.hook_y_gated(y * gate))
         else:
             out = self.hook_y_gated((self.norm(y) if cfg.gated_norm == "norm_first" else y) * gate)
-        return self.hook_out_proj(self.out_proj(out)), LayerState(history, h)
+        return self.hook_out_proj(self.out_proj(columns_read(out, call))), LayerState(history, h)
 
     def in_factors(self) -> Float[Tensor, " inner"]:
         """`in_scales`, one for each row of in_proj."""

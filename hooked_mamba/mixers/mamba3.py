@@ -31,7 +31,7 @@ from hooked_mamba.mixers.states import linear_scan_through_hooks, scan_through_h
 from hooked_mamba.mixers.token_shift import shifted
 from hooked_mamba.ops.interface import ScanOut
 from hooked_mamba.recurrent_config import Mamba3Config
-from hooked_mamba.state import BranchState, Call, loadable, zero_padding
+from hooked_mamba.state import BranchState, Call, columns_read, loadable, zero_padding
 
 
 @loadable
@@ -122,7 +122,7 @@ class Mamba3Mixer(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], Mamba3State]:
+    ) -> tuple[Float[Tensor, "b m d"], Mamba3State]:
         cfg, H = self.cfg, self.cfg.H
         padding, documents = (None, None) if call is None else (call.padding, call.documents)
         real = zero_padding(padding)
@@ -159,7 +159,7 @@ class Mamba3Mixer(Branch):
             y_scan, h = self.fused(written, x_before, B, B_before, C, A * dt, (A, lam), h0)
         y = self.hook_y(self.hook_y_scan(y_scan) + self.hook_skip((self.D.unsqueeze(-1) * written).to(x.dtype)))
         after = Mamba3State(turned[:, -1], h, B_last.unflatten(1, B.shape[2:-1] + (-1,)), x_last.unflatten(1, (H, -1)))
-        return self.hook_out_proj(self.out_proj(self.gated(y, z))), after
+        return self.hook_out_proj(self.out_proj(columns_read(self.gated(y, z), call))), after
 
     # Steps that differ with several inputs and outputs -------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, low_rank, projection
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.weight_views import MLPViews
-from hooked_mamba.state import BranchState, Call
+from hooked_mamba.state import BranchState, Call, columns_read
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -85,7 +85,8 @@ class MLP(MLPViews, Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l i"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+    ) -> tuple[Float[Tensor, "b m d"], BranchState]:
+        resid = columns_read(resid, call)
         act = ACTIVATIONS[self.cfg.activation]
         up = self.up_proj(resid)
         if self.cfg.gated:

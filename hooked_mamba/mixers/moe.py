@@ -28,7 +28,7 @@ from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read, projection
 from hooked_mamba.mixers.mlp import ACTIVATIONS, activation_path
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.state import BranchState, Call
+from hooked_mamba.state import BranchState, Call, columns_read
 
 
 class MoE(Branch):
@@ -86,7 +86,8 @@ class MoE(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+    ) -> tuple[Float[Tensor, "b m d"], BranchState]:
+        resid = columns_read(resid, call)
         router, _ = weights_of(self.router, "router")
         logits = self.hook_router_logits(linear(at_least_fp32(resid), at_least_fp32(router)))
         scores = self.hook_router_scores(self.scores(logits))

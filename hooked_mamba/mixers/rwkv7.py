@@ -40,7 +40,7 @@ from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.mixers.token_shift import held_shift, shifted
 from hooked_mamba.ops import products
 from hooked_mamba.recurrent_config import RWKV7Config
-from hooked_mamba.state import BranchState, Call, loadable, zero_padding
+from hooked_mamba.state import BranchState, Call, columns_read, loadable, zero_padding
 
 DECAY = math.exp(-0.5)
 """e^{-1/2}: decays lie between exp(-e^{-1/2}) = 0.545 and 1."""
@@ -148,7 +148,7 @@ class RWKV7Mixer(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], RWKVState]:
+    ) -> tuple[Float[Tensor, "b m d"], RWKVState]:
         call = Call() if call is None else call
         real = zero_padding(call.padding)
         last, S = (None, None) if state is None else state
@@ -177,7 +177,7 @@ class RWKV7Mixer(Branch):
 
         gate = self.hook_gate(product(self.hook_g_low(torch.sigmoid(product(x["g"], self.g1))), self.g2))
         y_gated = self.hook_y_gated(rearrange(y, "b l h v -> b l (h v)") * gate)
-        return self.hook_out_proj(self.output(y_gated)), RWKVState(last, S)
+        return self.hook_out_proj(self.output(columns_read(y_gated, call))), RWKVState(last, S)
 
     def heads(self, x: Tensor) -> Tensor:
         """... d as ... H K."""

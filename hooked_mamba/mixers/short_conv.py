@@ -19,7 +19,7 @@ from hooked_mamba.layers import weights_of
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.linear_form import Read
 from hooked_mamba.mixers.precision import uniform_fan_in
-from hooked_mamba.state import BranchState, Call, loadable, with_history, zero_padding
+from hooked_mamba.state import BranchState, Call, columns_read, loadable, with_history, zero_padding
 
 
 @loadable
@@ -70,7 +70,7 @@ class ShortConv(Branch):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BranchState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], ConvState]:
+    ) -> tuple[Float[Tensor, "b m d"], ConvState]:
         padding, documents = (None, None) if call is None else (call.padding, call.documents)
         (past,) = self.initial_state(len(resid)) if state is None else state
         B, C, x = self.hook_in_proj(self.in_proj(resid)).chunk(3, -1)
@@ -78,7 +78,7 @@ class ShortConv(Branch):
         x = self.hook_x_pre(zero_padding(padding)(B * x))
         x, before, history = with_history(x, past, padding, documents)
         y = self.hook_conv(convolved(x, self.conv1d, before, documents)[:, -len(C[0]) :])
-        return self.hook_out_proj(self.out_proj(self.hook_y_gated(C * y))), ConvState(history)
+        return self.hook_out_proj(self.out_proj(columns_read(self.hook_y_gated(C * y), call))), ConvState(history)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> ConvState:
         """Zeros in front of the first position, where the weights are; on "meta" their shape alone."""

@@ -22,7 +22,7 @@ from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.precision import uniform_fan_in
 from hooked_mamba.model.stack import Block
-from hooked_mamba.state import BlockState, BranchState, Call
+from hooked_mamba.state import BlockState, BranchState, Call, columns_read
 
 OWN = ("adapter.", "adapters.")
 """Parameters of attention and MLP that blocks do not share."""
@@ -73,23 +73,25 @@ class SharedBlock(Block):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], BlockState]:
+    ) -> tuple[Float[Tensor, "b m d"], BlockState]:
         if call is None or "embed" not in call.carry:
             raise ValueError(
                 "this block's shared attention reads the embedding beside the stream: a pass that starts at a later"
                 " layer needs the tokens behind it, pass tokens="
             )
         after: dict[str, BranchState] = {}
+        whole = call.whole()
 
         def through(name: str, x: Tensor) -> Tensor:
-            out, after[name] = self.through(name, x, state, call)
+            out, after[name] = self.through(name, x, state, call if name == "mixer" else whole)
             return out
 
         resid = self.hook_resid_pre(resid)
         looked = through("attn", self.norm_shared(torch.cat([resid, call.carry["embed"].to(resid.dtype)], -1)))
         shared = self.hook_shared_out(self.linear(through("mlp", self.norm2(looked))))
         mixed = through("mixer", self.norm(self.hook_mixer_in(resid + shared)))
-        return self.hook_resid_post(resid + self.hook_mixer_out(mixed)), BlockState(after)
+        added = self.hook_mixer_out(columns_read(mixed, call))
+        return self.hook_resid_post(columns_read(resid, call) + added), BlockState(after)
 
     @property
     def written(self) -> dict[str, str]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from hooked_mamba.components import Embed, LayerNorm, RMSNorm, Unembed, at_least_fp32
 from hooked_mamba.config import ModelConfig
 from hooked_mamba.documents import Documents
+from hooked_mamba.hooks.points import HookPoint
 from hooked_mamba.hooks.site import Child, Site
 from hooked_mamba.hooks.sited import SitedModule
 from hooked_mamba.mixers.base import Branch
 from hooked_mamba.mixers.states import rows_known
 from hooked_mamba.names_elsewhere import advice
-from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding
+from hooked_mamba.state import BlockState, BranchState, Call, ModelState, Padding, columns_read
 from hooked_mamba.transformerlens_names import BLOCK
 
 Stages = Sequence[Sequence[str]]
@@ -148,29 +149,32 @@ class Block(SitedModule):
 
     def forward(
         self, resid: Float[Tensor, "b l d"], state: BlockState | None = None, call: Call | None = None
-    ) -> tuple[Float[Tensor, "b l d"], BlockState]:
+    ) -> tuple[Float[Tensor, "b m d"], BlockState]:
         if self.residual_in_fp32:
             resid = at_least_fp32(resid)
         resid = self.hook_resid_pre(resid)
+        whole = call if call is None else call.whole()
         after: dict[str, BranchState] = {}
         modules = self._modules  # many small look-ups, which count in a step of generation
         for i, (norm_name, stage) in enumerate(zip(self.norm_names, self.stages, strict=True)):
             norm = cast(nn.Module, modules[norm_name])
             resid = self.hook_resid_mid(resid) if i else resid
+            here = call if i == len(self.stages) - 1 else whole
             x = resid.to(self.norm.weight.dtype) if self.norm_after else norm(resid)
             outs: list[Tensor] = []
             for name in stage:
-                out, after[name] = self.through(name, scaled(x, self.in_scales.get(name)), state, call)
+                out, after[name] = self.through(name, scaled(x, self.in_scales.get(name)), state, here)
+                out = columns_read(out, here)
                 out = norm(out) if self.norm_after else out
                 out = scaled(out, self.out_scales.get(name))
                 out = self.__dict__[self.output_names[name]](out) if self.output_sites else out
                 outs.append(out)
-            resid = resid + reduce(torch.add, outs)
+            resid = columns_read(resid, here) + reduce(torch.add, outs)
         return self.hook_resid_post(resid), BlockState(after)
 
     def through(
         self, name: str, x: Float[Tensor, "b l i"], state: BlockState | None, call: Call | None
-    ) -> tuple[Float[Tensor, "b l d"], BranchState]:
+    ) -> tuple[Float[Tensor, "b m d"], BranchState]:
         """One branch's output and state; its state hook points know the call's padding and documents."""
         branch = cast(Branch, self._modules[name])
         with rows_known(branch, call):
@@ -278,7 +282,7 @@ class Stack(SitedModule):
 
     def run_block(
         self, layer: int, resid: Float[Tensor, "b l d"], state: BlockState | None, call: Call
-    ) -> tuple[Float[Tensor, "b l d"], BlockState, Call]:
+    ) -> tuple[Float[Tensor, "b m d"], BlockState, Call]:
         """One block on its own device; also the call, there."""
         block = self.block(layer)
         device = block.device
@@ -311,6 +315,11 @@ class Stack(SitedModule):
     def causal(self) -> bool:
         """Whether every position reads only itself and earlier ones."""
         return all(branch.causal for i in range(len(self.blocks)) for branch in self.block(i).branches.values())
+
+    def hooked_inside(self, layer: int) -> bool:
+        """Whether a function is on a hook point of a block behind the first, `hook_resid_pre`."""
+        points = (module for module in self.block(layer).modules() if isinstance(module, HookPoint))
+        return any(point.wanted for point in points if point is not self.block(layer).hook_resid_pre)
 
     def handed_on(self) -> dict[str, str]:
         """Name of a value that one layer leaves for later ones -> its site, by its full name."""
