@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -248,7 +248,7 @@ class CleanValues:
         self.axes = tuple(axes) if axes else ("layer", "pos")
         self.by_state = name == STATE_SITE and "pos" in self.axes
         self._states: tuple[int, Tensor] | None = None
-        self.act_name, self.placed = cache(model.act_name), cache(model.site)
+        self.act_name, self.placed = lru_cache(None)(model.act_name), lru_cache(None)(model.site)
 
     def site(self, index: Sequence[int]) -> str:
         """Full name of the patched site."""
