@@ -29,6 +29,9 @@ from hooked_mamba.state import BlockState, Call, Padding
 STARTS = 32
 """At how many positions of a prompt patches may start at the most; memory before each of them is kept."""
 
+LONGER = 4
+"""How many times as many rows a pass takes at the most that runs a part of the columns."""
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -66,7 +69,7 @@ def run_patches(
     tokens
         The corrupted prompts.
     batch_size
-        Rows of one forward pass.
+        Rows of one forward pass over whole prompts; a pass over fewer columns takes more rows.
     positions
         Columns of the logits that the metric reads; None: found by :func:`read_positions`. Elsewhere the metric sees
         NaN.
@@ -85,7 +88,7 @@ def run_patches(
     base.remember(firsts)
     results: dict[int, Tensor] = {}
     with tqdm(total=len(patches), disable=not progress, desc=description) as bar:
-        for first, numbers in _batches(patches, base, firsts, max(1, batch_size // b)):
+        for first, numbers in _batches(patches, base, firsts, batch_size):
             batch = [patches[i] for i in numbers]
             with model.hooks(_hooks(batch, b, first)):
                 if batch[0].start(base.n_layers) == base.n_layers:
@@ -176,7 +179,12 @@ class Base:
         """One layer's memory of n copies before a column."""
         if first not in self.memories:
             return None
-        return self.memories[first][layer].map(lambda part: part.repeat(n, *(1,) * (part.ndim - 1)))
+        one_row = len(self.tokens) == 1
+
+        def copies(part: Tensor) -> Tensor:
+            return part.expand(n, *part.shape[1:]) if one_row else part.repeat(n, *(1,) * (part.ndim - 1))
+
+        return self.memories[first][layer].map(copies)
 
 
 def residuals(model: Any, tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
@@ -190,9 +198,11 @@ def _firsts(patches: Sequence[Patch], starts: int, length: int) -> list[int]:
     return sorted({0, *(patch.position // step * step for patch in patches if patch.position is not None)})
 
 
-def _batches(patches: Sequence[Patch], base: Base, firsts: Sequence[int], at_once: int) -> list[tuple[int, list[int]]]:
+def _batches(
+    patches: Sequence[Patch], base: Base, firsts: Sequence[int], batch_size: int
+) -> list[tuple[int, list[int]]]:
     """(first column, patches that run side by side), as indices of patches in the order of their layers."""
-    n = base.n_layers
+    n, (b, length) = base.n_layers, base.tokens.shape
     groups: dict[tuple[int | None, int], list[int]] = {}
     for i, patch in enumerate(patches):
         start = patch.start(n)
@@ -204,6 +214,8 @@ def _batches(patches: Sequence[Patch], base: Base, firsts: Sequence[int], at_onc
     found = []
     for (_, first), group in groups.items():
         ordered = sorted(group, key=lambda i: patches[i].start(n) or 0)
+        rows = batch_size * min(LONGER, length // (length - first))  # as many columns as whole prompts have
+        at_once = max(1, rows // b)
         found += [(first, ordered[i : i + at_once]) for i in range(0, len(ordered), at_once)]
     return found
 
