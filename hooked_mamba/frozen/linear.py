@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mamba import ops
 from hooked_mamba.frozen.scan import HeldScan
 from hooked_mamba.layers import has_no_hook
+from hooked_mamba.ops.products import linear, times
 
 Rows = Int[Tensor, " n"] | tuple[Int[Tensor, "n 1"], Int[Tensor, "n w"]]
 """Rows of a run that n targets belong to; or (row, position) pairs, of targets that have w positions in a row each."""
@@ -75,13 +78,13 @@ class Project(Piece):
     b: Float[Tensor, " o"] | None = None
 
     def push(self, x: Tensor) -> Tensor:
-        return x @ self.W.t()
+        return linear(x, self.W)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.push(x) if self.b is None else self.push(x) + self.b
 
     def pull(self, v: Tensor) -> Back:
-        return Back(v @ self.W, None if self.b is None else (v @ self.b).sum(1))
+        return Back(times(v, self.W), None if self.b is None else (v @ self.b).sum(1))
 
 
 @dataclass(frozen=True)
@@ -223,16 +226,13 @@ class Conv(Piece):
         return torch.stack([self.taps[:, j] * x[:, j : j + l] for j in range(K)]).sum(0) + self.bias
 
     def pull(self, v: Float[Tensor, "n l E"]) -> Back:
-        K, l = self.taps.shape[1], v.shape[1]
-        back, initial = v * self.taps[:, -1], v.new_zeros(len(v))
-        for k in range(1, K):  # position t reads the input k positions before it
-            tap = self.taps[:, K - 1 - k]
-            back[:, : max(0, l - k)].addcmul_(v[:, k:], tap)
-            if self.within:
-                continue
-            early = v[:, :k]  # of which some lie before the first position
+        K = self.taps.shape[1]
+        back = ops.causal_conv1d(F.pad(v, (0, 0, 0, K - 1)), self.taps.flip(1).unsqueeze(1), None)
+        initial = v.new_zeros(len(v))
+        for k in range(1, 1 if self.within else K):
+            early = v[:, :k]  # which read the input k positions before them, before the first position
             past = self.history[:, K - 1 - k :][:, : early.shape[1]]
-            initial = initial + (early * tap * past).flatten(1).sum(1)
+            initial = initial + (early * self.taps[:, K - 1 - k] * past).flatten(1).sum(1)
         return Back(back, (v @ self.bias).sum(1), initial)
 
     def here(self) -> Gain:
@@ -271,8 +271,7 @@ class Mix(Piece):
 
     def pull(self, v: Float[Tensor, "n l E"]) -> Back:
         h0 = self._h0()
-        scan = self.scan if self.rows is None else self.scan.of(self.rows)
-        covector, at_h0 = scan.pull(v, h0)
+        covector, at_h0 = self.scan.pull(v, h0, self.rows)
         if h0 is None or at_h0 is None:
             return Back(covector)
         return Back(covector, None, (at_h0 * h0).flatten(1).sum(1))

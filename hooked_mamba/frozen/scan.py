@@ -97,12 +97,18 @@ class HeldScan(ABC):
         """The scan of some rows of the run."""
         return self.over(self.u[rows], rows)
 
-    def pull(self, v: Float[Tensor, "n l E"], h0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Covectors on y as covectors on u, and on h0 (None without one): the adjoint, by one reverse scan."""
+    def pull(
+        self, v: Float[Tensor, "n l E"], h0: Tensor | None = None, rows: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Covectors on y as covectors on u, and on h0 (None without one): the adjoint, by one reverse scan.
+
+        `rows`: the row of the run that each belongs to, and its state h0; None: all of them.
+        """
+        here = self if rows is None else self.of(rows)
         with torch.enable_grad():
-            u = self.values.detach().requires_grad_()
+            u = here.values.detach().requires_grad_()
             inputs = [u] if h0 is None else [u, h0.detach().requires_grad_()]
-            y = self.over(u.reshape(self.u.shape)).out(*inputs[1:], frozen=True).y.flatten(2)
+            y = here.over(u.reshape(here.u.shape)).out(*inputs[1:], frozen=True).y.flatten(2)
             found = torch.autograd.grad(y, inputs, v.to(y.dtype))
         return found[0], found[1] if len(found) > 1 else None
 

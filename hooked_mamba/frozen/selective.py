@@ -97,6 +97,15 @@ class SelectiveScan(HeldScan):
         states = None if outs[0].states is None else torch.cat([out.states for out in outs], 2)  # type: ignore[misc]
         return ScanOut(torch.cat([out.y for out in outs], 2), torch.cat([out.h_last for out in outs], 1), states)
 
+    def pull(
+        self, v: Float[Tensor, "n l E"], h0: Tensor | None = None, rows: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.decay_per_state or self.B.shape[2] > 1 or isinstance(rows, tuple) or v.dtype != self.dt.dtype:
+            return super().pull(v, h0, rows)
+        each = torch.arange(len(self.dt), device=v.device) if rows is None else rows
+        covector, at_h0 = ops.pull_scan(v, each, self.dt, self.A, self.B[:, :, 0], self.C[:, :, 0], self.D)
+        return covector, None if h0 is None else at_h0.reshape(h0.shape)
+
     def chosen(self, lanes: Sequence[int] | slice) -> SelectiveScan:
         """Only these lanes. B and C are repeated so that every lane is a group of its own."""
         per_group = self.n_lanes // self.B.shape[2]

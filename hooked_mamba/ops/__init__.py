@@ -15,6 +15,7 @@ from hooked_mamba.ops.interface import ScanOut as ScanOut
 from hooked_mamba.ops.interface import StateEdits as StateEdits
 from hooked_mamba.ops.linear_scan.op import linear_scan as linear_scan
 from hooked_mamba.ops.selective_scan.op import gated_scan as gated_scan
+from hooked_mamba.ops.selective_scan.op import pull_scan as pull_scan
 from hooked_mamba.ops.selective_scan.op import selective_scan as selective_scan
 from hooked_mamba.ops.ssd.op import default_chunk as default_chunk
 from hooked_mamba.ops.ssd.op import ssd as ssd

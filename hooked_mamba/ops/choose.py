@@ -31,6 +31,7 @@ ENVIRONMENT = "HOOKED_MAMBA_SCAN"
 FOLDERS = {
     "selective_scan": "selective_scan",
     "gated_scan": "selective_scan",
+    "pull_scan": "selective_scan",
     "ssd": "ssd",
     "delta_scan": "delta_scan",
     "linear_scan": "linear_scan",
@@ -43,7 +44,7 @@ FOLDERS = {
 ORDER = ("triton", "numba", "torch", "naive", "mamba_ssm")
 """The preferred first; "torch" refuses nothing, so what follows it is never chosen unasked. Others come first."""
 
-COMPOSED = {"gated_scan": "selective_scan"}
+COMPOSED = {"gated_scan": "selective_scan", "pull_scan": "selective_scan"}
 """Op made of others, which a backend may have in one pass -> the op whose limits are its own where it has not."""
 
 LACKS = {

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 SMALL = 2**20
 """Multiplications below which the choice does not matter and torch's own product is taken."""
+MANY = 256
+"""Rows from which on a matrix is turned round for oneDNN."""
 
 
 def linear(
@@ -38,6 +40,15 @@ def linear(
         out = _Product.apply(x, weight)
         return out if bias is None else out + bias
     return _product(x, weight, bias)
+
+
+def times(x: Float[Tensor, "... i"], matrix: Float[Tensor, "i o"]) -> Float[Tensor, "... o"]:
+    """x M for a matrix whose rows are inputs, such as a linear layer's weight in a covector's way back.
+
+    oneDNN wants it turned round, which pays from :data:`MANY` rows of x on.
+    """
+    many = x.numel() >= MANY * x.shape[-1] and _by_onednn(x, matrix)
+    return linear(x, matrix.t()) if many else x @ matrix
 
 
 def root_mean_square(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... 1"]:

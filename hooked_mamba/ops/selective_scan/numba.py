@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.ops.choose import backend
@@ -22,6 +22,7 @@ from hooked_mamba.ops.numba_packed import pack_states, unpack_states
 from hooked_mamba.ops.precision import to_state_dtype
 from hooked_mamba.ops.selective_scan import _numba_kernels as kernels
 from hooked_mamba.ops.selective_scan._numba_gated import gated
+from hooked_mamba.ops.selective_scan._numba_pull import pull
 from hooked_mamba.ops.selective_scan._step import selective_step
 
 
@@ -83,6 +84,31 @@ def gated_scan(
     V = A.shape[0]
     share(gated, b * V, b * l * E * A.shape[1], (*arrays, z_row, h.numpy(), y.numpy()), ())
     return y, unpack_states(h, E)
+
+
+@backend("pull_scan", takes={"h0"}, refuses=lambda x, N: refusal(x, _probe))
+def pull_scan(
+    v: Float[Tensor, "n l E"],
+    rows: Int[Tensor, " n"],
+    dt: Float[Tensor, "b l E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "b l N"],
+    C: Float[Tensor, "b l N"],
+    D: Float[Tensor, " E"],
+) -> tuple[Float[Tensor, "n l E"], Float[Tensor, "n E N"]] | None:
+    """See `hooked_mamba.ops.pull_scan`; None where this kernel does not fit."""
+    (n, l, E), N = v.shape, A.shape[1]
+    if E % LANES or any(t.dtype != torch.float32 for t in (v, dt)):
+        return None
+    v, dt, A, B, C, D = (t.to(torch.float32).contiguous() for t in (v, dt, A, B, C, D))
+    A, dx = pack_states(A, E), torch.empty_like(v)
+    V = A.shape[0]
+    g = v.new_zeros(n, V, N, LANES)
+    order = rows.argsort(stable=True)
+    bounds = torch.searchsorted(rows[order], torch.arange(len(dt) + 1))
+    before = _arrays(dt, A, B, C, D, order, bounds, v, g)
+    share(pull, len(dt) * V, n * l * E * N, before, _arrays(dx))
+    return dx, unpack_states(g, E)
 
 
 def _empty() -> Tensor:

@@ -1,10 +1,11 @@
-"""The selective scan of Mamba-1, alone and between softplus and gate."""
+"""The selective scan of Mamba-1, alone and between softplus and gate, and backwards with all but x held."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.ops import checks
@@ -119,3 +120,48 @@ def gated_scan(
                 return out
     y, h_last, _ = selective_scan(x, softplus(dt_pre), A, B, C, h0=h0, backend=backend)
     return (y + (D * x).to(x.dtype)) * silu(z), h_last
+
+
+def pull_scan(
+    v: Float[Tensor, "n l E"],
+    rows: Int[Tensor, " n"],
+    dt: Float[Tensor, "b l E"],
+    A: Float[Tensor, "E N"],
+    B: Float[Tensor, "b l N"],
+    C: Float[Tensor, "b l N"],
+    D: Float[Tensor, " E"],
+    *,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "n l E"], Float[Tensor, "n E N"]]:
+    """Covectors on y as covectors on x and on h0, with dt, A, B, C and D held: one scan in reverse.
+
+        g_t = A_bar_{t+1} g_{t+1} + C_t v_t        on x_t: dt_t B_t g_t + D v_t        on h0: A_bar_1 g_1
+
+    Parameters
+    ----------
+    v
+        Covectors.
+    rows
+        The row of dt, B and C that each of them belongs to.
+    dt, A, B, C, D, backend
+        As in `selective_scan`.
+
+    Raises
+    ------
+    ValueError
+        A shape or a backend's name does not fit.
+    """
+    op, sizes = "pull_scan", dict[str, int]()
+    checks.expect(op, sizes, dt=(dt, "b l E"), A=(A, "E N"), B=(B, "b l N"), C=(C, "b l N"), D=(D, "E"))
+    checks.expect(op, sizes, v=(v, "n l E"))
+    if rows.shape != v.shape[:1]:
+        raise ValueError(f"{op}: rows has shape {list(rows.shape)}, expected a row for each of {len(v)} covectors")
+    found = choose(op, v, A.shape[1], backend=backend).run(v, rows, dt, A, B, C, D)
+    if found is not None:
+        return found
+    with torch.enable_grad():
+        x = v.new_zeros(v.shape, requires_grad=True)
+        h0 = v.new_zeros(len(v), *A.shape, requires_grad=True)
+        y = selective_scan(x, dt[rows], A, B[rows], C[rows], D, h0=h0, frozen=True, backend=backend).y
+        at_x, at_h0 = torch.autograd.grad(y, [x, h0], v)
+    return at_x, at_h0

@@ -44,6 +44,7 @@ def test_every_op_has_the_backends_that_it_should():
     assert {op: " ".join(table) for op, table in ops.BACKENDS.items()} == {
         "selective_scan": "triton numba torch naive mamba_ssm",
         "gated_scan": "triton numba torch naive mamba_ssm",
+        "pull_scan": "triton numba torch naive mamba_ssm",
         "ssd": "triton numba torch naive mamba_ssm",
         "delta_scan": "triton numba torch naive",
         "linear_scan": "triton torch naive",
