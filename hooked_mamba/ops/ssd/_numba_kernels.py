@@ -18,7 +18,7 @@ from typing import no_type_check
 import numpy as np
 
 from hooked_mamba.ops.numba_compile import kernel
-from hooked_mamba.ops.numba_lanes import LANES, broadcast, fma, load, mul, splat, store, total
+from hooked_mamba.ops.numba_lanes import LANES, add, broadcast, fma, load, mul, splat, store, total
 from hooked_mamba.ops.numba_packed import unpack
 
 T = 32
@@ -33,14 +33,15 @@ TILE = 16
 
 @kernel
 @no_type_check
-def forward(u, d, B, C, h, y, starts, states, positions, lo, hi):
-    """y and, in place, the state h (b H P/16 N 16); states at every T positions if `starts` is not empty."""
-    _, l, H, P = u.shape
+def forward(x, dt, d, B, C, D, h, y, starts, states, positions, lo, hi):
+    """y, the skip D x included, and, in place, the state h (b H P/16 N 16); states at every T positions if `starts` is
+    not empty."""
+    _, l, H, P = x.shape
     G, N = B.shape[2], B.shape[3]
     blocks, size, per_group = P // LANES, N * LANES, H // G
     keep, n_starts = starts.size > 0, (l + T - 1) // T
     saved, width = states.shape[1], states.shape[3]
-    u, d, B, C = u.reshape(-1), d.reshape(-1), B.reshape(-1), C.reshape(-1)
+    x, dt, d, B, C = x.reshape(-1), dt.reshape(-1), d.reshape(-1), B.reshape(-1), C.reshape(-1)
     flat, flat_h, starts = states.reshape(-1), h.reshape(-1), starts.reshape(-1)
     zero = splat(np.float32(0))
     for head in range(lo // blocks, (hi + blocks - 1) // blocks):
@@ -49,7 +50,7 @@ def forward(u, d, B, C, h, y, starts, states, positions, lo, hi):
         for begin in range(0, l, TILE):
             stop = min(l, begin + TILE)
             for block in range(first, last):
-                S, s = (head * blocks + block) * size, column
+                S, s, skip = (head * blocks + block) * size, column, broadcast(D, head % H)
                 if keep and begin % T == 0:
                     start = (((i * n_starts + begin // T) * H + head % H) * blocks + block) * size
                     for n in range(0, size, LANES):
@@ -59,9 +60,11 @@ def forward(u, d, B, C, h, y, starts, states, positions, lo, hi):
                     wanted = s < len(positions) and positions[s] == t
                     row, at = (i * l + t) * H + head % H, ((i * l + t) * G + group) * N
                     rows = row * P + block * LANES
-                    d_0, u_0, out = broadcast(d, row), load(u, rows), zero
+                    d_0, x_0, out = broadcast(d, row), load(x, rows), zero
+                    u_0 = mul(broadcast(dt, row), x_0)
                     if t + 1 < stop and not wanted:
-                        d_1, u_1, out_1 = broadcast(d, row + H), load(u, rows + H * P), zero
+                        d_1, x_1, out_1 = broadcast(d, row + H), load(x, rows + H * P), zero
+                        u_1 = mul(broadcast(dt, row + H), x_1)
                         onward = at + G * N
                         for n in range(N):
                             h_n = fma(broadcast(B, at + n), u_0, mul(d_0, load(flat_h, S + n * LANES)))
@@ -69,17 +72,17 @@ def forward(u, d, B, C, h, y, starts, states, positions, lo, hi):
                             h_n = fma(broadcast(B, onward + n), u_1, mul(d_1, h_n))
                             out_1 = fma(broadcast(C, onward + n), h_n, out_1)
                             store(flat_h, S + n * LANES, h_n)
-                        store(y, rows, out)
+                        store(y, rows, add(out, mul(skip, x_0)))
                         t += 1
                         rows += H * P
-                        out = out_1
+                        x_0, out = x_1, out_1
                         wanted = s < len(positions) and positions[s] == t
                     else:
                         for n in range(N):
                             h_n = fma(broadcast(B, at + n), u_0, mul(d_0, load(flat_h, S + n * LANES)))
                             out = fma(broadcast(C, at + n), h_n, out)
                             store(flat_h, S + n * LANES, h_n)
-                    store(y, rows, out)
+                    store(y, rows, add(out, mul(skip, x_0)))
                     if wanted:
                         target = (((i * saved + s) * H + head % H) * width + block * LANES) * N
                         unpack(flat_h, S, flat, target, N, min(LANES, width - block * LANES))
@@ -182,3 +185,23 @@ def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, 
                     dd[row] += total(sum_d)
             while column >= 0 and positions[column] >= begin:
                 column -= 1
+
+
+@kernel
+@no_type_check
+def to_x(x, dt, D, dy, du, ddt, dD, lo, hi):
+    """From the gradient to u = dt x, in place, the one to x; what dt gets by it, and what D gets in each batch element."""
+    _, l, H, P = x.shape
+    x, dt, dy, du = x.reshape(-1), dt.reshape(-1), dy.reshape(-1), du.reshape(-1)
+    ddt, dD, zero = ddt.reshape(-1), dD.reshape(-1), splat(np.float32(0))
+    for head in range(lo, hi):
+        skip, to_D = broadcast(D, head % H), zero
+        for t in range(l):
+            row = (head // H * l + t) * H + head % H
+            dt_t, to_dt = broadcast(dt, row), zero
+            for p in range(row * P, (row + 1) * P, LANES):
+                x_p, dy_p, du_p = load(x, p), load(dy, p), load(du, p)
+                to_dt, to_D = fma(du_p, x_p, to_dt), fma(dy_p, x_p, to_D)
+                store(du, p, fma(dt_t, du_p, mul(skip, dy_p)))
+            ddt[row] = total(to_dt)
+        dD[head] = total(to_D)
