@@ -100,7 +100,8 @@ class SelectiveScan(HeldScan):
     def pull(
         self, v: Float[Tensor, "n l E"], h0: Tensor | None = None, rows: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.decay_per_state or self.B.shape[2] > 1 or isinstance(rows, tuple) or v.dtype != self.dt.dtype:
+        mamba1 = self.decay_per_state and self.width == 1 and self.B.shape[2] == 1
+        if not mamba1 or isinstance(rows, tuple) or v.dtype != self.dt.dtype:
             return super().pull(v, h0, rows)
         each = torch.arange(len(self.dt), device=v.device) if rows is None else rows
         covector, at_h0 = ops.pull_scan(v, each, self.dt, self.A, self.B[:, :, 0], self.C[:, :, 0], self.D)

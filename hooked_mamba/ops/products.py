@@ -23,8 +23,8 @@ MANY = 256
 
 
 def linear(
-    x: Float[Tensor, "b l i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
-) -> Float[Tensor, "b l o"]:
+    x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "... o"]:
     """x W^T + bias; a bias of another type than the weight's is added in its own.
 
     Neither oneDNN nor numba is taken inside torch.compile, nor with `torch.backends.mkldnn.flags(enabled=False)`.
@@ -115,5 +115,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = _product(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = _product(dy.flatten(0, 1).t(), x.flatten(0, 1).t()) if ctx.needs_input_grad[1] else None
+        dw = _product(dy.flatten(0, -2).t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return dx, dw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from hooked_mamba.pieces import Pieces, digest, under
 from saes.coder import SparseCoder
 from saes.coder_hash import coder_hash
 from saes.explorer.data import FeatureData
-from saes.explorer.directions import neighbours, token_rankings
+from saes.explorer.directions import BLOCK, Directions
 from saes.explorer.tally import Tally
 from saes.naming import Coders, check_fits, named_coders
 from saes.options import OptionError
@@ -162,8 +162,23 @@ def collect(
     if any(tally.n_tokens == 0 for tally in tallies.values()):
         raise OptionError("there is nothing to show: every position of the text is excluded")
     given = _labels_by_name(labels, named)
+    blocks = [(name, block) for name in named for block in chosen[name].split(BLOCK)]
+
+    def point(piece: int, part: tuple[str, Tensor]) -> dict[str, Tensor]:
+        name, block = part
+        return Directions.of(model, named[name], block, n_words, n_neighbours).tensors()
+
+    if folder is None:
+        pointed: Iterable[Mapping[str, Tensor]] = (point(i, part) for i, part in enumerate(blocks))
+    else:
+        pointed = Pieces(Path(folder) / "directions", work | {"n_words": n_words, "n_neighbours": n_neighbours}).run(
+            blocks, point, total=len(blocks), progress=progress, description="directions"
+        )
+    directions: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in named}
+    for (name, _), rankings in zip(blocks, pointed, strict=True):
+        directions[name].append(rankings)
     return {
-        name: summary(name, coder, chosen[name], tallies[name], model, n_words, n_neighbours, given[name])
+        name: summary(name, coder, chosen[name], tallies[name], model, Directions.joined(directions[name]), given[name])
         for name, coder in named.items()
     }
 
@@ -265,15 +280,13 @@ def summary(
     features: Tensor,
     tally: Tally,
     model: HookedModel | None,
-    n_words: int,
-    n_neighbours: int,
+    directions: Directions,
     labels: Mapping[int, str],
     texts: Mapping[int, str] | None = None,
 ) -> FeatureData:
-    """A tally's result with promoted tokens and neighbours. `texts`: of the contexts' tokens, if not the model's."""
+    """A tally's result and what decoder directions point at. `texts`: of the contexts' tokens, if not the model's."""
     top, sampled = tally.contexts(tally.top), tally.contexts(tally.sampled)
-    words = token_rankings(model, coder, n_words, features) if model is not None else None
-    promoted, suppressed = words if words is not None else (None, None)
+    promoted, suppressed, near = directions
     ids = [promoted.indices, suppressed.indices] if promoted is not None and suppressed is not None else []
     if texts is None:
         ids += [top.tokens, sampled.tokens]
@@ -292,7 +305,7 @@ def summary(
         sampled=sampled,
         promoted=promoted,
         suppressed=suppressed,
-        neighbours=neighbours(coder.W_dec, n_neighbours, features),
+        neighbours=near,
         vocabulary={**vocabulary, **(texts or {})},
         labels=labels,
     )

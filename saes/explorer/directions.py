@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mamba.models import HookedModel
+from hooked_mamba.pieces import joined
 from saes.coder import SparseCoder
 from saes.explorer.data import Ranked
 from saes.features import feature_logits, residual_directions
 
 AT_ONCE = 1 << 24
 """Numbers of a product that are formed at a time."""
+
+
+BLOCK = 2048
+"""Features whose directions are looked at together: in a block, sums are rounded alike whoever takes them."""
+
+
+class Directions(NamedTuple):
+    """What the decoder directions of F features point at."""
+
+    promoted: Ranked | None
+    """Tokens that each promotes most; None where a direction does not reach the logits."""
+    suppressed: Ranked | None
+    neighbours: Ranked
+
+    @classmethod
+    def of(
+        cls, model: HookedModel | None, coder: SparseCoder, features: Int[Tensor, " F"], n_words: int, n_neighbours: int
+    ) -> Directions:
+        """Of some features; without a model, of each other alone."""
+        words = token_rankings(model, coder, n_words, features) if model is not None else None
+        promoted, suppressed = words or (None, None)
+        return cls(promoted, suppressed, neighbours(coder.W_dec, n_neighbours, features))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, each with a row for each feature."""
+        rankings = {name: ranked for name, ranked in self._asdict().items() if ranked is not None}
+        return {f"{name}/{key}": getattr(ranked, key) for name, ranked in rankings.items() for key in KEYS}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[str, Tensor]]) -> Directions:
+        """From :meth:`tensors` of some features after others."""
+        found = joined(parts)
+        rankings = {
+            name: Ranked(*(found[f"{name}/{key}"] for key in KEYS)) if f"{name}/{KEYS[0]}" in found else None
+            for name in cls._fields
+        }
+        return cls(**rankings)  # type: ignore[arg-type]  # neighbours are always there
+
+
+KEYS = ("values", "indices")
+"""Of a :class:`~saes.explorer.data.Ranked`."""
 
 
 @torch.no_grad()

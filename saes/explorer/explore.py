@@ -15,6 +15,7 @@ from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.explorer.collect import collect, summary
 from saes.explorer.data import FeatureData
+from saes.explorer.directions import Directions
 from saes.explorer.page import Page, render
 from saes.explorer.tally import Tally
 from saes.naming import Coders, default_name
@@ -130,5 +131,6 @@ def feature_explorer(
         tally.add(z, tokens[part], real[part], real[part])
     name = default_name(sae.cfg)
     labels = {feature_id: label} if label else {}
-    data = summary(name, sae, torch.tensor([feature_id]), tally, model, 10, 10, labels, texts)
+    feature = torch.tensor([feature_id])
+    data = summary(name, sae, feature, tally, model, Directions.of(model, sae, feature, 10, 10), labels, texts)
     return render([data])

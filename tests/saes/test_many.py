@@ -37,7 +37,7 @@ def test_pieces_find_what_one_pass_finds(tmp_path: Path) -> None:
         progress=False,
     )  # fmt: skip
     for name, data in once.items():
-        for field in ("n_tokens", "counts", "largest", "histogram", "bin_widths", "top"):
+        for field in ("n_tokens", "counts", "largest", "histogram", "bin_widths", "top", "promoted", "neighbours"):
             assert many.equal(found[f"{name}/{field}"], getattr(data, field)), (name, field)
         torch.testing.assert_close(found[f"{name}/means"], data.means)
         sampled = found[f"{name}/sampled"]

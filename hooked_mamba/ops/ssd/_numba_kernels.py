@@ -190,7 +190,7 @@ def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, 
 @kernel
 @no_type_check
 def to_x(x, dt, D, dy, du, ddt, dD, lo, hi):
-    """From the gradient to u = dt x, in place, the one to x; what dt gets by it, and what D gets in each batch element."""
+    """From the gradient to u = dt x, in place, the one to x; also dt's by way of u, and D's in each batch element."""
     _, l, H, P = x.shape
     x, dt, dy, du = x.reshape(-1), dt.reshape(-1), dy.reshape(-1), du.reshape(-1)
     ddt, dD, zero = ddt.reshape(-1), dD.reshape(-1), splat(np.float32(0))
