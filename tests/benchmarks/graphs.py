@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,10 @@ def run(sizes: Sizes) -> Section:
     section.tables.append(_sweep(sizes))
     rows = []
     for what in ("features", "writes", "heads"):
-        peak = child.call("tests.benchmarks.graphs:memory_of", sizes, what=what)
-        rows.append([f"graph of {what}", number(peak)])
+        rounds = 3 if sizes.claims else 1  # what the allocator keeps between steps differs from process to process
+        found = (child.call("tests.benchmarks.graphs:memory_of", sizes, what=what) for _ in range(rounds))
+        peaks = [peak for peak in found if peak is not None]
+        rows.append([f"graph of {what}", number(median(peaks) if peaks else None)])
     section.tables.append(Table("Memory above the run of the prompt", ["", "MiB"], rows))
     return section
 
