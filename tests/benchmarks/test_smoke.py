@@ -22,8 +22,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+LONG = ("analysis", "attention", "attribution", "cache", "graphs", "rwkv")
+"""Seconds each, of which every part is tested by itself."""
+
+
 @pytest.mark.filterwarnings("ignore")  # the peers' own warnings
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in BENCHMARKS])
 def test_runs_and_agrees_with_float64(name):
     if name == "loading":
         pytest.importorskip("gguf")

@@ -6,7 +6,7 @@ ordinary tensor of one or more axes is an error, and none of them turns into an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 """Their indices may be ordinary tensors, as on an accelerator."""
@@ -58,7 +57,7 @@ def _is_elsewhere(device: Any) -> bool:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors = _tensors([*args, *kwargs.values()])
     mixed = any(isinstance(x, Elsewhere) for x in tensors)
     ordinary = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
     if name in INDEXING and isinstance(args[0], Elsewhere):
@@ -72,10 +71,22 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in ("aten::copy_", *INDEXING):
         there = isinstance(args[0], Elsewhere)
     here = {key: "cpu" if key == "device" and _is_elsewhere(value) else value for key, value in kwargs.items()}
-    out = func(*tree_map(_held, args), **tree_map(_held, here))
+    out = func(*_each(_held, args), **{key: _each(_held, value) for key, value in here.items()})
     if func._schema.is_mutable and name.endswith("_"):
         return args[0]
-    return tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out) if there else out
+    return _each(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out) if there else out
+
+
+def _tensors(values: list[Any] | tuple[Any, ...]) -> list[Tensor]:
+    """Those of nested lists: what an op is given is nested in nothing else."""
+    found = []
+    for x in values:
+        found += [x] if isinstance(x, Tensor) else _tensors(x) if isinstance(x, list | tuple) else []
+    return found
+
+
+def _each(change: Callable[[Any], Any], x: Any) -> Any:
+    return type(x)([_each(change, one) for one in x]) if isinstance(x, list | tuple) else change(x)
 
 
 def _held(x: Any) -> Any:

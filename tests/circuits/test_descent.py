@@ -21,21 +21,26 @@ from tests.circuits.test_branches import LAYOUTS, hybrid
 LENGTH = 19
 
 
-def runs():
-    model, tokens = random_model(3, "mamba", n_layers=3), random_tokens(3, batch=2, length=LENGTH)
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
+WAYS = ("plain", "continued", "gradient", "half", "block", "mixed")
+
+
+def read_in_a_way(name):
+    tokens, mask = random_tokens(3, batch=2, length=LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :4] = 0
-    with torch.no_grad():
-        _, state = model(tokens[:, :2], return_state=True)
-    other = random_model(4, "mamba2", n_layers=3)
-    return {
-        "plain": FrozenModel(model, tokens, attention_mask=mask),
-        "continued": FrozenModel(other, tokens, initial_state=other(tokens[:, :2], return_state=True)[1]),
-        "gradient": FrozenModel(model, tokens, initial_state=state, selection="gradient"),
-        "half": FrozenModel(other, tokens, attention_mask=mask, selection="half"),
-        "block": FrozenModel(model, tokens, coders_for(model, skip=True), attention_mask=mask),
-        "mixed": FrozenModel(other, tokens, coders_for(other, "local")[:1] + coders_for(other)[2:]),
-    }
+    one, other = random_model(3, "mamba", n_layers=3), random_model(4, "mamba2", n_layers=3)
+    model = one if name in ("plain", "gradient", "block") else other
+    past, selection, coders = None, "none", []
+    if name in ("continued", "gradient"):
+        with torch.no_grad():
+            _, past = model(tokens[:, :2], return_state=True)
+    if name in ("gradient", "half"):
+        selection = name
+    if name == "block":
+        coders = coders_for(model, skip=True)
+    elif name == "mixed":
+        coders = coders_for(model, "local")[:1] + coders_for(model)[2:]
+    mask = mask if name in ("plain", "half", "block") else None
+    return FrozenModel(model, tokens, coders, attention_mask=mask, initial_state=past, selection=selection)
 
 
 def targets_of(frozen):
@@ -73,9 +78,9 @@ def check(found, expected):
                 assert (mine[key] - values).abs().max() < 1e-12 * (1 + values.abs().max()), (part.name, key)
 
 
-@pytest.mark.parametrize("name", ["plain", "continued", "gradient", "half", "block", "mixed"])
+@pytest.mark.parametrize("name", WAYS)
 def test_batches_are_what_each_target_is_by_itself(name):
-    frozen = runs()[name]
+    frozen = read_in_a_way(name)
     targets = targets_of(frozen)
     mixers = frozen.mixed_layers()
     nodes = {i: (torch.rand(LENGTH, frozen.chain(i).width) < 0.2).double() for i in mixers}
@@ -84,7 +89,7 @@ def test_batches_are_what_each_target_is_by_itself(name):
 
 
 def test_points_are_what_streams_are():
-    frozen = runs()["block"]
+    frozen = read_in_a_way("block")
     targets = [target for target in targets_of(frozen) if not isinstance(target, Channel)]
     covectors = [target.covector(frozen, row) for target in targets for row in range(2)]
     assert stays(frozen, covectors)

@@ -26,8 +26,8 @@ def test_embeddings_sum_to_the_way_from_the_baseline(family):
     assert errors[0] > 1e-3
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     frozen = FrozenModel(model, tokens, attention_mask=mask)
-    padded = integrated_gradients(frozen, targets=Logit(3), baseline=origin, steps=128)
-    alone = integrated_gradients(model, tokens[1:, 2:], Logit(3), baseline=origin, steps=128)
+    padded = integrated_gradients(frozen, targets=Logit(3), baseline=origin, steps=4)
+    alone = integrated_gradients(model, tokens[1:, 2:], Logit(3), baseline=origin, steps=4)
     assert torch.allclose(padded.embeddings[1, 2:], alone.embeddings[0], atol=1e-9)
     assert padded.embeddings[1, :2].abs().max() == 0
 
@@ -63,7 +63,7 @@ def test_nodes_sum_to_what_ablating_everything_loses(family, coded):
     def metric(logits):
         return logits[:, -1, 3] - logits[:, -1, 2]
 
-    coarse, fine = (node_effects(frozen, metric, reference=reference, steps=steps) for steps in (2, 64))
+    coarse, fine = (node_effects(frozen, metric, reference=reference, steps=steps) for steps in (2, 32))
     assert abs(fine.residual) < 1e-9 < abs(coarse.residual)
     assert set(fine.heads) == ({1, 2} if coded else {0, 1, 2})
     assert set(fine.features) == ({0, 1} if coded else set())

@@ -19,21 +19,20 @@ HEADS = ("conv", "ssm_input", "include_self", "include_D", "norm_at")
 """The choices that a model without coders is traced by."""
 
 
-def runs(seed, family):
-    """A model read in all ways: alone, padded, going on, by features, by features and heads of tokens."""
+WAYS = ("plain", "padded", "going on", "block", "split", "mixed")
+"""A model read alone, padded, going on, by features, by features and heads of tokens, by both in one of its layers."""
+
+
+def read_in_a_way(name, seed, family):
     model, tokens = random_model(seed, family, n_layers=2), random_tokens(seed, batch=2, length=4)
-    mask = torch.ones(2, 4, dtype=torch.long)
-    mask[1, :1] = 0
-    with torch.no_grad():
-        _, state = model(tokens[:, :1], return_state=True)
-    return {
-        "plain": FrozenModel(model, tokens),
-        "padded": FrozenModel(model, tokens, attention_mask=mask),
-        "going on": FrozenModel(model, tokens[:, 1:], initial_state=state),
-        "block": FrozenModel(model, tokens, coders_for(model, skip=True), attention_mask=mask),
-        "split": FrozenModel(model, tokens, coders_for(model, "local"), attention_mask=mask),
-        "mixed": FrozenModel(model, tokens, coders_for(model, "local")[:1]),
-    }
+    if name == "going on":
+        with torch.no_grad():
+            _, state = model(tokens[:, :1], return_state=True)
+        return FrozenModel(model, tokens[:, 1:], initial_state=state)
+    coders = {"block": {"skip": True}, "split": {"target": "local"}, "mixed": {"target": "local"}}
+    coders = coders_for(model, **coders[name])[: 1 if name == "mixed" else None] if name in coders else []
+    mask = torch.tensor([[1] * 4, [0, 1, 1, 1]]) if name in ("padded", "block", "split") else None
+    return FrozenModel(model, tokens, coders, attention_mask=mask)
 
 
 def weights_of(paths):
@@ -42,9 +41,9 @@ def weights_of(paths):
 
 
 @pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
+@pytest.mark.parametrize("name", WAYS)
 def test_exact_paths_are_those_of_attribute(name, family):
-    frozen, row = runs(5, family)[name], 1
+    frozen, row = read_in_a_way(name, 5, family), 1
     ones = {i: torch.ones(frozen.length, frozen.model.cfg.E, dtype=torch.float64) for i in range(2)}
     target = Logit(3, minus=2)
     found = trace_paths(frozen, target, k=10**6, length=2, row=row)
@@ -85,9 +84,9 @@ def test_all_paths_to_their_ends_sum_to_the_target(family):
 
 
 @pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("name", ["plain", "padded", "going on", "block", "split", "mixed"])
+@pytest.mark.parametrize("name", WAYS)
 def test_options_at_their_defaults_are_the_exact_method(name, family):
-    frozen = runs(6, family)[name]
+    frozen = read_in_a_way(name, 6, family)
     by_options = optioned(frozen, PathOptions())
     targets = [Logit(3), Logit(5, 2, minus=2), Channel(1, 2, 2)]
     for target in targets:
@@ -245,7 +244,7 @@ def test_what_is_refused(unchecked):
 
 @pytest.mark.parametrize("name", ["block", "split"])
 def test_beside_features_stand_the_heads_of_the_whole_mixer(name):
-    coded = runs(5, "mamba")[name]
+    coded = read_in_a_way(name, 5, "mamba")
     alone = FrozenModel(coded.model, coded.tokens, attention_mask=coded.mask.long())
     one, other = (trace_paths(frozen, Logit(3), k=400, row=1, preset="mambacoder") for frozen in (coded, alone))
     assert sorted(one.heads) == sorted(other.heads) == [0, 1]

@@ -23,7 +23,7 @@ from saes.rewriting import Rewrite, rewritten
 from saes.targets import taps_of
 from tests.circuits.models import random_model, random_tokens
 from tests.circuits.oracle import Off
-from tests.circuits.test_writes import built, each_kind
+from tests.circuits.test_writes import built, each_kind, each_kind_begun
 from tests.circuits.writes import EXACT, Written, begun, check_against_whole, noisy, window_writer, writable
 from tests.kinds import MAMBA
 
@@ -150,8 +150,7 @@ def test_places_are_those_of_finite_differences(family, coded):
     assert float(found.embeddings[2 + row, t - 2 : t].abs().max()) > 1e-5, "nothing is read of earlier positions"
 
 
-@each_kind
-@pytest.mark.parametrize("start", ["padded", "going on"])
+@each_kind_begun("padded", "going on")
 def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, start):
     model, one = built(kind)
     tokens = torch.cat([one, one.flip(1)])

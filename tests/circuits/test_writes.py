@@ -69,6 +69,20 @@ each_kind = pytest.mark.parametrize(
 )
 
 
+def each_kind_begun(*starts: str) -> pytest.MarkDecorator:
+    """Kinds that begin in several ways: by default each in one of them, in turn."""
+    return pytest.mark.parametrize(
+        ("kind", "start"),
+        [
+            pytest.param(
+                kind, start, marks=[] if kind in FEW and FEW.index(kind) % len(starts) == i else pytest.mark.slow
+            )
+            for kind in MANY
+            for i, start in enumerate(starts)
+        ],
+    )
+
+
 def check_sums(seed: int) -> None:
     """A random Mamba, dictionaries of any kind on some layers and other coders on others, padding or a memory."""
     draw = random.Random(seed)
@@ -139,8 +153,7 @@ def test_every_kind_of_branch(kind):
         assert torch.allclose(model(tokens), frozen.logits, atol=1e-9)
 
 
-@each_kind
-@pytest.mark.parametrize("start", ["empty", "padded", "going on"])
+@each_kind_begun("empty", "padded", "going on")
 def test_covectors_at_few_positions_find_what_whole_ones_do(monkeypatch, kind, start):
     """With a coder on every mixer nothing moves along the stream, whatever else stands in the blocks."""
     model, one = built(kind)

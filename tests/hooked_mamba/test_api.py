@@ -27,6 +27,7 @@ def nothing_left(model) -> bool:
     return not any(point.wanted for point in model.hook_points())
 
 
+@pytest.mark.usefixtures("every_call_checked")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_annotations_hold_on_every_path(family):
     """With the annotation checker on: fused and materialised, padded, cut at states, with gradients, in bfloat16."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -72,23 +73,35 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports_of(path: Path) -> list[str]:
     """Full names of the modules that a file imports anywhere in it, under TYPE_CHECKING as well: whoever reads a file
     needs those too."""
-    tree, found = ast.parse(path.read_text(encoding="utf-8")), []
-    for node in ast.walk(tree):
+    found = []
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name if is_module(name) else node.module for name in names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and called_by(node).endswith("import_module"):
             found += [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
     return found
 
 
-IMPORTS = {name_of(path): imports_of(path) for path in FILES}
+def called_by(call: ast.Call) -> str:
+    """`torch.load` of torch.load(path); empty where what is called has no name."""
+    return ast.unparse(call.func) if isinstance(call.func, ast.Name | ast.Attribute) else ""
+
+
+@functools.cache
+def imports() -> dict[str, list[str]]:
+    """Module -> what it imports."""
+    return {name_of(path): imports_of(path) for path in FILES}
 
 
 def part_of(module: str) -> str:
@@ -106,7 +119,7 @@ def inside() -> list[tuple[str, str]]:
     """Imports within hooked_mamba, the package's own re-exports apart."""
     return [
         (module, other)
-        for module, others in IMPORTS.items()
+        for module, others in imports().items()
         if module.startswith("hooked_mamba.")
         for other in others
         if other.startswith("hooked_mamba.")
@@ -114,7 +127,7 @@ def inside() -> list[tuple[str, str]]:
 
 
 def test_the_packages_import_downwards():
-    for module, others in IMPORTS.items():
+    for module, others in imports().items():
         package = module.split(".")[0]
         for other in others:
             top = other.split(".")[0]
@@ -123,7 +136,7 @@ def test_the_packages_import_downwards():
 
 
 def test_every_module_has_its_place():
-    parts = {part_of(module) for module in IMPORTS if module.startswith("hooked_mamba.")}
+    parts = {part_of(module) for module in imports() if module.startswith("hooked_mamba.")}
     known = set().union(*STRATA, ABOVE_ALL, {"loading", "pretrained"})
     assert parts <= known, f"say in STRATA where these stand: {sorted(parts - known)}"
 
@@ -158,7 +171,7 @@ def test_ops_know_nothing_of_models():
 
 
 def test_there_are_no_cycles():
-    graph = {m: {o for o in others if o in IMPORTS and o != m} for m, others in IMPORTS.items()}
+    graph = {m: {o for o in others if o in imports() and o != m} for m, others in imports().items()}
     # A package re-exports its own modules, which may name it: `from package import sibling` is no dependence on all.
     graph = {m: {o for o in others if not m.startswith(f"{o}.")} for m, others in graph.items()}
     while free := [m for m, others in graph.items() if not others]:
@@ -170,25 +183,27 @@ def test_there_are_no_cycles():
 def test_optional_libraries_are_imported_where_they_belong(library):
     for path in FILES:
         where = path.relative_to(ROOT).as_posix()
-        if any(other.split(".")[0] == library for other in IMPORTS[name_of(path)]):
+        if any(other.split(".")[0] == library for other in imports()[name_of(path)]):
             assert where.startswith(ONLY_IN[library]), f"{where} imports {library}"
     if library == "triton":
-        assert any("triton" in IMPORTS[name_of(path)] for path in FILES), "the walk found no import of triton at all"
+        assert any("triton" in imports()[name_of(path)] for path in FILES), "the walk found no import of triton at all"
 
 
 def test_nothing_that_runs_what_it_reads():
     """No pickle, no eval or exec, torch.load only of weights, no remote code."""
     for path in FILES:
         where = path.relative_to(ROOT)
-        assert not {"pickle", "dill", "cloudpickle", "marshal"} & {n.split(".")[0] for n in IMPORTS[name_of(path)]}, (
+        assert not {"pickle", "dill", "cloudpickle", "marshal"} & {n.split(".")[0] for n in imports()[name_of(path)]}, (
             where
         )
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.Call):
                 continue
-            called = ast.unparse(node.func)
+            called = called_by(node)
             assert called not in ("eval", "exec", "__import__"), f"{where}:{node.lineno} calls {called}"
-            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            keywords = {
+                k.arg: ast.unparse(k.value) for k in node.keywords if k.arg in ("weights_only", "trust_remote_code")
+            }
             if called == "torch.load":
                 assert keywords.get("weights_only") == "True", f"{where}:{node.lineno}"
             assert keywords.get("trust_remote_code", "False") == "False", f"{where}:{node.lineno}"

@@ -22,6 +22,7 @@ from tests.hooked_mamba.tiny import relative
 pytestmark = pytest.mark.usefixtures("fast")
 FP64 = 1e-12
 TOKENS = tokens_for(length=6)
+WITH_EXPERTS = ("jamba", "granite-moe", "nemotron")
 
 
 @torch.no_grad()
@@ -31,8 +32,11 @@ def run(case: str, **kwargs):
     return model, logits, cache
 
 
-def having(*branches: str) -> list[str]:
-    return [c for c in CASES if any(b in block.branches for block in tiny(c).model.blocks for b in branches)]
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_tested_of_a_case_is_what_it_has(case):
+    branches = {name for block in tiny(case).model.blocks for name in block.branches}
+    assert {"attn", "mlp"} <= branches
+    assert ("moe" in branches) == (case in WITH_EXPERTS)
 
 
 # Decompositions ------------------------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ def test_the_lens_ends_in_the_logits(case):
 
 
 # In Zamba's shared blocks attention adds to no stream by itself.
-@pytest.mark.parametrize("case", [case for case in having("attn") if not case.startswith("zamba")])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("zamba")])
 def test_heads_of_attention(case):
     model, _, cache = run(case)
     layers = [i for i in range(model.cfg.n_layers) if "attn" in model.block(i).written]
@@ -98,7 +102,7 @@ def test_heads_of_attention(case):
     assert relative(whole.sum(0), cache.resid_entering(model.cfg.n_layers)) < FP64
 
 
-@pytest.mark.parametrize("case", [c for c in having("mlp") if not c.startswith("zamba")])
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("zamba")])
 def test_neurons(case):
     model, _, cache = run(case)
     stack, labels = cache.stack_neuron_results(return_labels=True)
@@ -110,7 +114,7 @@ def test_neurons(case):
     assert relative(projected, stack[:, :, -1] @ direction) < FP64
 
 
-@pytest.mark.parametrize("case", having("moe"))
+@pytest.mark.parametrize("case", WITH_EXPERTS)
 def test_experts(case):
     model, _, cache = run(case)
     stack, labels = cache.stack_expert_results(return_labels=True, apply_ln=False)

@@ -21,7 +21,7 @@ def upto_an_end(row: Tensor, prompt: int, stops: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beams", [2, 3])
+@pytest.mark.parametrize("beams", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stops", [[], [7, 30], list(range(3, 40))], ids=["no end", "two ends", "many ends"])
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("bamba", "falcon", "granite-moe")])
 def test_the_tokens_of_transformers(case, stops, beams):

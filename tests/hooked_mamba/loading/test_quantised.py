@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from hooked_mamba import load_model
 from hooked_mamba.loading import CheckpointError
@@ -35,7 +38,16 @@ def check(way, family, tmp_path) -> int:
     return count
 
 
-@pytest.mark.parametrize(("way", "family"), [(way, family) for way in WAYS for family in SUPPORTED[way]])
+def in_turn(pairs: list[tuple[str, str]], every: int) -> list[ParameterSet]:
+    """Pairs of a way and a family, of which every so many are tested by default: each way, and each family."""
+    ways, families = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    return [
+        pytest.param(way, family, marks=[pytest.mark.slow] * bool((ways.index(way) + families.index(family)) % every))
+        for way, family in pairs
+    ]
+
+
+@pytest.mark.parametrize(("way", "family"), in_turn([(way, family) for way in WAYS for family in SUPPORTED[way]], 3))
 def test_every_family(way, family, tmp_path):
     assert check(WAYS[way], family, tmp_path) > 0
 
@@ -94,8 +106,7 @@ HYBRIDS = ("Jamba", "Bamba", "Granite 4 H", "Nemotron-H", "Falcon-H1", "Zamba", 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", [*WAYS, "PEFT LoRA"])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize(("way", "family"), in_turn(list(product([*WAYS, "PEFT LoRA"], HYBRIDS)), 3))
 def test_logits_are_those_of_the_equations(family, way, tmp_path):
     """To float32's rounding of the weights, the only one there is."""
     modules = modules_of(family)
