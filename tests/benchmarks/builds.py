@@ -85,9 +85,9 @@ JOBS: dict[str, tuple[Callable[[], Callable[[], Any]], float | None]] = {
     "sweep of 24 x 32 patches": (sweep, 3),
     "graph of 128 heads, 1 x 64": (heads, 2.5),
     "Mamba-2's scan, forward, 1 x 256, 10 times": (lambda: scan(1, 256, False), 1.8),
-    "forward, 8 x 256, 10 times": (lambda: scan(8, 256, False), 1.8),
-    "forward and backward, 1 x 256, 10 times": (lambda: scan(1, 256, True), 2),
-    "forward and backward, 8 x 256, 10 times": (lambda: scan(8, 256, True), 2),
+    "Mamba-2's scan, forward, 8 x 256, 10 times": (lambda: scan(8, 256, False), 1.8),
+    "Mamba-2's scan, forward and backward, 1 x 256, 10 times": (lambda: scan(1, 256, True), 2),
+    "Mamba-2's scan, forward and backward, 8 x 256, 10 times": (lambda: scan(8, 256, True), 2),
     "whole forward pass of Mamba-1, 1 x 256": (forward, None),
 }
 """What is timed -> how it is set up, and how many times as fast as build db23af9 it is to be."""
@@ -147,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tests.benchmarks.machine import described
     from tests.benchmarks.report import Bound, Section, Table, number, show, write_section
 
+    torch.set_num_threads(1)  # as in the trees' processes
     head = described("python -m tests.benchmarks.builds ../old --write", os.getloadavg()[0])
     trees = {"earlier": Tree(asked.earlier.resolve()), "now": Tree(HERE)}
     section = Section(
         "Beside an earlier build",
-        "Build db23af9 and this one, each in a process of its own, in turns, with the same random weights: mamba-130m's"
+        "An earlier build, db23af9 where the bounds are to hold, and this one, each in a process of its own, in turns, with the same random weights: mamba-130m's"
         f" shape, and a scan of H={H}, P={P}, N={N}, float32. Ratios are medians over rounds.",
     )
     rows = []
