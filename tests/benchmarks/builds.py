@@ -152,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trees = {"earlier": Tree(asked.earlier.resolve()), "now": Tree(HERE)}
     section = Section(
         "Beside an earlier build",
-        "An earlier build, db23af9 where the bounds are to hold, and this one, each in a process of its own, in turns, with the same random weights: mamba-130m's"
-        f" shape, and a scan of H={H}, P={P}, N={N}, float32. Ratios are medians over rounds.",
+        "An earlier build, db23af9 where the bounds are to hold, and this one, each in a process of its own, in turns,"
+        f" with the same random weights: mamba-130m's shape, and a scan of H={H}, P={P}, N={N}, float32. Ratios are"
+        " medians over rounds.",
     )
     rows = []
     for job, (_, least) in JOBS.items():
