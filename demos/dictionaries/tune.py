@@ -3,13 +3,14 @@
     python -m demos.dictionaries.tune --run runs/writes --text train.txt --n-tokens 500_000 --out runs/writes-tuned
 
 The coders in RUN/coders (or in the folder itself) are spliced in together and trained on what they lose of the model's
-predictions, see `saes.training.finetune`. --match keeps those whose name holds a word. Ctrl-C leaves a checkpoint, and
-the same command with --resume continues from it.
+predictions, see `saes.training.finetune`. --match keeps those whose name holds a word, --architecture batchtopk goes on
+with BatchTopK where they were TopK. Ctrl-C leaves a checkpoint, and the same command with --resume continues from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def coders_in(run: Path, match: str = "") -> dict[str, SparseCoder]:
     return {path.name: SparseCoder.load(path) for path in found}
 
 
+def chosen_by(coder: SparseCoder, architecture: str, k: int) -> SparseCoder:
+    """The same weights, with active latents chosen in another way: TopK and BatchTopK differ in nothing else."""
+    other = SparseCoder(dataclasses.replace(coder.cfg, architecture=architecture, k=k))
+    other.load_state_dict(coder.state_dict(), strict=False)  # a threshold, which one of them has, is fitted at the end
+    return other
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -45,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", type=Path, required=True, help="folder of a finished training, or of coders")
     add("--match", default="", help="only coders whose name holds this")
+    add("--architecture", choices=("topk", "batchtopk"), help="how latents are chosen from now on (default: as before)")
+    add("--k", type=int, help="how many are active from now on (default: as before)")
     add("--model", help="name or folder of the model (default: the coders')")
     add("--text", type=Path, required=True, help="training text, documents parted by lines <|endoftext|>")
     add("--generated-share", type=float, help="share of rows told by the grammar (default: the model's own mix)")
@@ -72,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     data = DataConfig(rows_per_pass=args.rows, context_length=args.context, seed=args.seed)
     try:
         coders = coders_in(args.run, args.match)
+        if args.architecture or args.k:
+            coders = {
+                name: chosen_by(coder, args.architecture or coder.cfg.architecture, args.k or coder.cfg.k)
+                for name, coder in coders.items()
+            }
         name = args.model or next(iter(coders.values())).cfg.model_name or ""
         model = load_model(name).to(local_device(args.device))
         config = FinetuneConfig(
