@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from demos.dictionaries.tune import mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
@@ -118,16 +119,6 @@ def coders_of(run: Path) -> dict[str, SparseCoder]:
     return found
 
 
-@torch.no_grad()
-def averaged(runs: list[Path]) -> dict[str, SparseCoder]:
-    """Coders whose weights are the means over several trainings of the same ones."""
-    first, *others = (coders_of(run) for run in runs)
-    for name, coder in first.items():
-        for key, value in coder.state_dict().items():
-            value.copy_(torch.stack([value, *(other[name].state_dict()[key] for other in others)]).mean(0))
-    return first
-
-
 def _joined(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
@@ -171,7 +162,9 @@ def through_the_model(stage: dict[str, Any]) -> str:
     )
 
 
-def tuned_section(stages: list[Path], told: list[list[str]], average: int = 1, earlier: str | None = None) -> str:
+def tuned_section(
+    stages: list[Path], told: list[list[str]], average: int = 1, earlier: str | None = None, note: str = ""
+) -> str:
     """What the card says of a training in stages, from all stages' last checkpoints and logs.
 
     Parameters
@@ -184,6 +177,8 @@ def tuned_section(stages: list[Path], told: list[list[str]], average: int = 1, e
         How many stages' ends the weights are the means of.
     earlier
         What the card said of the coders that the first stage went on from; None: it was a training at the sites.
+    note
+        What else there is to say of it.
     """
     found = [_last(folder) for folder in stages]
     parts = [through_the_model(stage) for stage in (found if earlier else found[1:])]
@@ -203,7 +198,7 @@ def tuned_section(stages: list[Path], told: list[list[str]], average: int = 1, e
     return f"""
 ## Training of the write dictionaries
 
-{begun}{then}{mean}. {text_of(told)} {FIGURES}
+{begun}{then}{mean}. {text_of(told)} {note + " " if note else ""}{FIGURES}
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -263,6 +258,7 @@ def bundle(
     told: list[list[str]] | None = None,
     average: int = 1,
     onwards: bool = False,
+    note: str = "",
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
 
@@ -277,6 +273,8 @@ def bundle(
         How many stages' ends the weights are the means of: `run` and the last of `before`.
     onwards
         All of these stages went on from the write dictionaries that are there now, through the model.
+    note
+        A sentence for the card about these stages.
 
     Raises
     ------
@@ -286,7 +284,7 @@ def bundle(
     stages = [*(before or []), run]
     if not 1 <= average <= len(stages):
         raise ValueError(f"average must be from 1 to {len(stages)}, the stages that are named; got {average}")
-    trained = averaged(stages[-average:])
+    trained = mean_of([coders_of(stage) for stage in stages[-average:]])
     first = next(iter(trained.values())).cfg
     model = load_model(model_name or first.model_name or "")
     for name, coder in trained.items():
@@ -314,7 +312,7 @@ def bundle(
         made = (
             training_section(run)
             if before is None and not onwards
-            else tuned_section(stages, told or [["0.5", model.cfg.model_name]] * len(stages), average, earlier)
+            else tuned_section(stages, told or [["0.5", model.cfg.model_name]] * len(stages), average, earlier, note)
         )
         card.write(made + "".join(section for section in sections if _heading(section) != _heading(made)))
     return reports
@@ -336,6 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         "--onwards", action="store_true", help="the stages went on from the write dictionaries that are in TO now"
     )
     parser.add_argument("--average", type=int, default=1, help="stages whose ends are averaged (default: %(default)s)")
+    parser.add_argument("--note", default="", help="a sentence for the card about these stages")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
@@ -353,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         args.told,
         args.average,
         args.onwards,
+        args.note,
     ).values():
         print(report)
 

@@ -36,7 +36,9 @@ def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  #
 
     line = ["--run", str(to), "--match", "write", "--architecture", "batchtopk", "--k", "2", *shared]
     assert tune.main([*line, "--n-tokens", "128", "--out", str(tmp_path / "b")]) == 0
-    bundle.main(["--run", str(tmp_path / "b"), "--onwards", "--told", "0.8", "x", "y", *shown])
+    bundle.main(
+        ["--run", str(tmp_path / "b"), "--onwards", "--told", "0.8", "x", "y", "--note", "It began so.", *shown]
+    )
     card = (to / "README.md").read_text()
     assert card.count("## Training") == 1
     earlier = " ".join(
@@ -45,7 +47,15 @@ def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  #
     assert earlier in card, "what they went on from is still said"
     assert "From there, as batchtopk with k=2: 128 positions in 2 steps through the model" in card
     assert "80% of the rows are stories that x and y told" in card
+    assert f"It began so. {bundle.FIGURES}" in card
     assert SparseCoder.load(to / "l1-write").cfg.architecture == "batchtopk"
+
+
+def test_several_folders_are_the_means_of_their_weights() -> None:
+    of = [{"a": SparseCoder.from_pretrained(f"tinystories-told-4l/l{i}-write")} for i in (0, 1)]
+    wanted = {name: (value + of[1]["a"].state_dict()[name]) / 2 for name, value in of[0]["a"].state_dict().items()}
+    for name, value in tune.mean_of(of)["a"].state_dict().items():
+        torch.testing.assert_close(value, wanted[name])
 
 
 def test_the_same_weights_by_another_architecture() -> None:
