@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from demos.dictionaries import bundle, presets, train, tune
+from demos.dictionaries import bundle, presets, table, train, tune
 from hooked_mamba import load_model
 from saes import SparseCoder
 from saes.training import coder_config
@@ -49,6 +50,14 @@ def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  #
     assert "80% of the rows are stories that x and y told" in card
     assert f"It began so. {bundle.FIGURES}" in card
     assert SparseCoder.load(to / "l1-write").cfg.architecture == "batchtopk"
+
+    line = ["--of", "write", str(tmp_path / "b"), "--model", str(folder), "--valid", words]
+    active = []
+    for n, more in enumerate(([], ["--text", words])):
+        table.main([*line, *more, "--json", str(tmp_path / f"{n}.json")])
+        active.append(next(iter(json.loads((tmp_path / f"{n}.json").read_text()).values()))[0]["l0"])
+    assert abs(active[1] - 2) < 0.2, "thresholds are set anew"
+    assert active[0] != active[1]
 
 
 def test_several_folders_are_the_means_of_their_weights() -> None:
