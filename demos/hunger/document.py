@@ -39,9 +39,11 @@ The [case study](case-study.md) failed on a model that does not know the story i
 what the frame adds to the lead varies more than what the food does, because in the stories that it was told whole
 scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
 with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
-sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
-dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`) on the model of real text alone, and for write
-dictionaries on a model that knows; no others were trained on it.
+sentence of the study). The claims and thresholds are those of the case study, judged for write dictionaries (`/write`)
+on three models that know, a Mamba-1, a Mamba-2 and a hybrid of Mamba-2 with a layer of attention, and for write
+dictionaries, SAEs of the blocks' outputs (`/output`) and MambaCoders of blocks on the model of real text alone; with
+those that know no others are bundled. A “head” is what a token sends through one channel of a mixer, or through one
+head of attention.
 
 Everything below but the reasons was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
