@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from demos.dictionaries.tune import mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
@@ -48,8 +49,8 @@ KEPT = (
 )
 """Figures that go with a coder; densities and the rest are in the evaluation's file."""
 
-NOBODY = "none"
-"""What `teller` is where no samples were trained on."""
+NOBODY = "0"
+"""What is given with --told for a stage that no told stories were trained on."""
 
 WRITTEN = ("mixer.hook_x", "attn.hook_v")
 """Sites of the values that enter a layer's memory."""
@@ -118,40 +119,86 @@ def coders_of(run: Path) -> dict[str, SparseCoder]:
     return found
 
 
-@torch.no_grad()
-def averaged(runs: list[Path]) -> dict[str, SparseCoder]:
-    """Coders whose weights are the means over several trainings of the same ones."""
-    first, *others = (coders_of(run) for run in runs)
-    for name, coder in first.items():
-        for key, value in coder.state_dict().items():
-            value.copy_(torch.stack([value, *(other[name].state_dict()[key] for other in others)]).mean(0))
-    return first
+def _joined(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def tuned_section(run: Path, before: list[Path], teller: str, average: int = 1) -> str:
-    """What the card says of a training in stages, from all stages' last checkpoints and logs."""
-    first, *tuned = (_last(folder) for folder in [*before, run])
-    train = first["state"]["train"]
-    through = "".join(
-        f"; then {stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers"
-        f" replaced at once, on KL(clean || spliced) + {stage['state']['finetune']['reconstruction']} times the share"
-        f" of variance missed, learning rate {stage['state']['finetune']['lr']}"
-        for stage in tuned
+def text_of(told: list[list[str]]) -> str:
+    """What the card says of the text.
+
+    Parameters
+    ----------
+    told
+        For every stage the share of its rows that was sampled from models, and the models.
+    """
+    if all(share == NOBODY for share, *_ in told):
+        return "The text is the model's own training mix (see its card)."
+    stages = [
+        f"{float(share):.0%} of the rows are stories that {_joined(tellers)} told at temperature 1"
+        if tellers
+        else "no row was told by a model"
+        for share, *tellers in told
+    ]
+    if stages.count(stages[0]) == len(stages):
+        sampled = f"{stages[0][0].upper()}{stages[0][1:]}"
+    else:
+        named = (f"of stage {i} {stage}" for i, stage in enumerate(stages, start=1))
+        sampled = "; ".join(named).capitalize()
+    mix = "All other rows are its own training mix (see its card)."
+    return f"{sampled}: text that the model has not learnt by heart. {mix}"
+
+
+FIGURES = "The figures above are of held-out text"
+"""How the sentence begins that ends what a card says of write dictionaries."""
+
+
+def through_the_model(stage: dict[str, Any]) -> str:
+    """What the card says of a stage of fine-tuning."""
+    options = stage["state"]["finetune"]
+    return (
+        f"{stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers replaced"
+        f" at once, on KL(clean || spliced) + {options['reconstruction']} times the share of variance missed, learning"
+        f" rate {options['lr']}"
     )
+
+
+def tuned_section(
+    stages: list[Path], told: list[list[str]], average: int = 1, earlier: str | None = None, note: str = ""
+) -> str:
+    """What the card says of a training in stages, from all stages' last checkpoints and logs.
+
+    Parameters
+    ----------
+    stages
+        Folders of the trainings, the last one at the end.
+    told
+        See :func:`text_of`.
+    average
+        How many stages' ends the weights are the means of.
+    earlier
+        What the card said of the coders that the first stage went on from; None: it was a training at the sites.
+    note
+        What else there is to say of it.
+    """
+    found = [_last(folder) for folder in stages]
+    parts = [through_the_model(stage) for stage in (found if earlier else found[1:])]
+    if earlier:
+        cfg = next(iter(coders_of(stages[-1]).values())).cfg
+        begun = f"{earlier} From there, as {cfg.architecture} with k={cfg.k}: {parts.pop(0)}"
+    else:
+        train = found[0]["state"]["train"]
+        begun = (
+            "Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its"
+            f" convolution, v of attention). {found[0]['tokens']:,} positions (repeats counted) in"
+            f" {found[0]['state']['step']:,} steps on what the layers write, learning rate"
+            f" {train['lr'] or '6e-4 / sqrt(d_sae / 16384)'}, decay to 0 over the last {train['decay']:.0%}"
+        )
+    then = "".join(f"; then {part}" for part in parts)
     mean = "" if average == 1 else f"; the weights are the means over the ends of the last {average} stages"
-    rows = (
-        "The text is the model's own training mix (see its card)."
-        if teller == NOBODY
-        else "Half of the rows are the model's own training mix (see its card), half are stories that"
-        f" {teller} told at temperature 1: text that no model has learnt by heart."
-    )
     return f"""
 ## Training of the write dictionaries
 
-Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its
-convolution, v of attention). {first["tokens"]:,} positions (repeats counted) in {first["state"]["step"]:,} steps on
-what the layers write, learning rate {train["lr"] or "6e-4 / sqrt(d_sae / 16384)"}, decay to 0 over the last
-{train["decay"]:.0%}{through}{mean}. {rows} The figures above are of held-out text
+{begun}{then}{mean}. {text_of(told)} {note + " " if note else ""}{FIGURES}
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -208,8 +255,10 @@ def bundle(
     dtype: str = "float16",
     text: Path | None = None,
     before: list[Path] | None = None,
-    teller: str | None = None,
+    told: list[list[str]] | None = None,
     average: int = 1,
+    onwards: bool = False,
+    note: str = "",
 ) -> dict[str, Report]:
     """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
 
@@ -217,10 +266,15 @@ def bundle(
     ----------
     before
         The trainings before, the first one at the sites, of coders that `run` has fine-tuned.
-    teller
-        The model whose samples these were trained on; None: their own; "none": no samples.
+    told
+        For every stage the share of its rows that was sampled from models, and the models; None: half by the model
+        itself in all of them.
     average
         How many stages' ends the weights are the means of: `run` and the last of `before`.
+    onwards
+        All of these stages went on from the write dictionaries that are there now, through the model.
+    note
+        A sentence for the card about these stages.
 
     Raises
     ------
@@ -230,7 +284,7 @@ def bundle(
     stages = [*(before or []), run]
     if not 1 <= average <= len(stages):
         raise ValueError(f"average must be from 1 to {len(stages)}, the stages that are named; got {average}")
-    trained = averaged(stages[-average:])
+    trained = mean_of([coders_of(stage) for stage in stages[-average:]])
     first = next(iter(trained.values())).cfg
     model = load_model(model_name or first.model_name or "")
     for name, coder in trained.items():
@@ -242,21 +296,23 @@ def bundle(
         push(trained, Path(scratch), dtype=dtype)
         stored = {name: SparseCoder.load(Path(scratch) / name) for name in trained}
     reports = measure(model, stored, held_out_rows(model, valid))
-    dead = last_dead_shares(run) if before is None else {}
+    dead = last_dead_shares(run) if before is None and not onwards else {}
     metrics: dict[str, dict[str, Any]] = {}
     for report in reports.values():
         for scores in report.coders:
             silent = scores.values["dead_share"] or 0.0
             metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
     sections, everything = kept_sections(to), kept_reports(to)
+    writes = next((s for s in sections if _heading(s) == "## Training of the write dictionaries"), "")
+    earlier = " ".join(writes.partition(FIGURES)[0].split()[6:]) if onwards else None  # without the heading
     push(trained, to, dtype=dtype, metrics=metrics)
     everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
         made = (
             training_section(run)
-            if before is None
-            else tuned_section(run, before, teller or model.cfg.model_name, average)
+            if before is None and not onwards
+            else tuned_section(stages, told or [["0.5", model.cfg.model_name]] * len(stages), average, earlier, note)
         )
         card.write(made + "".join(section for section in sections if _heading(section) != _heading(made)))
     return reports
@@ -267,8 +323,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
     parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
-    parser.add_argument("--teller", help="model whose samples those were trained on, or none (default: their own)")
+    parser.add_argument(
+        "--told",
+        nargs="+",
+        action="append",
+        metavar=("SHARE", "MODEL"),
+        help="for every stage the share of its rows that models told, and which (default: half of them its own model)",
+    )
+    parser.add_argument(
+        "--onwards", action="store_true", help="the stages went on from the write dictionaries that are in TO now"
+    )
     parser.add_argument("--average", type=int, default=1, help="stages whose ends are averaged (default: %(default)s)")
+    parser.add_argument("--note", default="", help="a sentence for the card about these stages")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
@@ -276,7 +342,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
     for report in bundle(
-        args.run, args.valid, args.to, args.model, args.dtype, args.text, args.before, args.teller, args.average
+        args.run,
+        args.valid,
+        args.to,
+        args.model,
+        args.dtype,
+        args.text,
+        args.before,
+        args.told,
+        args.average,
+        args.onwards,
+        args.note,
     ).values():
         print(report)
 

@@ -41,11 +41,24 @@ def writes(attention: tuple[int, ...] = ()) -> tuple[dict[str, Any], ...]:
     )
 
 
-COMPARED: tuple[dict[str, Any], ...] = (
-    *({"name": f"l{i}-mambacoder", "layer": i, **SPARSE} for i in range(4)),
-    *({"name": f"l{i}-out", "site": "out_proj", "layer": i, **SPARSE} for i in range(4)),
-)
-"""What write dictionaries are compared with, of the same width and number of active latents."""
+def compared(attention: tuple[int, ...] = ()) -> tuple[dict[str, Any], ...]:
+    """Write dictionaries, and what they are compared with: block coders and SAEs of the outputs, all of one width and
+    number of active latents. In a layer of attention they predict what attention adds to the stream."""
+    return (
+        *writes(attention),
+        *(
+            {"name": f"l{i}-mambacoder", "site": f"blocks.{i}.attn.hook_out", "window": 1, **SPARSE}
+            if i in attention
+            else {"name": f"l{i}-mambacoder", "layer": i, **SPARSE}
+            for i in range(4)
+        ),
+        *(
+            {"name": f"l{i}-out", "site": f"blocks.{i}.{'attn.hook_out' if i in attention else 'mixer.hook_out_proj'}"}
+            | SPARSE
+            for i in range(4)
+        ),
+    )
+
 
 KINDS = ("bundled", "writes", "compared")
 """Presets of a model."""
@@ -57,6 +70,9 @@ WRITES = {
 }
 """Bundled model -> its write dictionaries."""
 
+COMPARED = dict.fromkeys(WRITES, compared()) | {"tinystories-told-hybrid-4l": compared(attention=(2,))}
+"""Bundled model -> dictionaries of all kinds."""
+
 
 def preset(model: str, kind: str = "bundled") -> tuple[dict[str, Any], ...]:
     """A model's preset.
@@ -66,7 +82,7 @@ def preset(model: str, kind: str = "bundled") -> tuple[dict[str, Any], ...]:
     ValueError
         There is none.
     """
-    found = {"bundled": PRESETS, "writes": WRITES, "compared": dict.fromkeys(WRITES, COMPARED)}[kind]
+    found = {"bundled": PRESETS, "writes": WRITES, "compared": COMPARED}[kind]
     if model not in found:
         raise ValueError(f"{model} has no preset {kind!r} (those are {', '.join(found)}): give --layers and --d-sae")
     return found[model]

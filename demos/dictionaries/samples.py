@@ -54,12 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="bundled name or folder")
     parser.add_argument("--stories", type=int, default=3000, help="how many (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="text file to write")
+    parser.add_argument("--batch", type=int, default=64, help="told at once; more is faster (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    told = tell(load_model(args.model), args.stories, seed=args.seed)
+    told = tell(load_model(args.model), args.stories, batch=args.batch, seed=args.seed)
     write_stories(args.out, tqdm(told, total=args.stories, unit="story", disable=None))
 
 

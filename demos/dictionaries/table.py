@@ -3,7 +3,8 @@
     python -m demos.dictionaries.table --valid valid.txt --of "write" runs/writes --of "block coders" runs/blocks
 
 Each --of names a kind and a folder of coders (or of a training), one coder a layer; --match after the folder keeps
-those whose name holds a word: --of "write" runs/all write. All figures are of held-out text:
+those whose name holds a word: --of "write" runs/all write. With --text, thresholds of BatchTopK are set anew, such that
+k latents are active on average in that text, as `bundle` does. All figures are of held-out text:
 
     excess nats     cross-entropy with all coders in place less the model's own
     KL              KL(clean || spliced) a position
@@ -12,13 +13,14 @@ those whose name holds a word: --of "write" runs/all write. All figures are of h
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from demos.dictionaries import kinds
-from demos.dictionaries.bundle import held_out_rows
+from demos.dictionaries.bundle import calibrate_on, held_out_rows
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
 from saes.metrics.model_loss import LossSums, next_token_log_probs
@@ -117,8 +119,16 @@ def table(lines: dict[str, list[Line]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     what = "a kind, a folder of coders, and a word that their names hold"
-    args = kinds.parser("python -m demos.dictionaries.table", what).parse_args(argv)
-    kinds.write_lines(args, lambda model, *of: measure(model, *of, held_out_rows(model, args.valid)), table)
+    parser = kinds.parser("python -m demos.dictionaries.table", what)
+    parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
+    args = parser.parse_args(argv)
+
+    def line(model: HookedModel, kind: str, coders: dict[str, SparseCoder]) -> Line:
+        if args.text is not None:
+            calibrate_on(model, coders, args.text)
+        return measure(model, kind, coders, held_out_rows(model, args.valid))
+
+    kinds.write_lines(args, line, table)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
     python -m demos.dictionaries.tune --run runs/writes --text train.txt --n-tokens 500_000 --out runs/writes-tuned
 
 The coders in RUN/coders (or in the folder itself) are spliced in together and trained on what they lose of the model's
-predictions, see `saes.training.finetune`. --match keeps those whose name holds a word. Ctrl-C leaves a checkpoint, and
-the same command with --resume continues from it.
+predictions, see `saes.training.finetune`. Of several folders the means of the weights are taken. --match keeps coders
+whose name holds a word, --architecture batchtopk goes on with BatchTopK where they were TopK. Ctrl-C leaves a
+checkpoint, and the same command with --resume continues from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -37,14 +39,35 @@ def coders_in(run: Path, match: str = "") -> dict[str, SparseCoder]:
     return {path.name: SparseCoder.load(path) for path in found}
 
 
+def chosen_by(coder: SparseCoder, architecture: str, k: int) -> SparseCoder:
+    """The same weights, with active latents chosen in another way: TopK and BatchTopK differ in nothing else."""
+    other = SparseCoder(dataclasses.replace(coder.cfg, architecture=architecture, k=k))
+    other.load_state_dict(coder.state_dict(), strict=False)  # a threshold, which one of them has, is fitted at the end
+    return other
+
+
+@torch.no_grad()
+def mean_of(several: list[dict[str, SparseCoder]]) -> dict[str, SparseCoder]:
+    """Coders whose weights are the means over several trainings of the same ones; the first are changed in place."""
+    first, *others = several
+    for name, coder in first.items():
+        for key, value in coder.state_dict().items():
+            value.copy_(torch.stack([value, *(other[name].state_dict()[key] for other in others)]).mean(0))
+    return first
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m demos.dictionaries.tune", description="Fine-tune dictionaries.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder of a finished training, or of coders")
+    add(
+        "--run", type=Path, nargs="+", required=True, help="folder of a finished training, or of coders; several: means"
+    )
     add("--match", default="", help="only coders whose name holds this")
+    add("--architecture", choices=("topk", "batchtopk"), help="how latents are chosen from now on (default: as before)")
+    add("--k", type=int, help="how many are active from now on (default: as before)")
     add("--model", help="name or folder of the model (default: the coders')")
     add("--text", type=Path, required=True, help="training text, documents parted by lines <|endoftext|>")
     add("--generated-share", type=float, help="share of rows told by the grammar (default: the model's own mix)")
@@ -71,7 +94,13 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     data = DataConfig(rows_per_pass=args.rows, context_length=args.context, seed=args.seed)
     try:
-        coders = coders_in(args.run, args.match)
+        found = [coders_in(run, args.match) for run in args.run]
+        if args.architecture or args.k:
+            found = [
+                {n: chosen_by(c, args.architecture or c.cfg.architecture, args.k or c.cfg.k) for n, c in coders.items()}
+                for coders in found
+            ]
+        coders = mean_of(found)
         name = args.model or next(iter(coders.values())).cfg.model_name or ""
         model = load_model(name).to(local_device(args.device))
         config = FinetuneConfig(

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.interventions import CutHead, intervened
-from demos.hunger import stats
+from circuits.interventions import intervened
+from demos.hunger import heads, stats
 from demos.hunger.concepts import Concept
 from demos.hunger.selection import sides
 from demos.hunger.stages import Found
 from demos.hunger.subject import Ends, Sentences, Subject, ends
+from hooked_mamba.frozen.places import Part
 
 
 def cue_mask(subject: Subject, concept: Concept) -> tuple[Sentences, Bool[Tensor, "b l"]]:
@@ -34,20 +35,20 @@ def preactivation(subject: Subject, found: Found, seen: Ends) -> Float[Tensor, "
     return subject.coders[found["coder"]].preact(seen.x[found["coder"]])[:, found["feature"]]
 
 
-def measure(subject: Subject, concept: Concept, found: Found, named: tuple[int, int]) -> Found:
+def measure(subject: Subject, concept: Concept, found: Found, named: tuple[Part, int]) -> Found:
     """Mean changes of the latent's pre-activation and of the word's log-probability, and those by other heads.
 
     Parameters
     ----------
     named
-        Layer and channel.
+        Layer (or its branch) and unit, see `heads`.
     """
     options, word = subject.options, subject.token(concept.word)
     sentences, mask = cue_mask(subject, concept)
     before = ends(subject, sentences)
 
-    def changes(layer: int, channel: int) -> tuple[Tensor, Tensor]:
-        with intervened(subject.model, CutHead(layer, mask, channel, source="token")):
+    def changes(part: Part, unit: int) -> tuple[Tensor, Tensor]:
+        with intervened(subject.model, heads.cut(part, unit, mask)):
             after = ends(subject, sentences)
         latent = preactivation(subject, found, after) - preactivation(subject, found, before)
         return latent, after.log_p[:, word] - before.log_p[:, word]
@@ -55,7 +56,7 @@ def measure(subject: Subject, concept: Concept, found: Found, named: tuple[int, 
     mine = changes(*named)
     generator = torch.Generator().manual_seed(options.seed + 2)
     below = range(found["layer"] + (subject.kind == "output"))  # an output is what its own layer's heads add, too
-    every = [(i, e) for i in below for e in range(subject.model.cfg.E) if (i, e) != tuple(named)]
+    every = [head for head in heads.units(subject, below) if head != tuple(named)]
     drawn = [every[i] for i in torch.randperm(len(every), generator=generator)[: options.heads].tolist()]
     random = [changes(*head) for head in drawn]
     result: Found = {"head": list(named), "before": float(preactivation(subject, found, before).mean())}

@@ -1,7 +1,8 @@
 """Through which heads does the latent see the cue?
 
-A head is a (layer, channel, source): what a token sends through all taps of one channel's convolution and its scan.
-Norms, gates and selection are held at the run, so that effects sum to the latent's pre-activation exactly.
+A head is a (layer, channel, source): what a token sends through all taps of one channel's convolution and its scan; in
+a layer of attention, through one of its heads (`heads`). Norms, gates and selection are held at the run, so that
+effects sum to the latent's pre-activation exactly.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from circuits import (
     top_paths,
     trace_paths,
 )
+from demos.hunger import heads
 from demos.hunger.concepts import Concept
 from demos.hunger.stages import Found
 from demos.hunger.stats import mean_interval
@@ -43,9 +45,8 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
     feature = Feature(coder, found["feature"])
     made = attribute(frozen, targets=feature)
     cue = cue_places(subject, concept)
-    tops = made.top_heads(12, source="token")
-    every = sum(heads[0].numel() for heads in made.token_heads.values())
-    named = next(head for head in made.top_heads(every, source="token") if head[2] in cue)
+    every = heads.strongest(subject, made)
+    named = next(head for head in every if head[2] in cue)
     graph = build_graph(frozen, feature, max_heads=HEADS)
     paths = top_paths(graph, PATHS)
     return {
@@ -55,7 +56,7 @@ def measure(subject: Subject, concept: Concept, found: Found) -> Found:
         "target": float(made.target[0]),
         "residual": float(made.residual[0]),
         "embeddings": made.embeddings[0].tolist(),
-        "heads": [list(head) for head in tops],
+        "heads": [list(head) for head in every[:12]],
         "named": list(named),
         "paths": [[str(path), path.weight] for path in paths],
         "remainder": paths.remainder,
@@ -71,8 +72,8 @@ def published(subject: Subject, concept: Concept, feature: Feature) -> Found:
     frozen = FrozenModel(subject.model, concept.prompt, list(subject.coders.values()))
     found = trace_paths(frozen, feature, k=STEPS, length=LENGTH, preset="mambacoder")
     E = subject.model.cfg.E
-    heads = [(layer, int(e.argmax()) % E, int(e.argmax()) // E, float(e.max())) for layer, e in found.heads.items()]
-    best = max(heads, key=lambda head: head[3])
+    largest = [(layer, int(e.argmax()) % E, int(e.argmax()) // E, float(e.max())) for layer, e in found.heads.items()]
+    best = max(largest, key=lambda head: head[3])
     return {
         "head": list(best),
         "steps": [
@@ -115,7 +116,7 @@ def strongest_heads(subject: Subject, concept: Concept, found: Found) -> Found:
         ids = [subject.model.to_tokens(text, prepend_bos=False)[0].tolist() for text in (pair.cue, pair.swapped)]
         cue = pair.differing(*ids)
         made = attribute(FrozenModel(subject.model, pair.cue), targets=feature)
-        by_head.append(made.top_heads(1, source="token")[0][2] in cue)
+        by_head.append(heads.strongest(subject, made, 1)[0][2] in cue)
         by_token.append(int(made.embeddings[0].abs().argmax()) in cue)
         chance.append(len(cue) / len(ids[0]))
     options = subject.options

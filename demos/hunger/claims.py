@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from demos.hunger.activation import JUDGED
+from demos.hunger.heads import words
 from demos.hunger.stages import Found
 
 AUC = 0.9
@@ -125,7 +126,7 @@ def judge(results: Found) -> list[Claim]:
             "circuit",
             "In the study's prompt its strongest head reads the cue",
             "the source is the cue",
-            "layer {}, channel {}, at {!r}".format(*circuit["heads"][0][:2], circuit["tokens"][circuit["heads"][0][2]]),
+            f"{words(*circuit['heads'][0][:2])}, at {circuit['tokens'][circuit['heads'][0][2]]!r}",
             circuit["heads"][0][2] in circuit["cue"],
         ),
         Claim(

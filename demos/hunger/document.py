@@ -39,9 +39,11 @@ The [case study](case-study.md) failed on a model that does not know the story i
 what the frame adds to the lead varies more than what the food does, because in the stories that it was told whole
 scenes (“Mom was making soup.”) announced the feeling, and never the noun alone. The models here were trained further
 with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
-sentence of the study). The claims and thresholds are those of the case study, judged for MambaCoders of blocks, write
-dictionaries (`/write`) and SAEs of the blocks' outputs (`/output`) on the model of real text alone, and for write
-dictionaries on a model that knows; no others were trained on it.
+sentence of the study). The claims and thresholds are those of the case study, judged for write dictionaries (`/write`)
+on three models that know, a Mamba-1, a Mamba-2 and a hybrid of Mamba-2 with a layer of attention, and for write
+dictionaries, SAEs of the blocks' outputs (`/output`) and MambaCoders of blocks on the model of real text alone; with
+those that know no others are bundled. A “head” is what a token sends through one channel of a mixer, or through one
+head of attention.
 
 Everything below but the reasons was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
@@ -49,21 +51,54 @@ Everything below but the reasons was written by the command. The thresholds of t
 
 
 WHY = """\
-## Why claims fail on the model that knows
+## Why claims fail on the models that know
 
 Looked at afterwards; no claim uses it.
 
+On the Mamba-1 (tinystories-told-4l):
+
 - The study's rule tries the ten latents that tell the sentences of the first half best, and takes the one that moves
-  the word most. With write dictionaries this is latent 35 of l3-write (area 0.85 on the first half, 0.63 on the second,
-  +0.30 nats). Of the same ten, latent 2 of l1-write reads food with 0.99 on both halves, but moves the word by +0.16.
-  “reads”, “points at the word”, “steers” and the two claims about the strongest head are judged of the former. What
-  the last token writes into one layer's memory is a small part of what makes the word; the model's own area is 1.00.
+  the word most. With write dictionaries this is latent 616 of l3-write (area 0.81 on the first half, 0.75 on the
+  second, +0.22 nats). Of the same ten, latents 45 of l1-write and 102 of l3-write tell food from other words with
+  1.00, but move the word by +0.17 and +0.16. “reads” is judged of the former. What the last token writes into one
+  layer's memory is a small part of what makes the word; the model's own area is 1.00.
+- “says” and “points at the word” fail narrowly: +0.25 nats, where 97.5% of random latents stay below +0.31, and rank
+  13 where 10 was asked. In the sentences the strongest head reads the cue in 62%, in the study's own prompt the full
+  stop after it.
 - The circuit does start at the planted cue: of all words' embeddings the cue's adds most to the lead in 22 of 23
   sentences. But the features that carry it are written one token later: in 20 of 23 cutting there moves the graph's
-  lead most, by -1.75 on average, and by -0.12 at the cue itself (`python -m demos.hunger.places`). The claim about the
-  cue's own place was the wrong question, and “the cue and no other word” with it.
-- Where the graph says that the lead moves much it does (correlation 0.94), but nearly twice as far (slope 1.88). The
-  graph holds gates, norms, selection and errors, which in the model give way as well.
+  lead most, by -1.67 on average, and by -0.12 at the cue itself (`python -m demos.hunger.places`). The claim about
+  the cue's own place was the wrong question here, and “the cue and no other word” with it.
+- Where the graph says that the lead moves much it does (correlation 0.93), but twice as far (slope 2.00). The graph
+  holds gates, norms, selection and errors, which in the model give way as well.
+- Dictionaries trained for less long (1.5 million positions and as many through the model, KL 0.092) had 9 of the 14:
+  they lacked “steers” and “circuit elsewhere”, and had “says”.
+
+On the Mamba-2 (tinystories-told-mamba2-4l), where the circuit holds: one head, channel 148 of layer 2, is the
+strongest in all 40 scored sentences and reads the cue in all of them, and among the features of 23 sentences' graphs
+those written at the cue matter most in all 23 (-4.23 on average; `places`).
+
+- “reads”: latent 377 of l3-write has 0.93 on the first half and 0.69 on the second. In two of the second half's five
+  frames it tells every sentence with food from every other (1.00), in three it is silent in all (0.50). The best of
+  all latents there, with hindsight, has 0.73; the model's own area is 0.98.
+- “points at the word”: rank 544; the nearest tokens are “ scarf”, “ carried”, “ pears”, “ oranges” and “ lemon”. A
+  random latent's rank is 2,042 in the middle.
+- “steers”: at twice its maximum +2%, where 97.5% of random latents stay below +5%; at five times, which is not
+  judged, +10% against +8%.
+- “slope”: the real lead falls 1.63 times as far as the graph says (correlation 0.83), as on the Mamba-1.
+
+On the hybrid (tinystories-told-hybrid-4l), where the claims about the planted cue hold but for the correlation, 0.73
+where 0.8 was asked (slope 0.89):
+
+- “reads” and “beats a token”: latent 671 of l3-write has 0.80 and 0.57. Within four of the five frames of the second
+  half it has 0.72 to 1.00, within the study's own 0.00: there food makes it fall. And frames move it further (means
+  without food from 0.56 to 1.41) than food does. Of the ten that were tried, latent 559 of l1-write has 0.84 there,
+  the most of all latents, but moves the word by +0.09 where 671 moves it by +0.32.
+- “says”: +0.47 nats, where 97.5% of random latents stay below +0.91. “points at the word”: rank 275.
+- “circuit” and “circuit elsewhere”: in all 40 sentences the strongest head is channel 215 of layer 0 at the full
+  stop, +0.83 of the latent's 1.07 in the study's prompt. Every sentence has that full stop. The strongest at the cue
+  is attention's head 4 of layer 2 with +0.04, and cutting it there lowers the latent by 0.022 and the word by 0.26
+  nats, further than any of 200 random heads.
 
 """
 

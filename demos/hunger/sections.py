@@ -5,6 +5,7 @@ from __future__ import annotations
 from demos.hunger import figures
 from demos.hunger.activation import JUDGED
 from demos.hunger.claims import span
+from demos.hunger.heads import words
 from demos.hunger.stages import Found
 from demos.hunger.steering import STARTS
 from demos.studies.report import Section, Table
@@ -186,8 +187,8 @@ def samples(found: Found) -> Section:
 def circuit(found: Found) -> Section:
     """Our trace of the prompt."""
     heads = [
-        [f"layer {layer}, channel {channel}, at {found['tokens'][source]!r} ({source})", f"{effect:+.3f}"]
-        for layer, channel, source, effect in found["heads"]
+        [f"{words(part, unit)}, at {found['tokens'][source]!r} ({source})", f"{effect:+.3f}"]
+        for part, unit, source, effect in found["heads"]
     ]
     cue = ", ".join(repr(found["tokens"][t]) for t in found["cue"])
     scored = found["scored"]
@@ -267,10 +268,9 @@ def cut(found: Found, word: str) -> Section:
     for what, label in (("latent", "the latent's pre-activation"), ("word", f"log P(“{word.strip()}”), nats")):
         low, high = -found[f"{what}_beside"]["high"], -found[f"{what}_beside"]["low"]
         rows.append([label, span(found[what], "{:+.4f}"), f"{low:+.4f} to {high:+.4f}"])
-    layer, channel = found["head"]
     text = (
-        f"Layer {layer}, channel {channel} is the head with the largest effect at the prompt's cue. In the real model,"
-        " nothing held, it is cut at the cue of every scored sentence (where the latent's pre-activation is"
+        f"{words(*found['head']).capitalize()} is the head with the largest effect at the prompt's cue. In the real"
+        " model, nothing held, it is cut at the cue of every scored sentence (where the latent's pre-activation is"
         f" {found['before']:.2f} on average), beside {found['latent_beside']['controls']} other heads of the layers"
         " below the latent, drawn at random and cut at the same source."
     )

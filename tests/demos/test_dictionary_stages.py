@@ -1,0 +1,88 @@
+"""Write dictionaries that go on from bundled ones by another architecture, and what their card says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from demos.dictionaries import bundle, presets, table, train, tune
+from hooked_mamba import load_model
+from saes import SparseCoder
+from saes.training import coder_config
+from tests.demos.test_dictionaries import arguments, folder  # noqa: F401 (a fixture)
+
+
+def test_a_card_says_who_told_what() -> None:
+    assert "training mix" in bundle.text_of([["0"], ["0"]])
+    both = bundle.text_of([["0.5", "a"], ["0.5", "a"]])
+    assert both.startswith("50% of the rows are stories that a told at temperature 1: text")
+    apart = bundle.text_of([["0.5", "a"], ["0"], ["0.8", "a", "b", "c"]])
+    assert "Of stage 1 50% of the rows are stories that a told" in apart
+    assert "of stage 2 no row was told by a model" in apart
+    assert "of stage 3 80% of the rows are stories that a, b and c told" in apart
+
+
+def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    words, to = str(folder / "text.txt"), tmp_path / "to"
+    first = ["--layers", "0", "1", "--d-sae", "24", "--architecture", "topk", "--k", "3", "--site", "x", "--steps", "6"]
+    assert train.main(arguments(folder, tmp_path / "first", *first)) == 0
+    shared = ["--model", str(folder), "--text", words, "--rows", "4", "--context", "16"]
+    assert tune.main(["--run", str(tmp_path / "first"), *shared, "--n-tokens", "64", "--out", str(tmp_path / "a")]) == 0
+    shown = ["--valid", words, "--to", str(to), "--model", str(folder)]
+    bundle.main(["--run", str(tmp_path / "a"), "--before", str(tmp_path / "first"), *shown])
+    before = (to / "README.md").read_text()
+
+    line = ["--run", str(to), "--match", "write", "--architecture", "batchtopk", "--k", "2", *shared]
+    assert tune.main([*line, "--n-tokens", "128", "--out", str(tmp_path / "b")]) == 0
+    bundle.main(
+        ["--run", str(tmp_path / "b"), "--onwards", "--told", "0.8", "x", "y", "--note", "It began so.", *shown]
+    )
+    card = (to / "README.md").read_text()
+    assert card.count("## Training") == 1
+    earlier = " ".join(
+        before.partition("## Training of the write dictionaries")[2].partition(bundle.FIGURES)[0].split()
+    )
+    assert earlier in card, "what they went on from is still said"
+    assert "From there, as batchtopk with k=2: 128 positions in 2 steps through the model" in card
+    assert "80% of the rows are stories that x and y told" in card
+    assert f"It began so. {bundle.FIGURES}" in card
+    assert SparseCoder.load(to / "l1-write").cfg.architecture == "batchtopk"
+
+    line = ["--of", "write", str(tmp_path / "b"), "--model", str(folder), "--valid", words]
+    active = []
+    for n, more in enumerate(([], ["--text", words])):
+        table.main([*line, *more, "--json", str(tmp_path / f"{n}.json")])
+        active.append(next(iter(json.loads((tmp_path / f"{n}.json").read_text()).values()))[0]["l0"])
+    assert abs(active[1] - 2) < 0.2, "thresholds are set anew"
+    assert active[0] != active[1]
+
+
+def test_several_folders_are_the_means_of_their_weights() -> None:
+    of = [{"a": SparseCoder.from_pretrained(f"tinystories-told-4l/l{i}-write")} for i in (0, 1)]
+    wanted = {name: (value + of[1]["a"].state_dict()[name]) / 2 for name, value in of[0]["a"].state_dict().items()}
+    for name, value in tune.mean_of(of)["a"].state_dict().items():
+        torch.testing.assert_close(value, wanted[name])
+
+
+def test_the_same_weights_by_another_architecture() -> None:
+    topk = SparseCoder.from_pretrained("tinystories-4l-real/l0-out")
+    other = tune.chosen_by(topk, "batchtopk", 7)
+    assert (other.cfg.architecture, other.cfg.k) == ("batchtopk", 7)
+    for name, value in topk.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", presets.COMPARED)
+def test_kinds_are_compared_at_equal_width(name: str) -> None:
+    """Of every kind four layers, and all as wide, but for the values of attention."""
+    model = load_model(name)
+    found = {spec["name"]: coder_config(model, spec) for spec in presets.specs(name, kind="compared")}
+    assert set(found) == {f"l{i}-{kind}" for i in range(4) for kind in ("write", "mambacoder", "out")}
+    assert {(cfg.d_sae, cfg.k) for n, cfg in found.items() if "attn.hook_v" not in cfg.out_site} == {(672, 31)}
+    for i in range(4):
+        block, out = found[f"l{i}-mambacoder"], found[f"l{i}-out"]
+        assert block.out_site == out.out_site == out.in_site
+        assert block.in_site == f"blocks.{i}.norm.hook_out"
