@@ -35,13 +35,24 @@ def read_in_a_way(name, seed, family):
     return FrozenModel(model, tokens, coders, attention_mask=mask)
 
 
+def of_both_families(names):
+    """By default each with one family, in turn."""
+    return pytest.mark.parametrize(
+        ("name", "family"),
+        [
+            pytest.param(name, family, marks=[] if number % 2 == place else pytest.mark.slow)
+            for number, name in enumerate(names)
+            for place, family in enumerate(MAMBA)
+        ],
+    )
+
+
 def weights_of(paths):
     """What lies behind the target on a path -> its weight."""
     return {tuple(node.key for node in path.nodes[1:]): path.weight for path in paths}
 
 
-@pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("name", WAYS)
+@of_both_families(WAYS)
 def test_exact_paths_are_those_of_attribute(name, family):
     frozen, row = read_in_a_way(name, 5, family), 1
     ones = {i: torch.ones(frozen.length, frozen.model.cfg.E, dtype=torch.float64) for i in range(2)}
@@ -83,8 +94,7 @@ def test_all_paths_to_their_ends_sum_to_the_target(family):
         assert abs(sum(mine) - float(by_token[t])) < 1e-10
 
 
-@pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("name", WAYS)
+@of_both_families(WAYS)
 def test_options_at_their_defaults_are_the_exact_method(name, family):
     frozen = read_in_a_way(name, 6, family)
     by_options = optioned(frozen, PathOptions())
@@ -163,8 +173,7 @@ class Loops:
         return self.replay.embed[t] * norm
 
 
-@pytest.mark.parametrize("family", MAMBA)
-@pytest.mark.parametrize("name", [*HEADS, "all"])
+@of_both_families([*HEADS, "all"])
 def test_choices_about_heads_are_their_formulas(name, family):
     model, tokens = random_model(3, family, n_layers=2), random_tokens(3, length=5)
     choices = {each: getattr(PRESET, each) for each in (HEADS if name == "all" else [name])}

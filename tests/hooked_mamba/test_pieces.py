@@ -81,14 +81,6 @@ def _command(out: Path, processes: int) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, *run, "tests.saes.many", str(out)], environment
 
 
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    command, environment = _command(tmp_path / "two", 2)
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    alone = many.everything(tmp_path / "one")
-    assert many.equal(alone, many.everything(tmp_path / "two"))  # from the pieces that the two left
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_equal(tmp_path: Path) -> None:
     command, environment = _command(tmp_path / "two", 2)

@@ -17,6 +17,7 @@ from saes.store import ActivationStore, Batch, EveryNth, MemoryBlocks
 from saes.store.blocks import ModelBlocks
 from saes.store.rows import DocumentRows
 from saes.training import Trainer, World, torchrun
+from tests.saes import many
 from tests.saes.training import small
 
 BATCH = 32
@@ -81,6 +82,8 @@ def main(out: Path, mode: str) -> None:
         named = equal_halves(world) if mode == "halves" else own_text(world, out / "run", mode == "resume")
         tensors = {f"{n}.{k}": v.contiguous() for n, coder in named.items() for k, v in coder.state_dict().items()}
         save_file(tensors, out / f"{mode}-{world.rank}.safetensors")
+        if mode == "halves":  # to start two processes takes longer than what they do
+            many.everything(out / "pieces")
 
 
 if __name__ == "__main__":

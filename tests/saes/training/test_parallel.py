@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from saes.training import World, local_device
+from tests.saes import many
 from tests.saes.training import parallel
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,7 @@ def two_processes(out: Path, mode: str) -> tuple[dict[str, torch.Tensor], dict[s
     return tuple(load_file(out / f"{mode}-{rank}.safetensors") for rank in (0, 1))  # type: ignore[return-value]
 
 
-def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_the_double_batch_and_find_in_pieces_what_one_does(tmp_path: Path) -> None:
     first, second = two_processes(tmp_path, "halves")
     alone = parallel.equal_halves(World())
     assert first.keys() == second.keys()
@@ -40,6 +41,8 @@ def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(value, alone[coder].state_dict()[parameter], rtol=1e-4, atol=1e-5)
     untrained = parallel.coders()["topk"].W_dec
     assert (untrained - first["topk.W_dec"]).abs().max() > 1e-2
+    assert many.complete(tmp_path / "pieces")
+    assert many.equal(many.everything(tmp_path / "alone"), many.everything(tmp_path / "pieces"))
 
 
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

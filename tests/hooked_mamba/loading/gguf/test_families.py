@@ -43,8 +43,17 @@ def test_logits_are_those_of_the_source(case: str, folders: Callable[[str], Path
     assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, "Q8_0"])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in FOLDED])
+KINDS = (*PLAIN, "Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=[] if number % len(KINDS) == place else pytest.mark.slow)
+        for number, case in enumerate(case for case in CASES if case not in FOLDED)
+        for place, kind in enumerate(KINDS)
+    ],
+)
 def test_weights_are_rounded_once(case: str, kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     weights = dict(load_model(folders(case), dtype="float64").named_parameters())
     read = _read(converted.convert(folders(case), tmp_path / "model.gguf", kind), case)
