@@ -52,6 +52,9 @@ KEPT = (
 NOBODY = "0"
 """What is given with --told for a stage that no told stories were trained on."""
 
+HEADING = "## Training of the write dictionaries"
+"""Over what a card says of them."""
+
 WRITTEN = ("mixer.hook_x", "attn.hook_v")
 """Sites of the values that enter a layer's memory."""
 
@@ -196,7 +199,7 @@ def tuned_section(
     then = "".join(f"; then {part}" for part in parts)
     mean = "" if average == 1 else f"; the weights are the means over the ends of the last {average} stages"
     return f"""
-## Training of the write dictionaries
+{HEADING}
 
 {begun}{then}{mean}. {text_of(told)} {note + " " if note else ""}{FIGURES}
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
@@ -303,8 +306,8 @@ def bundle(
             silent = scores.values["dead_share"] or 0.0
             metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
     sections, everything = kept_sections(to), kept_reports(to)
-    writes = next((s for s in sections if _heading(s) == "## Training of the write dictionaries"), "")
-    earlier = " ".join(writes.partition(FIGURES)[0].split()[6:]) if onwards else None  # without the heading
+    writes = next((section for section in sections if _heading(section) == HEADING), "")
+    earlier = " ".join(writes.partition(HEADING)[2].partition(FIGURES)[0].split()) if onwards else None
     push(trained, to, dtype=dtype, metrics=metrics)
     everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")

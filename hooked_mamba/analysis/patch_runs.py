@@ -130,14 +130,14 @@ class Base:
 
     def remember(self, at: Sequence[int]) -> None:
         """Keep the memory before some columns (ascending), layer by layer, so that a layer's weights are read once."""
-        columns = [0, *(first for first in at if first)]
-        self.memories = {first: [] for first in columns[1:]}
-        for layer in range(self.n_layers if self.memories else 0):
+        columns = [slice(before, first) for before, first in pairwise([0, *(first for first in at if first)])]
+        calls = [replace(self.call(1, some), read=1) for some in columns]  # the least: the memory is what is wanted
+        self.memories = {some.stop: [] for some in columns}
+        for layer in range(self.n_layers):
             state: BlockState | None = None
-            for before, first in pairwise(columns):
-                call = replace(self.call(1, slice(before, first)), read=1)  # the least: its memory is what is wanted
-                _, state, _ = self.model.run_block(layer, self.entering[layer][:, before:first], state, call)
-                self.memories[first].append(state)
+            for i, some in enumerate(columns):
+                _, state, calls[i] = self.model.run_block(layer, self.entering[layer][:, some], state, calls[i])
+                self.memories[some.stop].append(state)
 
     def mask(self, n: int) -> Tensor | None:
         """The mask of n copies."""

@@ -221,9 +221,7 @@ class Conv(Piece):
         return causal_mix(self.taps, x)
 
     def apply(self, x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
-        K, l = self.taps.shape[1], x.shape[1]
-        x = torch.cat([self.history.to(x.dtype), x], 1)
-        return torch.stack([self.taps[:, j] * x[:, j : j + l] for j in range(K)]).sum(0) + self.bias
+        return ops.causal_conv1d(x, self.taps.unsqueeze(1), self.bias, history=self.history.to(x.dtype))
 
     def pull(self, v: Float[Tensor, "n l E"]) -> Back:
         K = self.taps.shape[1]
@@ -244,11 +242,7 @@ class Conv(Piece):
 
 def causal_mix(taps: Float[Tensor, "E K"], x: Float[Tensor, "n l E"]) -> Float[Tensor, "n l E"]:
     """sum_k taps[K-1-k] x_{t-k}, with nothing before the first position."""
-    K, l = taps.shape[1], x.shape[1]
-    mixed = torch.zeros_like(x)
-    for k in range(min(K, l)):
-        mixed[:, k:] += taps[:, K - 1 - k] * x[:, : l - k]
-    return mixed
+    return ops.causal_conv1d(F.pad(x, (0, 0, taps.shape[1] - 1, 0)), taps.unsqueeze(1), None)
 
 
 @dataclass(frozen=True)

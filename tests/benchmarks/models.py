@@ -31,9 +31,9 @@ def backend(name: str) -> Iterator[None]:
             os.environ[ENVIRONMENT] = before
 
 
-def backends(sizes: Sizes) -> list[str]:
-    """The fast backends of Mamba-1 that run here."""
-    return [name for name in ("torch", "numba") if backend_runs("selective_scan", name, sizes)]
+def backends(sizes: Sizes, op: str = "selective_scan") -> list[str]:
+    """The fast backends of a model's scan that run here."""
+    return [name for name in ("torch", "numba") if backend_runs(op, name, sizes)]
 
 
 def with_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
