@@ -41,9 +41,9 @@ scenes (“Mom was making soup.”) announced the feeling, and never the noun al
 with stories in which the same sentences hold food or something else (`demos/tinystories/cues.py`; none holds a
 sentence of the study). The claims and thresholds are those of the case study, judged for write dictionaries (`/write`)
 on three models that know, a Mamba-1, a Mamba-2 and a hybrid of Mamba-2 with a layer of attention, and for write
-dictionaries, SAEs of the blocks' outputs (`/output`) and MambaCoders of blocks on the model of real text alone; with
-those that know no others are bundled. A “head” is what a token sends through one channel of a mixer, or through one
-head of attention.
+dictionaries, SAEs of the blocks' outputs (`/output`) and MambaCoders of blocks on the model of real text alone; no
+other kind is bundled for those that know. A “head” is what a token sends through one channel of a mixer, or through
+one head of attention.
 
 Everything below but the reasons was written by the command. The thresholds of the claims about the planted cue
 (`demos/hunger/planted_claims.py`) were committed before any of them was measured.
