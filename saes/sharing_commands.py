@@ -21,7 +21,9 @@ def push(
         str | None, typer.Option(help="The coder's name there, if it is one. Default: its folder's.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; created if needed.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Precision on disk: float32, float16 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision on disk: float32, float16, bfloat16 or float8_e4m3fn.")
+    ] = None,
     license: Annotated[str, typer.Option(help="The weights' licence, as the hub names it.")] = "mit",
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:

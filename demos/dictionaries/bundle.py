@@ -25,6 +25,7 @@ from demos.dictionaries.tune import mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
+from demos.wording import listed
 from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
@@ -122,10 +123,6 @@ def coders_of(run: Path) -> dict[str, SparseCoder]:
     return found
 
 
-def _joined(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def text_of(told: list[list[str]]) -> str:
     """What the card says of the text.
 
@@ -137,7 +134,7 @@ def text_of(told: list[list[str]]) -> str:
     if all(share == NOBODY for share, *_ in told):
         return "The text is the model's own training mix (see its card)."
     stages = [
-        f"{float(share):.0%} of the rows are stories that {_joined(tellers)} told at temperature 1"
+        f"{float(share):.0%} of the rows are stories that {listed(tellers)} told at temperature 1"
         if tellers
         else "no row was told by a model"
         for share, *tellers in told

@@ -14,7 +14,7 @@ AUC = 0.9
 NEAREST = 10
 """Rank among the token embeddings that the word must reach."""
 EXPLAINED, RECOVERED, DEAD, ACTIVE = 0.7, 0.8, 0.1, 64
-"""Of the MambaCoder: least explained variance and recovered loss, most dead latents and active ones a position."""
+"""Of a dictionary: least explained variance and recovered loss, most dead latents and active ones a position."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ def against(beside: Found, form: str = "{:+.2f}") -> str:
 
 
 def quality(metrics: Found) -> list[Claim]:
-    """The gates that a MambaCoder has to pass before its latents are believed."""
+    """The gates that a dictionary has to pass before its latents are believed."""
     ev, recovered, dead, l0 = (metrics[name] for name in ("ev", "ce_recovered_zero", "dead_share", "l0"))
     return [
         Claim(
             "gate: variance",
-            "The MambaCoder explains its block",
+            "The dictionary explains what it predicts",
             f"EV at least {EXPLAINED}",
             f"{ev:.2f}",
             ev >= EXPLAINED,
         ),
         Claim(
             "gate: loss",
-            "The model works with the MambaCoder in the block's place",
+            "The model works on what the dictionary predicts",
             f"at least {RECOVERED:.0%} of the loss recovered",
             f"{recovered:.0%}",
             recovered >= RECOVERED,

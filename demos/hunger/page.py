@@ -13,13 +13,13 @@ from demos.hunger.sections import sections, taught
 from demos.hunger.stages import Found
 from demos.studies.report import Report, Section, Table, render
 from demos.tinystories.checkpoint import write_atomically
+from demos.wording import listed
 
 EVERY = (
     "The latent that was chosen for each of them, its area on both halves, the largest area of any latent on the very"
     " half that scores, and that of the model's own lead of the word: how well it tells the sentences apart when it"
     " speaks."
 )
-NOT = ("does not hold", "do not hold")
 TEMPLATE = Path(__file__).with_name("case_study.html")
 SOURCE = (
     "After the MambaCoder post by L. Ruggeri (2026), whose story is about another model. Thresholds, sentences and"
@@ -93,16 +93,19 @@ def standing(study: Found, model: str, name: str) -> str:
 
 
 def headline(results: Found) -> str:
-    """Whether there is a feature of hunger, model by model."""
-    said = []
-    for model, found in results["models"].items():
-        lacking = [name for name in failures(found["concepts"][HUNGRY.name]) if name in ESSENTIAL]
-        said.append(
-            f"On {model} the story of the hunger feature fails: “{'”, “'.join(lacking)}” {NOT[len(lacking) > 1]}."
-            if lacking
-            else f"{model} has a latent that passes for hunger."
-        )
-    return " ".join(said)
+    """Whether there is a feature of hunger, and which claims that it rests on fail where."""
+    failing = {m: set(failures(found["concepts"][HUNGRY.name])) for m, found in results["models"].items()}
+    passing = [model for model, failed in failing.items() if not failed.intersection(ESSENTIAL)]
+    if len(passing) == len(failing):
+        return f"A latent passes for hunger on {listed(passing)}."
+    said = f"A latent passes for hunger on {listed(passing)} alone." if passing else "No latent passes for hunger."
+    lacking = {claim: [model for model, failed in failing.items() if claim in failed] for claim in ESSENTIAL}
+    where = [
+        f"“{claim}” fails on {'all' if 1 < len(on) == len(failing) else listed(on)}"
+        for claim, on in lacking.items()
+        if on
+    ]
+    return f"{said} {'; '.join(where)}."
 
 
 def verdicts(results: Found) -> list[str]:

@@ -20,7 +20,10 @@ from hooked_mamba.loading.tensor_files import open_bin, open_safetensors, read_j
 from saes.options import RepeatedKeyError, unique_keys
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-"""Number formats that weights may have on disk, by name."""
+"""Number formats of a coder, by name."""
+
+STORED = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
+"""Number formats that weights may have on disk. One in float8 is a float32 coder whose matrices were rounded."""
 
 FINITE_AT_ONCE = 1 << 24
 """Numbers looked at together when all must be finite."""
@@ -157,11 +160,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def dtype_name(dtype: str | torch.dtype, where: str = "dtype") -> str:
+def dtype_name(dtype: object, where: str = "dtype", among: Iterable[str] = tuple(DTYPES)) -> str:
     """ "float16" of "float16", "torch.float16" and torch.float16."""
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise CoderFileError(f"{where} must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(name, DTYPES)}")
+    if name not in among:
+        raise CoderFileError(f"{where} must be one of {', '.join(among)}, got {dtype!r}{nearest(name, among)}")
     return name
 
 
@@ -191,14 +194,19 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise CoderFileError(f"{name} in {where} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in STORED.values():
             got = str(tensor.dtype).removeprefix("torch.")
-            raise CoderFileError(f"{name} in {where} has dtype {got}, expected one of {', '.join(DTYPES)}")
+            raise CoderFileError(f"{name} in {where} has dtype {got}, expected one of {', '.join(STORED)}")
     for name in shapes:
         flat = tensors[name].reshape(-1)
-        bad = sum(int((~part.isfinite()).sum()) for part in flat.split(FINITE_AT_ONCE))
+        bad = sum(not_finite(part) for part in flat.split(FINITE_AT_ONCE))
         if bad:
             raise CoderFileError(f"{name} in {where} has {bad:,} of {flat.numel():,} numbers that are not finite")
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many numbers are not finite; of float8, for which torch has no such question, as well."""
+    return int((~(tensor.float() if tensor.itemsize == 1 else tensor).isfinite()).sum())
 
 
 def field(config: Mapping[str, Any], name: str, kind: type, where: Path) -> Any:

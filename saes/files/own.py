@@ -11,7 +11,18 @@ from torch import Tensor
 
 from hooked_mamba.hooks.names import unalias
 from saes.config import CoderConfig
-from saes.files.checks import DTYPES, TEXT, CoderFileError, Hints, check_tensors, dtype_name, field, nearest, sha256
+from saes.files.checks import (
+    DTYPES,
+    STORED,
+    TEXT,
+    CoderFileError,
+    Hints,
+    check_tensors,
+    dtype_name,
+    field,
+    nearest,
+    sha256,
+)
 from saes.files.saelens import config_of, file_shapes, from_file
 
 KEY = "hooked_mamba"
@@ -19,7 +30,7 @@ KEY = "hooked_mamba"
 
 FORMAT = 1
 
-FIELDS = ("format", "coder", "weights_sha256", "metrics", "training")
+FIELDS = ("format", "coder", "weights_sha256", "metrics", "training", "stored")
 
 Metrics = dict[str, float | None]
 
@@ -65,9 +76,12 @@ def _finite(value: int | float) -> float | None:
 def full_config(
     cfg: CoderConfig, dtype: str, digest: str, metrics: Mapping[str, Any], training: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that cfg.json holds; SAELens is told the length of the training's rows, and that no BOS was prepended."""
+    """All that cfg.json holds; SAELens is told the length of the training's rows, that no BOS was prepended, and of
+    float8, which it does not know by name, what it becomes when it is loaded."""
     ours = {"format": FORMAT, "coder": cfg.to_dict(), "weights_sha256": digest, "metrics": clean_metrics(metrics)}
-    config = config_of(cfg, dtype)
+    if dtype not in DTYPES:
+        ours["stored"] = dtype
+    config = config_of(cfg, dtype if dtype in DTYPES else "float32")
     if training:
         ours["training"] = clean_training(training)
         length = training.get("context_length")
@@ -101,6 +115,9 @@ def read_own(
     if cfg.input_norm != "none":
         raise CoderFileError(f"{where} has input_norm={cfg.input_norm!r}; in a file it is folded, and 'none'")
     dtype = dtype_name(field(config, "dtype", str, where), f"dtype in {where}")
+    stored = dtype_name(ours.get("stored", dtype), f"{KEY}.stored in {where}", STORED)
+    if stored != dtype and (stored in DTYPES or dtype != "float32"):
+        raise CoderFileError(f"{where} contradicts itself: dtype is {dtype}, {KEY}.stored says {stored}")
     _check_agreement(config, config_of(cfg, dtype), where)
     _check_hints(cfg, hints, where)
     digest = field(ours, "weights_sha256", str, where)
@@ -115,10 +132,10 @@ def read_own(
         found = tensors()
         check_tensors(found, file_shapes(cfg), weights_at)
         for name in file_shapes(cfg):
-            right = {DTYPES[dtype]} if name.startswith("W_") else {DTYPES[dtype], DTYPES["float32"]}
+            right = {STORED[stored]} if name.startswith("W_") else {DTYPES[dtype], DTYPES["float32"]}
             if found[name].dtype not in right:
                 got = str(found[name].dtype).removeprefix("torch.")
-                raise CoderFileError(f"{name} in {weights_at} is {got}, {where.name} says {dtype}")
+                raise CoderFileError(f"{name} in {weights_at} is {got}, {where.name} says {stored}")
         actual = sha256(weights_at)
         if actual != digest:
             raise CoderFileError(

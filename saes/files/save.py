@@ -16,13 +16,16 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from hooked_mamba.durable import sync, write_file
-from saes.files.checks import DTYPES, CoderFileError, dtype_name
+from saes.files.checks import STORED, CoderFileError, dtype_name, not_finite
 from saes.files.own import full_config
 from saes.files.saelens import to_file
 from saes.parameters import CoderParameters
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+
+ROUNDED = 0.05
+"""Of a matrix' norm, what rounding to float8 may miss."""
 
 
 def save(
@@ -43,8 +46,8 @@ def save(
     folder
         Where to write; created if needed.
     dtype
-        Of the matrices on disk: "float16", "bfloat16", "float32" or "float64"; None: as they are. In half precision
-        biases and thresholds stay float32.
+        Of the matrices on disk: "float16", "bfloat16", "float32", "float64" or "float8_e4m3fn", a byte a number; None:
+        as they are. In half precision and float8 biases and thresholds stay float32.
     metrics
         Numbers by name to keep beside the config, such as "fvu" and "l0"; model cards and registries show them.
     training
@@ -58,13 +61,14 @@ def save(
     Raises
     ------
     CoderFileError
-        For weights that are not finite, or too large for the dtype, or a file in the folder's place.
+        For weights that are not finite, too large for the dtype or too small for float8, or a file in the folder's
+        place.
     DiskFullError
         If there is no room; what was there before is untouched.
     """
     folder = Path(folder).expanduser()
     coder = coder.fold()
-    name = dtype_name(coder.W_enc.dtype if dtype is None else dtype)
+    name = dtype_name(coder.W_enc.dtype if dtype is None else dtype, among=STORED)
     state = {key: value.detach().cpu() for key, value in coder.state_dict().items()}
     tensors = {key: _as(value, name, key) for key, value in to_file(coder.cfg, state).items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
@@ -75,17 +79,23 @@ def save(
 
 
 def _as(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    wanted = DTYPES[dtype]
-    if wanted.itemsize == 2 and not name.startswith("W_"):
+    wanted = STORED[dtype]
+    if wanted.itemsize <= 2 and not name.startswith("W_"):
         wanted = torch.float32
-    out = tensor.to(wanted).contiguous()
-    if not bool(out.isfinite().all()):
-        if not bool(tensor.isfinite().all()):
-            raise CoderFileError(f"{name} holds numbers that are not finite; such a coder is not written")
-        most = torch.finfo(wanted).max
+    if not_finite(tensor):
+        raise CoderFileError(f"{name} holds numbers that are not finite; such a coder is not written")
+    out, most = tensor.to(wanted).contiguous(), torch.finfo(wanted).max
+    if tensor.abs().max() > most and wanted != tensor.dtype:
         raise CoderFileError(
             f"{name} has numbers up to {tensor.abs().max():g}, beyond {dtype}'s {most:g}; use bfloat16"
         )
+    if wanted.itemsize == 1:
+        missed = float((out.float() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-30))
+        if missed > ROUNDED:
+            raise CoderFileError(
+                f"rounding {name} to {dtype} would miss {missed:.1%} of its norm, most of its numbers being too small"
+                f" for it (at most {ROUNDED:.0%}); use float16 or bfloat16"
+            )
     return out
 
 

@@ -15,9 +15,11 @@ from saes import SAE, MambaCoder, SparseCoder
 from saes.config import ARCHITECTURES, NEEDS_K
 from saes.files import CoderFileError, open_coder
 from saes.files.save import write_files
+from saes.find import PRETRAINED
 from tests.saes.coders import activations, coder
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LESS = HALF | {"float8_e4m3fn": torch.float8_e4m3fn}
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -54,19 +56,20 @@ def test_a_sae_with_a_skip_comes_back(tmp_path):
     assert torch.equal(back(x), made(x))
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", LESS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_half_precision_on_disk(tmp_path, architecture, dtype):
+def test_half_precision_and_less_on_disk(tmp_path, architecture, dtype):
     made = coder(architecture, "skip", dtype=torch.float32)
     folder = made.save(tmp_path / "half", dtype=dtype)
     back = SparseCoder.load(folder)
     for name, value in made.state_dict().items():
-        expected = value.to(HALF[dtype]).float() if name.startswith("W_") else value
+        expected = value.to(LESS[dtype]).float() if name.startswith("W_") else value
         assert torch.equal(back.state_dict()[name], expected)
+        assert back.state_dict()[name].dtype == torch.float32
     whole = made.save(tmp_path / "whole")
     sizes = [(f / "sae_weights.safetensors").stat().st_size for f in (folder, whole)]
     assert sizes[0] < 0.8 * sizes[1]
-    assert torch.equal(SparseCoder.load(made.save(tmp_path / "d", dtype=HALF[dtype])).W_enc, back.W_enc)
+    assert torch.equal(SparseCoder.load(made.save(tmp_path / "d", dtype=LESS[dtype])).W_enc, back.W_enc)
 
 
 def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
@@ -83,6 +86,22 @@ def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(CoderFileError, match="b_enc holds numbers that are not finite"):
         made.save(tmp_path / "y")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_float8_cannot_hold_is_not_written(tmp_path):
+    made = coder("topk", dtype=torch.float32)
+    small = SparseCoder(made.cfg)
+    small.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        made.W_dec[3, 2] = 1e3
+        small.W_enc /= 1000
+    with pytest.raises(CoderFileError, match="W_dec has numbers up to 1000, beyond float8_e4m3fn's 448"):
+        made.save(tmp_path / "x", dtype="float8_e4m3fn")
+    with pytest.raises(CoderFileError, match=r"rounding W_enc to float8.* would miss \d+\.\d% of its norm.*float16"):
+        small.save(tmp_path / "x", dtype="float8_e4m3fn")
+    with pytest.raises(CoderFileError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
+        SparseCoder.load_from_disk(PRETRAINED / "tinystories-4l/l2-out", dtype="float8_e4m3fn")
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_thin_classes_check_the_kind(tmp_path):

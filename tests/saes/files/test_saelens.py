@@ -40,8 +40,8 @@ def test_it_reads_what_we_write(sae_lens, tmp_path, architecture, kind):
     assert theirs.cfg.metadata.model_name == "state-spaces/mamba-130m-hf"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_it_reads_half_precision(sae_lens, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_it_reads_half_precision_and_less(sae_lens, tmp_path, dtype):
     folder = coder("batchtopk", "mambacoder", dtype=torch.float32).save(tmp_path / "c", dtype=dtype)
     theirs = sae_lens.SAE.load_from_disk(folder, dtype="float32")
     back = SparseCoder.load(folder)
