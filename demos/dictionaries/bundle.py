@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from demos.dictionaries.tune import mean_of
+from demos.dictionaries.tune import coders_in, mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
@@ -109,20 +109,6 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def coders_of(run: Path) -> dict[str, SparseCoder]:
-    """A finished training's coders.
-
-    Raises
-    ------
-    ValueError
-        There are none.
-    """
-    found = {path.name: SparseCoder.load(path) for path in sorted((run / "coders").glob("[!.]*"))}
-    if not found:
-        raise ValueError(f"{run / 'coders'} holds no coder: has the training ended?")
-    return found
-
-
 def text_of(told: list[list[str]]) -> str:
     """What the card says of the text.
 
@@ -183,7 +169,7 @@ def tuned_section(
     found = [_last(folder) for folder in stages]
     parts = [through_the_model(stage) for stage in (found if earlier else found[1:])]
     if earlier:
-        cfg = next(iter(coders_of(stages[-1]).values())).cfg
+        cfg = next(iter(coders_in(stages[-1]).values())).cfg
         begun = f"{earlier} From there, as {cfg.architecture} with k={cfg.k}: {parts.pop(0)}"
     else:
         train = found[0]["state"]["train"]
@@ -278,13 +264,15 @@ def bundle(
 
     Raises
     ------
+    FileNotFoundError
+        There is no coder.
     ValueError
-        If there is no coder, or one was trained on other weights than the model's.
+        One was trained on other weights than the model's.
     """
     stages = [*(before or []), run]
     if not 1 <= average <= len(stages):
         raise ValueError(f"average must be from 1 to {len(stages)}, the stages that are named; got {average}")
-    trained = mean_of([coders_of(stage) for stage in stages[-average:]])
+    trained = mean_of([coders_in(stage) for stage in stages[-average:]])
     first = next(iter(trained.values())).cfg
     model = load_model(model_name or first.model_name or "")
     for name, coder in trained.items():

@@ -98,6 +98,7 @@ def specs(
     skip: bool = False,
     kind: str = "bundled",
     window: int | str | None = None,
+    target: str | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """The coders that a command line asks for: a preset, or one coder a layer.
 
@@ -115,6 +116,8 @@ def specs(
         Which preset, of :data:`KINDS`.
     window
         Positions that each reads of the normalised inputs, or "taps"; see :func:`saes.training.coder_config`.
+    target
+        What MambaCoders predict: "block" (as None), or "local", what a position's own input gives.
 
     Raises
     ------
@@ -123,9 +126,10 @@ def specs(
     """
     if layers is None:
         found = preset(model, kind)
-        if (site, d_sae, architecture, k, window) != (None,) * 5 or skip:
+        if (site, d_sae, architecture, k, window, target) != (None,) * 6 or skip:
             raise ValueError(
-                "--site, --window, --d-sae, --architecture, --k and --skip go with --layers; the preset has its own"
+                "--site, --window, --target, --d-sae, --architecture, --k and --skip go with --layers; the preset has"
+                " its own"
             )
         return found
     if d_sae is None:
@@ -137,7 +141,8 @@ def specs(
         | ({"k": k} if k else {})
         | ({"skip": True} if skip else {})
         | ({"window": window} if window is not None else {})
+        | ({"target": target} if target is not None else {})
     )
     suffix = "mambacoder" if site is None else {"out_proj": "out", "x": "write"}.get(site, site.replace("_", "-"))
-    suffix += "" if window is None else "-window"
+    suffix += ("" if window is None else "-window") + ("-local" if target == "local" else "")
     return tuple({"name": f"l{layer}-{suffix}", "layer": layer, **kind} for layer in layers)

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
         type=positions,
         help="with --layers: coders that read so many normalised inputs; taps: as many as the convolution",
     )
+    add("--target", choices=("block", "local"), help="with --layers: what MambaCoders predict (default: block)")
     add("--d-sae", type=int, help="with --layers: latents of each")
     add("--architecture", "--variant", choices=ARCHITECTURES, help="with --layers: architecture")
     add("--k", type=int, help="with --layers: active latents (default: 32)")
@@ -73,9 +74,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positions(text: str) -> int | str:
-    """A number of positions, or "taps"."""
+    """A number of positions, or "taps".
+
+    Raises
+    ------
+    ArgumentTypeError
+        Neither.
+    """
     if text == "taps":
         return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of positions or 'taps', got {text!r}")
     return int(text)
 
 
@@ -100,7 +109,16 @@ def train(args: argparse.Namespace, model: HookedModel) -> TrainResult:
         progress=sys.stderr.isatty(),
     )
     asked = specs(
-        args.model, args.layers, args.site, args.d_sae, args.architecture, args.k, args.skip, args.preset, args.window
+        args.model,
+        args.layers,
+        args.site,
+        args.d_sae,
+        args.architecture,
+        args.k,
+        args.skip,
+        args.preset,
+        args.window,
+        args.target,
     )
     named = {spec["name"]: coder_config(model, spec) for spec in asked}
     rows = training_rows(model, args.text, args.dataset, args.generated_share, data, told_by(args))

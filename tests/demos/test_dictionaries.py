@@ -106,6 +106,20 @@ def test_presets_fit_their_models(name: str) -> None:
         presets.specs(name, d_sae=64)
 
 
+def test_a_coder_of_what_a_position_gives_itself() -> None:
+    """On the command line as in a config; the name says which kind it is."""
+    (spec,) = presets.specs("any", [1], d_sae=40, target="local")
+    assert spec == {"name": "l1-mambacoder-local", "layer": 1, "d_sae": 40, "target": "local"}
+    assert coder_config(HookedMamba.from_pretrained("tinystories-4l"), spec).target == "local"
+
+
+@pytest.mark.parametrize("wrong", ["many", "0", "-1", "2.5"])
+def test_a_window_is_a_number_or_the_taps(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parser().parse_args(["--out", "x", f"--window={wrong}"])
+    assert f"expected a number of positions or 'taps', got '{wrong}'" in capsys.readouterr().err
+
+
 def test_the_told_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled models' own mix: most rows from the file, some from the grammar."""
     monkeypatch.setitem(text.MIXES, "tinystories-4l", text.TOLD._replace(stories=50))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from demos.dictionaries import bundle, presets, table, train, tune
+from demos.dictionaries import bundle, cuttings, presets, table, train, tune
+from demos.tinystories.text import read_stories
 from hooked_mamba import load_model
 from saes import SparseCoder
 from saes.training import coder_config
@@ -86,3 +87,28 @@ def test_kinds_are_compared_at_equal_width(name: str) -> None:
         block, out = found[f"l{i}-mambacoder"], found[f"l{i}-out"]
         assert block.out_site == out.out_site == out.in_site
         assert block.in_site == f"blocks.{i}.norm.hook_out"
+
+
+def test_texts_are_cut_together_from_stories(tmp_path: Path) -> None:
+    """Every sentence is one of the stories', up to three in a row; the same on every run, and not for another seed."""
+    stories = [
+        f'{name} ran. {name} sat down. {name} said, "Oh!" {name}\nslept? So it was.' for name in ("Ann", "Bo", "Cy")
+    ]
+    stories.append("One is too short. It is left out.")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(stories))
+    made = []
+    for n, seed in enumerate(("3", "3", "4")):
+        line = ["--text", str(tmp_path / "text.txt"), "--stories", "9", "--seed", seed, "--out", str(tmp_path / str(n))]
+        cuttings.main(line)
+        made.append(read_stories(tmp_path / str(n)))
+    assert made[0] == made[1]
+    assert made[0] != made[2]
+    known = [cuttings.SENTENCE.findall(story.replace("\n", " ")) for story in stories]
+    assert known[0] == ["Ann ran.", "Ann sat down.", 'Ann said, "Oh!"', "Ann slept?", "So it was."]
+    for text in made[0]:
+        found = cuttings.SENTENCE.findall(text)
+        assert cuttings.SENTENCES <= len(found) < cuttings.SENTENCES + 3
+        assert set(found) <= {sentence for story in known[:3] for sentence in story}
+    assert len(made[0]) == 9
+    with pytest.raises(ValueError, match="no story has more than three sentences"):
+        next(cuttings.cuttings(["One. Two."], 1))
