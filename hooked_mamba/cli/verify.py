@@ -26,7 +26,7 @@ def verify(
 
     Prints one table and writes a JSON file, which docs/verified.md says where to send. Exit code 1: they differ.
     """
-    path = out or Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', name.strip('/'))}.json")
+    path = out or default_file(name)
     check_inputs(writes={"--out": path}, model=name, device=device)
     from hooked_mamba import verification
 
@@ -56,3 +56,9 @@ def verify(
     screen.print(f"{'They agree' if found.agrees else 'They DIFFER'}; written to {path}", soft_wrap=True, markup=False)
     if not found.agrees:
         raise typer.Exit(1)
+
+
+def default_file(name: str) -> Path:
+    """verify-NAME.json in the working folder; of a folder its own name, of owner/name on the hub both."""
+    called = Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+    return Path(f"verify-{re.sub(r'[^A-Za-z0-9._-]+', '--', called)}.json")

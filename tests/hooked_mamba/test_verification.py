@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from hooked_mamba import verification
+from hooked_mamba.cli.verify import default_file
 from hooked_mamba.memory import available_bytes
 from hooked_mamba.models import load_model
 from tests.hooked_mamba.loading.folders import files_of, write
@@ -52,6 +54,15 @@ def test_a_difference_is_found(tmp_path, monkeypatch):
     assert not json.loads((tmp_path / "found.json").read_text())["agrees"]
 
 
+def test_the_file_is_named_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    assert default_file("tinystories-4l").name == "verify-tinystories-4l.json"
+    assert default_file("owner/name").name == "verify-owner--name.json"
+    assert default_file(str(tmp_path / "a b") + "/") == default_file("a b") == Path("verify-a--b.json")
+    assert default_file(".").name == f"verify-{tmp_path.name}.json"
+
+
 @pytest.mark.slow
 def test_formats_that_transformers_does_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -60,7 +71,7 @@ def test_formats_that_transformers_does_not_read(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "raw", format="raw")
     result = call("verify", tmp_path / "raw", "--dtype", "float32")
     assert result.exit_code == 0, result.output
-    found = json.loads(next(tmp_path.glob("verify-*--raw.json")).read_text())
+    found = json.loads((tmp_path / "verify-raw.json").read_text())
     assert (found["reference"], found["prompts"]) == ("converted", 0)
 
 
