@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from demos.dictionaries.cards import HEADING, earlier_text, kept_sections, others, training_section, tuned_section
 from demos.dictionaries.tune import coders_in, mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
-from demos.wording import listed
 from hooked_mamba.model_hash import model_hash
 from hooked_mamba.models import HookedModel
 from saes.coder import SparseCoder
@@ -49,12 +49,6 @@ KEPT = (
     "kl",
 )
 """Figures that go with a coder; densities and the rest are in the evaluation's file."""
-
-NOBODY = "0"
-"""What is given with --told for a stage that no told stories were trained on."""
-
-HEADING = "## Training of the write dictionaries"
-"""Over what a card says of them."""
 
 WRITTEN = ("mixer.hook_x", "attn.hook_v")
 """Sites of the values that enter a layer's memory."""
@@ -109,128 +103,54 @@ def measure(model: HookedModel, coders: dict[str, SparseCoder], rows: list[Rows]
     return reports
 
 
-def text_of(told: list[list[str]]) -> str:
-    """What the card says of the text.
-
-    Parameters
-    ----------
-    told
-        For every stage the share of its rows that was sampled from models, and the models.
-    """
-    if all(share == NOBODY for share, *_ in told):
-        return "The text is the model's own training mix (see its card)."
-    stages = [
-        f"{float(share):.0%} of the rows are stories that {listed(tellers)} told at temperature 1"
-        if tellers
-        else "no row was told by a model"
-        for share, *tellers in told
-    ]
-    if stages.count(stages[0]) == len(stages):
-        sampled = f"{stages[0][0].upper()}{stages[0][1:]}"
-    else:
-        named = (f"of stage {i} {stage}" for i, stage in enumerate(stages, start=1))
-        sampled = "; ".join(named).capitalize()
-    mix = "All other rows are its own training mix (see its card)."
-    return f"{sampled}: text that the model has not learnt by heart. {mix}"
-
-
-FIGURES = "The figures above are of held-out text"
-"""How the sentence begins that ends what a card says of write dictionaries."""
-
-
-def through_the_model(stage: dict[str, Any]) -> str:
-    """What the card says of a stage of fine-tuning."""
-    options = stage["state"]["finetune"]
-    return (
-        f"{stage['tokens']:,} positions in {stage['state']['step']:,} steps through the model, all layers replaced"
-        f" at once, on KL(clean || spliced) + {options['reconstruction']} times the share of variance missed, learning"
-        f" rate {options['lr']}"
-    )
-
-
-def tuned_section(
-    stages: list[Path], told: list[list[str]], average: int = 1, earlier: str | None = None, note: str = ""
-) -> str:
-    """What the card says of a training in stages, from all stages' last checkpoints and logs.
-
-    Parameters
-    ----------
-    stages
-        Folders of the trainings, the last one at the end.
-    told
-        See :func:`text_of`.
-    average
-        How many stages' ends the weights are the means of.
-    earlier
-        What the card said of the coders that the first stage went on from; None: it was a training at the sites.
-    note
-        What else there is to say of it.
-    """
-    found = [_last(folder) for folder in stages]
-    parts = [through_the_model(stage) for stage in (found if earlier else found[1:])]
-    if earlier:
-        cfg = next(iter(coders_in(stages[-1]).values())).cfg
-        begun = f"{earlier} From there, as {cfg.architecture} with k={cfg.k}: {parts.pop(0)}"
-    else:
-        train = found[0]["state"]["train"]
-        begun = (
-            "Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its"
-            f" convolution, v of attention). {found[0]['tokens']:,} positions (repeats counted) in"
-            f" {found[0]['state']['step']:,} steps on what the layers write, learning rate"
-            f" {train['lr'] or '6e-4 / sqrt(d_sae / 16384)'}, decay to 0 over the last {train['decay']:.0%}"
-        )
-    then = "".join(f"; then {part}" for part in parts)
-    mean = "" if average == 1 else f"; the weights are the means over the ends of the last {average} stages"
-    return f"""
-{HEADING}
-
-{begun}{then}{mean}. {text_of(told)} {note + " " if note else ""}{FIGURES}
-and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
-Made by `demos/dictionaries`.
-"""
-
-
-def _last(run: Path) -> dict[str, Any]:
-    """A run's last checkpoint and the positions that it had seen."""
-    path = max((run / "checkpoints").glob("step-*")) / "state.json"
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return {"state": json.loads(path.read_text(encoding="utf-8")), "tokens": last["tokens"]}
-
-
-def training_section(run: Path) -> str:
-    """What the card says of the training, from the last checkpoint and the log."""
-    state = json.loads(max((run / "checkpoints").glob("step-*")).joinpath("state.json").read_text(encoding="utf-8"))
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    train = state["train"]
-    lr = train["lr"] or "6e-4 / sqrt(d_sae / 16384)"
-    return f"""
-## Training
-
-{last["tokens"]:,} positions (repeats counted) in {state["step"]:,} steps; Adam, learning rate {lr}, warm-up over
-{train["warmup"]:.0%} of the steps, decay to 0 over the last {train["decay"]:.0%}; seed {train["seed"]}. The text is the
-model's own training mix (see its card). The figures above are of held-out text and of the files as stored;
-`dead_share` is the share of latents that were silent for {train["dead_after_tokens"]:,} positions when training ended.
-Made by `demos/dictionaries`.
-
-A MambaCoder reads one position and its block mixes many: most of what it misses no function of that position has.
-"""
-
-
-def kept_sections(to: Path) -> list[str]:
-    """What the card there says of training, by coders' kinds, which a push leaves out."""
-    card = to / "README.md"
-    _, *sections = card.read_text(encoding="utf-8").split("\n## Training") if card.is_file() else [""]
-    return [f"\n## Training{section}" for section in sections]
-
-
-def _heading(section: str) -> str:
-    return section.strip().splitlines()[0]
-
-
 def kept_reports(to: Path) -> dict[str, Any]:
     """The evaluation of other coders there."""
     report = to / "evaluation.json"
     return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+
+
+def put(
+    coders: dict[str, SparseCoder],
+    model: HookedModel,
+    valid: Path,
+    to: Path,
+    section: str,
+    dtype: str = "float16",
+    dead: dict[str, float] | None = None,
+) -> dict[str, Report]:
+    """Store coders, measure what is stored, store again with the figures.
+
+    Parameters
+    ----------
+    section
+        What the card says of their training; sections there under another heading stay.
+    dead
+        Shares of latents that were silent at the end of a training; None: in the held-out text.
+
+    Raises
+    ------
+    ValueError
+        A coder was trained on other weights than the model's.
+    """
+    for name, coder in coders.items():
+        if coder.cfg.model_hash != model_hash(model):
+            raise ValueError(f"{name} was trained on weights {coder.cfg.model_hash}, these are {model_hash(model)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        push(coders, Path(scratch), dtype=dtype)
+        stored = {name: SparseCoder.load(Path(scratch) / name) for name in coders}
+    reports = measure(model, stored, held_out_rows(model, valid))
+    metrics: dict[str, dict[str, Any]] = {}
+    for report in reports.values():
+        for scores in report.coders:
+            silent = scores.values["dead_share"] or 0.0
+            metrics[scores.name] = {**numbers(scores), "dead_share": (dead or {}).get(scores.name, round(silent, 5))}
+    sections, everything = kept_sections(to), kept_reports(to)
+    push(coders, to, dtype=dtype, metrics=metrics)
+    everything |= {kind: report.to_dict() for kind, report in reports.items()}
+    (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with open(to / "README.md", "a", encoding="utf-8") as card:
+        card.write(section + others(sections, section))
+    return reports
 
 
 def bundle(
@@ -246,7 +166,7 @@ def bundle(
     onwards: bool = False,
     note: str = "",
 ) -> dict[str, Report]:
-    """Store, measure what is stored, store again with the figures; with `text`, thresholds are calibrated on it.
+    """Put a training's coders where the package finds them; with `text`, thresholds are calibrated on it.
 
     Parameters
     ----------
@@ -273,43 +193,38 @@ def bundle(
     if not 1 <= average <= len(stages):
         raise ValueError(f"average must be from 1 to {len(stages)}, the stages that are named; got {average}")
     trained = mean_of([coders_in(stage) for stage in stages[-average:]])
-    first = next(iter(trained.values())).cfg
-    model = load_model(model_name or first.model_name or "")
-    for name, coder in trained.items():
-        if coder.cfg.model_hash != model_hash(model):
-            raise ValueError(f"{name} was trained on weights {coder.cfg.model_hash}, these are {model_hash(model)}")
+    model = load_model(model_name or next(iter(trained.values())).cfg.model_name or "")
     if text is not None:
         calibrate_on(model, trained, text)
-    with tempfile.TemporaryDirectory() as scratch:
-        push(trained, Path(scratch), dtype=dtype)
-        stored = {name: SparseCoder.load(Path(scratch) / name) for name in trained}
-    reports = measure(model, stored, held_out_rows(model, valid))
-    dead = last_dead_shares(run) if before is None and not onwards else {}
-    metrics: dict[str, dict[str, Any]] = {}
-    for report in reports.values():
-        for scores in report.coders:
-            silent = scores.values["dead_share"] or 0.0
-            metrics[scores.name] = {**numbers(scores), "dead_share": dead.get(scores.name, round(silent, 5))}
-    sections, everything = kept_sections(to), kept_reports(to)
-    writes = next((section for section in sections if _heading(section) == HEADING), "")
-    earlier = " ".join(writes.partition(HEADING)[2].partition(FIGURES)[0].split()) if onwards else None
-    push(trained, to, dtype=dtype, metrics=metrics)
-    everything |= {kind: report.to_dict() for kind, report in reports.items()}
-    (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with open(to / "README.md", "a", encoding="utf-8") as card:
-        made = (
-            training_section(run)
-            if before is None and not onwards
-            else tuned_section(stages, told or [["0.5", model.cfg.model_name]] * len(stages), average, earlier, note)
-        )
-        card.write(made + "".join(section for section in sections if _heading(section) != _heading(made)))
-    return reports
+    if before is None and not onwards:
+        return put(trained, model, valid, to, training_section(run), dtype, last_dead_shares(run))
+    told = told or [["0.5", model.cfg.model_name]] * len(stages)
+    earlier = earlier_text(kept_sections(to)) if onwards else None
+    return put(trained, model, valid, to, tuned_section(stages, told, average, earlier, note), dtype)
+
+
+def bundle_again(valid: Path, to: Path, dtype: str, model_name: str | None = None) -> dict[str, Report]:
+    """Store the write dictionaries that are there in another number format, with figures measured anew.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are none.
+    """
+    coders = coders_in(to, "write")
+    model = load_model(model_name or next(iter(coders.values())).cfg.model_name or "")
+    section = next((one for one in kept_sections(to) if HEADING in one), "")
+    return put(coders, model, valid, to, section, dtype)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.bundle", allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished training")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="folder of a finished training")
+    which.add_argument(
+        "--again", action="store_true", help="instead: the write dictionaries that are in TO now, stored as --dtype"
+    )
     parser.add_argument("--before", type=Path, nargs="+", help="folders of the trainings that RUN went on from")
     parser.add_argument(
         "--told",
@@ -329,19 +244,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
-    for report in bundle(
-        args.run,
-        args.valid,
-        args.to,
-        args.model,
-        args.dtype,
-        args.text,
-        args.before,
-        args.told,
-        args.average,
-        args.onwards,
-        args.note,
-    ).values():
+    reports = (
+        bundle_again(args.valid, args.to, args.dtype, args.model)
+        if args.again
+        else bundle(
+            args.run,
+            args.valid,
+            args.to,
+            args.model,
+            args.dtype,
+            args.text,
+            args.before,
+            args.told,
+            args.average,
+            args.onwards,
+            args.note,
+        )
+    )
+    for report in reports.values():
         print(report)
 
 

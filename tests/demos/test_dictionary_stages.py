@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demos.dictionaries import bundle, cuttings, presets, table, train, tune
+from demos.dictionaries import bundle, cards, cuttings, presets, table, train, tune, walks
 from demos.tinystories.text import read_stories
 from hooked_mamba import load_model
 from saes import SparseCoder
@@ -17,10 +17,10 @@ from tests.demos.test_dictionaries import arguments, folder  # noqa: F401 (a fix
 
 
 def test_a_card_says_who_told_what() -> None:
-    assert "training mix" in bundle.text_of([["0"], ["0"]])
-    both = bundle.text_of([["0.5", "a"], ["0.5", "a"]])
+    assert "training mix" in cards.text_of([["0"], ["0"]])
+    both = cards.text_of([["0.5", "a"], ["0.5", "a"]])
     assert both.startswith("50% of the rows are stories that a told at temperature 1: text")
-    apart = bundle.text_of([["0.5", "a"], ["0"], ["0.8", "a", "b", "c"]])
+    apart = cards.text_of([["0.5", "a"], ["0"], ["0.8", "a", "b", "c"]])
     assert "Of stage 1 50% of the rows are stories that a told" in apart
     assert "of stage 2 no row was told by a model" in apart
     assert "of stage 3 80% of the rows are stories that a, b and c told" in apart
@@ -43,14 +43,19 @@ def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  #
     )
     card = (to / "README.md").read_text()
     assert card.count("## Training") == 1
-    earlier = " ".join(
-        before.partition("## Training of the write dictionaries")[2].partition(bundle.FIGURES)[0].split()
-    )
+    earlier = " ".join(before.partition("## Training of the write dictionaries")[2].partition(cards.FIGURES)[0].split())
     assert earlier in card, "what they went on from is still said"
     assert "From there, as batchtopk with k=2: 128 positions in 2 steps through the model" in card
     assert "80% of the rows are stories that x and y told" in card
-    assert f"It began so. {bundle.FIGURES}" in card
+    assert f"It began so. {cards.FIGURES}" in card
     assert SparseCoder.load(to / "l1-write").cfg.architecture == "batchtopk"
+
+    large = (to / "l1-write" / "sae_weights.safetensors").stat().st_size
+    bundle.main(["--again", "--dtype", "float8_e4m3fn", *shown])
+    assert (to / "README.md").read_text().count("## Training") == 1
+    assert f"It began so. {cards.FIGURES}" in (to / "README.md").read_text()
+    assert (to / "l1-write" / "sae_weights.safetensors").stat().st_size < 0.75 * large
+    assert json.loads((to / "evaluation.json").read_text())["write"]["together"]["values"]["kl"] >= 0
 
     line = ["--of", "write", str(tmp_path / "b"), "--model", str(folder), "--valid", words]
     active = []
@@ -112,3 +117,33 @@ def test_texts_are_cut_together_from_stories(tmp_path: Path) -> None:
     assert len(made[0]) == 9
     with pytest.raises(ValueError, match="no story has more than three sentences"):
         next(cuttings.cuttings(["One. Two."], 1))
+
+
+def test_walks_go_through_a_text_by_what_is_the_same() -> None:
+    """Every four tokens in a row stand in the text, walks go on elsewhere, and none crosses an end."""
+    draw = torch.Generator().manual_seed(0)
+    stream = [0]
+    for _ in range(40):
+        stream += [*torch.randint(1, 4, (12,), generator=draw).tolist(), 0]
+    made = list(walks.walks(stream, 0, 30, tokens=20, seed=1))
+    real = {tuple(stream[i : i + 4]) for i in range(len(stream))}
+    documents = {tuple(one) for one in "".join(map(str, stream)).split("0")}
+    assert len(made) == 30
+    assert all(0 not in walk and len(walk) <= 20 for walk in made)
+    assert all(tuple(walk[i : i + 4]) in real for walk in made for i in range(len(walk) - 3))
+    assert any(len(walk) == 20 for walk in made)
+    assert sum(tuple(map(str, walk)) in documents for walk in made) < 10, "most are new"
+    assert made == list(walks.walks(stream, 0, 30, tokens=20, seed=1))
+    with pytest.raises(ValueError, match="nothing to walk through"):
+        next(walks.walks([0], 0, 1))
+
+
+def test_walks_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(
+        "The cat sat on the mat. It was a good cat.\n<|endoftext|>\nThe dog sat on it.\n"
+    )
+    line = ["--model", "tinystories-4l", "--text", str(tmp_path / "text.txt"), "--stories", "3"]
+    walks.main([*line, "--out", str(tmp_path / "out.txt")])
+    found = read_stories(tmp_path / "out.txt")
+    assert len(found) == 3
+    assert all(text.startswith("The ") for text in found)

@@ -1,0 +1,84 @@
+"""New texts that walk through real ones: after every three tokens that stand elsewhere too, perhaps on from there.
+
+    python -m demos.dictionaries.walks --model tinystories-4l --text train.txt --stories 6500 --out runs/walks.txt
+
+What comes next is drawn as a Markov chain of third order draws it, but for steps in which the walk stays where it is.
+So every four tokens in a row are real ones, and what is farther apart is new: a text that no model has learnt by heart,
+made without running one. Drawn with a seed, the same on every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from demos.tinystories.text import read_stories, write_stories
+from demos.tinystories.tokenizer import encode_stream
+from saes.training import load_model
+
+ORDER = 3
+"""Tokens that must be the same where a walk goes on."""
+
+MOVES = 0.7
+"""Share of the steps in which it goes on elsewhere, if it can."""
+
+
+def walks(stream: Sequence[int], end: int, n: int, tokens: int = 255, seed: int = 0) -> Iterator[list[int]]:
+    """Walks through a text.
+
+    Parameters
+    ----------
+    stream
+        Its tokens, `end` before every document.
+    end
+        The token that parts documents: walks begin and end there.
+    n, tokens
+        How many, and how long at most.
+    seed
+        Of all draws.
+
+    Raises
+    ------
+    ValueError
+        No document has two tokens.
+    """
+    text = np.asarray(stream, dtype=np.int64)
+    key = np.zeros(len(text), dtype=np.int64)  # the last ORDER tokens as one number
+    for i in range(ORDER):
+        key[ORDER - 1 :] += text[ORDER - 1 - i : len(text) - i] * (int(text.max()) + 1) ** i
+    by_key = np.argsort(key, kind="stable")
+    first, last = (np.searchsorted(key[by_key], key, side) for side in ("left", "right"))
+    starts = np.flatnonzero(text == end)
+    starts = starts[starts < len(text) - 2]
+    if not len(starts):
+        raise ValueError("no document has two tokens: there is nothing to walk through")
+    draw = np.random.default_rng(seed)
+    for _ in range(n):
+        at, walk = int(draw.choice(starts)), []
+        while (at := at + 1) < len(text) and text[at] != end and len(walk) < tokens:
+            walk.append(int(text[at]))
+            if draw.random() < MOVES and last[at] - first[at] > 1:
+                at = int(by_key[draw.integers(first[at], last[at])])
+        yield walk
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.walks", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="bundled name or folder, for its tokenizer")
+    parser.add_argument("--text", type=Path, required=True, help="stories to walk through")
+    parser.add_argument("--stories", type=int, default=6500, help="how many to make (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="text file to write")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
+    args = parser.parse_args(argv)
+    model = load_model(args.model)
+    stream = encode_stream(model.tokenizer, read_stories(args.text))
+    found = (model.tokenizer.decode(walk) for walk in walks(stream, model.eos_token_id, args.stories, seed=args.seed))
+    write_stories(args.out, (text for text in found if text.strip()))
+
+
+if __name__ == "__main__":
+    main()
