@@ -23,7 +23,8 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat
 """Number formats of a coder, by name."""
 
 STORED = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
-"""Number formats that weights may have on disk. One in float8 is a float32 coder whose matrices were rounded."""
+"""Number formats that weights of our own files may have. One in float8 is a float32 coder whose matrices were rounded; in
+others' files float8 is refused, as it may need a scale that is not there."""
 
 FINITE_AT_ONCE = 1 << 24
 """Numbers looked at together when all must be finite."""
@@ -181,8 +182,13 @@ def check_names(found: Iterable[str], expected: Iterable[str], where: Path) -> N
     raise CoderFileError(f"{where} does not hold this coder's tensors: {'; '.join(parts)}")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Names, shapes, number formats and finiteness.
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path,
+    among: Mapping[str, torch.dtype] = DTYPES,
+) -> None:
+    """Names, shapes, number formats (one of `among`) and finiteness.
 
     Raises
     ------
@@ -194,9 +200,9 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise CoderFileError(f"{name} in {where} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in STORED.values():
+        if tensor.dtype not in among.values():
             got = str(tensor.dtype).removeprefix("torch.")
-            raise CoderFileError(f"{name} in {where} has dtype {got}, expected one of {', '.join(STORED)}")
+            raise CoderFileError(f"{name} in {where} has dtype {got}, expected one of {', '.join(among)}")
     for name in shapes:
         flat = tensors[name].reshape(-1)
         bad = sum(not_finite(part) for part in flat.split(FINITE_AT_ONCE))

@@ -130,7 +130,7 @@ def read_own(
 
     def weights() -> dict[str, Tensor]:
         found = tensors()
-        check_tensors(found, file_shapes(cfg), weights_at)
+        check_tensors(found, file_shapes(cfg), weights_at, STORED)
         for name in file_shapes(cfg):
             right = {STORED[stored]} if name.startswith("W_") else {DTYPES[dtype], DTYPES["float32"]}
             if found[name].dtype not in right:

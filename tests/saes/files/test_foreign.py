@@ -201,6 +201,15 @@ def test_half_precision_is_read_as_float32(tmp_path):
     assert {p.dtype for p in made.parameters()} == {torch.float32}
 
 
+def test_float8_of_others_is_refused(tmp_path):
+    """It may need a scale that is not there."""
+    folder = sparsify(tmp_path / "layers.3", dtype=torch.float8_e4m3fn)
+    with pytest.raises(
+        CoderFileError, match="has dtype float8_e4m3fn, expected one of float16, bfloat16, float32, float64"
+    ):
+        SparseCoder.load(folder)
+
+
 def test_sites_of_other_models_must_be_named(tmp_path):
     folder = saelens(tmp_path / "c", weights("b_enc"), "standard", metadata={"hook_name": "blocks.5.hook_attn_in"})
     with pytest.raises(
