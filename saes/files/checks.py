@@ -23,8 +23,8 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat
 """Number formats of a coder, by name."""
 
 STORED = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
-"""Number formats that weights of our own files may have. One in float8 is a float32 coder whose matrices were rounded; in
-others' files float8 is refused, as it may need a scale that is not there."""
+"""Number formats that weights of our own files may have. One in float8 is a float32 coder whose matrices were rounded;
+in others' files float8 is refused, as it may need a scale that is not there."""
 
 FINITE_AT_ONCE = 1 << 24
 """Numbers looked at together when all must be finite."""
