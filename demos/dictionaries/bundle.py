@@ -109,6 +109,13 @@ def kept_reports(to: Path) -> dict[str, Any]:
     return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
 
+def as_stored(coders: dict[str, SparseCoder], dtype: str) -> dict[str, SparseCoder]:
+    """What is loaded of coders that were stored in a number format."""
+    with tempfile.TemporaryDirectory() as scratch:
+        push(coders, Path(scratch), dtype=dtype)
+        return {name: SparseCoder.load(Path(scratch) / name) for name in coders}
+
+
 def put(
     coders: dict[str, SparseCoder],
     model: HookedModel,
@@ -135,10 +142,7 @@ def put(
     for name, coder in coders.items():
         if coder.cfg.model_hash != model_hash(model):
             raise ValueError(f"{name} was trained on weights {coder.cfg.model_hash}, these are {model_hash(model)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        push(coders, Path(scratch), dtype=dtype)
-        stored = {name: SparseCoder.load(Path(scratch) / name) for name in coders}
-    reports = measure(model, stored, held_out_rows(model, valid))
+    reports = measure(model, as_stored(coders, dtype), held_out_rows(model, valid))
     metrics: dict[str, dict[str, Any]] = {}
     for report in reports.values():
         for scores in report.coders:
@@ -195,6 +199,7 @@ def bundle(
     trained = mean_of([coders_in(stage) for stage in stages[-average:]])
     model = load_model(model_name or next(iter(trained.values())).cfg.model_name or "")
     if text is not None:
+        trained = as_stored(trained, dtype)  # rounding moves a little what is active
         calibrate_on(model, trained, text)
     if before is None and not onwards:
         return put(trained, model, valid, to, training_section(run), dtype, last_dead_shares(run))
