@@ -20,7 +20,7 @@ from demos.hunger.claims import AUC, judge
 from demos.hunger.concepts import CONCEPTS, END, HUNGRY, Pair
 from demos.hunger.options import Options, parse_args
 from demos.hunger.page import TEMPLATE as PAGE
-from demos.hunger.page import group
+from demos.hunger.page import group, headline
 from demos.hunger.planted_claims import judge_planted
 from demos.hunger.stages import Stages, rounded
 from demos.hunger.subject import Sentences, Subject
@@ -35,6 +35,25 @@ TINY = {
     "words": 2, "told": 4, "stories": 3, "story_tokens": 12, "shortlist": 2, "controls": 3, "generations": 3,
     "new_tokens": 3, "heads": 2, "resamples": 20, "nearest": 20,
 }  # fmt: skip
+
+
+def outcome(**failed: str) -> dict:
+    """Results of models by name, with claims that fail."""
+
+    def claims(names: str) -> list[dict]:
+        return [{"name": name, "holds": name not in names.split()} for name in ("reads", "says", "steers", "circuit")]
+
+    return {"models": {m: {"concepts": {HUNGRY.name: {"claims": claims(names)}}} for m, names in failed.items()}}
+
+
+def test_the_headline_says_which_claims_fail_where() -> None:
+    assert headline(outcome(a="circuit", b="")) == "A latent passes for hunger on a and b."
+    assert headline(outcome(a="reads")) == "No latent passes for hunger. “reads” fails on a."
+    three = outcome(a="reads says", b="reads", c="reads steers says circuit")
+    said = "“reads” fails on all; “says” fails on a and c; “steers” fails on c."
+    assert headline(three) == f"No latent passes for hunger. {said}"
+    some = headline(outcome(a="circuit", b="says", c="says", d="says"))
+    assert some == "A latent passes for hunger on a alone. “says” fails on b, c and d."
 
 
 @pytest.fixture(scope="module")
