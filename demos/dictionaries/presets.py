@@ -29,8 +29,8 @@ WIDTH, ACTIVE = 672, 31
 """Latents of a write dictionary, and how many are active on average."""
 
 CONTROL_WIDTH, CONTROL_ACTIVE = 2560, 32
-"""Of the control's: a model of real text alone is surer of itself, and loses more by what a dictionary misses. With these
-and two other models' in float8, those of all four models take 16 MB."""
+"""Of the control's: a model of real text alone is surer of itself, and loses more by what a dictionary misses. With
+these and two other models' in float8, those of all four models take 16 MB."""
 
 SPARSE: dict[str, Any] = {"d_sae": WIDTH, "k": ACTIVE, "architecture": "batchtopk"}
 
