@@ -47,6 +47,7 @@ def walks(stream: Sequence[int], end: int, n: int, tokens: int = 255, seed: int 
     """
     text = np.asarray(stream, dtype=np.int64)
     key = np.zeros(len(text), dtype=np.int64)  # the last ORDER tokens as one number
+    key[: ORDER - 1] = -1 - np.arange(len(text))[: ORDER - 1]  # the first have too few, and are like no other
     for i in range(ORDER):
         key[ORDER - 1 :] += text[ORDER - 1 - i : len(text) - i] * (int(text.max()) + 1) ** i
     by_key = np.argsort(key, kind="stable")

@@ -134,6 +134,7 @@ def test_walks_go_through_a_text_by_what_is_the_same() -> None:
     assert any(len(walk) == 20 for walk in made)
     assert sum(tuple(map(str, walk)) in documents for walk in made) < 10, "most are new"
     assert made == list(walks.walks(stream, 0, 30, tokens=20, seed=1))
+    assert list(walks.walks([0, 1, 0], 0, 3)) == [[1]] * 3, "the first tokens have too few before them to go elsewhere"
     with pytest.raises(ValueError, match="nothing to walk through"):
         next(walks.walks([0], 0, 1))
 
