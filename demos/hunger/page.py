@@ -99,13 +99,15 @@ def headline(results: Found) -> str:
     if len(passing) == len(failing):
         return f"A latent passes for hunger on {listed(passing)}."
     said = f"A latent passes for hunger on {listed(passing)} alone." if passing else "No latent passes for hunger."
-    lacking = {claim: [model for model, failed in failing.items() if claim in failed] for claim in ESSENTIAL}
-    where = [
-        f"“{claim}” fails on {'all' if 1 < len(on) == len(failing) else listed(on)}"
-        for claim, on in lacking.items()
-        if on
-    ]
-    return f"{said} {'; '.join(where)}."
+    where: dict[tuple[str, ...], list[str]] = {}
+    for claim in ESSENTIAL:
+        where.setdefault(tuple(model for model, failed in failing.items() if claim in failed), []).append(f"“{claim}”")
+    parts = []
+    for on, claims in where.items():
+        if on:
+            models = "all" if 1 < len(on) == len(failing) else listed(on)
+            parts.append(f"{listed(claims)} {'fail' if claims[1:] else 'fails'} on {models}")
+    return f"{said} {'; '.join(parts)}."
 
 
 def verdicts(results: Found) -> list[str]:

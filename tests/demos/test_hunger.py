@@ -52,6 +52,8 @@ def test_the_headline_says_which_claims_fail_where() -> None:
     three = outcome(a="reads says", b="reads", c="reads steers says circuit")
     said = "“reads” fails on all; “says” fails on a and c; “steers” fails on c."
     assert headline(three) == f"No latent passes for hunger. {said}"
+    both = headline(outcome(a="reads says steers", b="steers says reads"))
+    assert both == "No latent passes for hunger. “reads”, “says” and “steers” fail on all."
     some = headline(outcome(a="circuit", b="says", c="says", d="says"))
     assert some == "A latent passes for hunger on a alone. “says” fails on b, c and d."
 
