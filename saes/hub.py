@@ -18,6 +18,7 @@ from saes.cards import MARK, model_card
 from saes.coder import SparseCoder
 from saes.files import CoderFileError, open_coder, save
 from saes.files.checks import read_object
+from saes.files.own import stored_dtype
 from saes.files.save import CONFIG, WEIGHTS, write_files
 from saes.find import PRETRAINED, HubError, endpoint, is_local, resolve, snapshot, what_failed
 from saes.naming import full_name
@@ -179,7 +180,7 @@ def _stage(
 
 
 def _dtype_of(folder: Path) -> str:
-    return str(read_object(folder / CONFIG)["dtype"])
+    return stored_dtype(read_object(folder / CONFIG), folder / CONFIG)
 
 
 def _named(coders: Coders) -> dict[str, SparseCoder | str | Path]:

@@ -22,7 +22,7 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; created if needed.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Precision on disk: float32, float16, bfloat16 or float8_e4m3fn.")
+        str | None, typer.Option(help="Precision on disk: float64, float32, float16, bfloat16, float8_e4m3fn.")
     ] = None,
     license: Annotated[str, typer.Option(help="The weights' licence, as the hub names it.")] = "mit",
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,

@@ -165,7 +165,12 @@ def dtype_name(dtype: object, where: str = "dtype", among: Iterable[str] = tuple
     """ "float16" of "float16", "torch.float16" and torch.float16."""
     name = str(dtype).removeprefix("torch.")
     if name not in among:
-        raise CoderFileError(f"{where} must be one of {', '.join(among)}, got {dtype!r}{nearest(name, among)}")
+        if name in STORED:
+            way_out = f": {name} is a format of files alone; leave it out, or ask for float32"
+        else:
+            longer = next((one for one in among if one.startswith(name)), None)
+            way_out = f"; nearest: {longer!r}" if longer else nearest(name, among)
+        raise CoderFileError(f"{where} must be one of {', '.join(among)}, got {dtype!r}{way_out}")
     return name
 
 

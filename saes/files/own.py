@@ -90,6 +90,13 @@ def full_config(
     return {**config, KEY: ours}
 
 
+def stored_dtype(config: Mapping[str, Any], where: Path) -> str:
+    """The number format of the matrices in a directory that we wrote."""
+    if "stored" in config[KEY]:
+        return dtype_name(field(config[KEY], "stored", str, where), f"{KEY}.stored in {where}", STORED)
+    return dtype_name(field(config, "dtype", str, where), f"dtype in {where}")
+
+
 def read_own(
     config: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], hints: Hints, where: Path, weights_at: Path
 ) -> tuple[CoderConfig, Metrics, Training, Callable[[], dict[str, Tensor]]]:
@@ -115,7 +122,7 @@ def read_own(
     if cfg.input_norm != "none":
         raise CoderFileError(f"{where} has input_norm={cfg.input_norm!r}; in a file it is folded, and 'none'")
     dtype = dtype_name(field(config, "dtype", str, where), f"dtype in {where}")
-    stored = dtype_name(ours.get("stored", dtype), f"{KEY}.stored in {where}", STORED)
+    stored = stored_dtype(config, where)
     if stored != dtype and (stored in DTYPES or dtype != "float32"):
         raise CoderFileError(f"{where} contradicts itself: dtype is {dtype}, {KEY}.stored says {stored}")
     _check_agreement(config, config_of(cfg, dtype), where)
@@ -132,10 +139,10 @@ def read_own(
         found = tensors()
         check_tensors(found, file_shapes(cfg), weights_at, STORED)
         for name in file_shapes(cfg):
-            right = {STORED[stored]} if name.startswith("W_") else {DTYPES[dtype], DTYPES["float32"]}
-            if found[name].dtype not in right:
-                got = str(found[name].dtype).removeprefix("torch.")
-                raise CoderFileError(f"{name} in {weights_at} is {got}, {where.name} says {stored}")
+            got, matrix = str(found[name].dtype).removeprefix("torch."), name.startswith("W_")
+            if got not in ((stored,) if matrix else (dtype, "float32")):
+                right = f"{where.name} says {stored}" if matrix or dtype == stored else "expected float32"
+                raise CoderFileError(f"{name} in {weights_at} is {got}, {right}")
         actual = sha256(weights_at)
         if actual != digest:
             raise CoderFileError(

@@ -13,19 +13,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from hooked_mamba.durable import sync, write_file
-from saes.files.checks import STORED, CoderFileError, dtype_name, not_finite
+from saes.files.checks import STORED, CoderFileError, dtype_name
 from saes.files.own import full_config
+from saes.files.rounding import rounded
 from saes.files.saelens import to_file
 from saes.parameters import CoderParameters
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
-
-ROUNDED = 0.05
-"""Of a matrix' norm, what rounding to float8 may miss."""
 
 
 def save(
@@ -70,33 +67,12 @@ def save(
     coder = coder.fold()
     name = dtype_name(coder.W_enc.dtype if dtype is None else dtype, among=STORED)
     state = {key: value.detach().cpu() for key, value in coder.state_dict().items()}
-    tensors = {key: _as(value, name, key) for key, value in to_file(coder.cfg, state).items()}
+    tensors = {key: rounded(value, name, key) for key, value in to_file(coder.cfg, state).items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
     config = full_config(coder.cfg, name, hashlib.sha256(weights).hexdigest(), metrics or {}, training or {})
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     write_files(folder, {WEIGHTS: weights, CONFIG: text.encode()})
     return folder
-
-
-def _as(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    wanted = STORED[dtype]
-    if wanted.itemsize <= 2 and not name.startswith("W_"):
-        wanted = torch.float32
-    if not_finite(tensor):
-        raise CoderFileError(f"{name} holds numbers that are not finite; such a coder is not written")
-    out, most = tensor.to(wanted).contiguous(), torch.finfo(wanted).max
-    if tensor.abs().max() > most and wanted != tensor.dtype:
-        raise CoderFileError(
-            f"{name} has numbers up to {tensor.abs().max():g}, beyond {dtype}'s {most:g}; use bfloat16"
-        )
-    if wanted.itemsize == 1:
-        missed = float((out.float() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-30))
-        if missed > ROUNDED:
-            raise CoderFileError(
-                f"rounding {name} to {dtype} would miss {missed:.1%} of its norm, most of its numbers being too small"
-                f" for it (at most {ROUNDED:.0%}); use float16 or bfloat16"
-            )
-    return out
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

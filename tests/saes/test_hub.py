@@ -242,6 +242,15 @@ def test_pulled(server, tmp_path):
     assert not (folder / "cfg.json").is_symlink()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_a_folder_is_pushed_as_it_is_stored(tmp_path, dtype):
+    folder = coder("batchtopk", dtype=torch.float32).save(tmp_path / "one", dtype=dtype)
+    hub.push({"two": folder}, tmp_path / "there")
+    assert [(tmp_path / "there/two" / f).read_bytes() for f in ("sae_weights.safetensors", "cfg.json")] == [
+        (folder / f).read_bytes() for f in ("sae_weights.safetensors", "cfg.json")
+    ]
+
+
 def test_no_server(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -172,6 +172,8 @@ OURS = {
     "an unknown dtype": (config(dtype="float8"), "dtype in .* must be one of float16.*got 'float8'; nearest:"),
     "float8 that is not there": (ours(stored="float8_e4m3fn"), "is float32, cfg.json says float8_e4m3fn"),
     "stored in two ways": (ours(stored="float16"), "contradicts itself: dtype is float32, .*stored says float16"),
+    "stored in no text": (ours(stored=["float8_e4m3fn"]), "has stored=.*expected a text"),
+    "stored in a long text": (ours(stored="x" * 10_000), "has a stored of 10,000 characters, expected at most"),
     "stored in no known way": (ours(stored="int4"), "stored in .* must be one of float16.*got 'int4'"),
     "other weights": (tensors(W_enc=lambda t: t + 1), "is not the file that cfg.json was written with"),
     "one bit flipped": (flipped, "is not the file that cfg.json was written with"),

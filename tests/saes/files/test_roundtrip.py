@@ -15,7 +15,6 @@ from saes import SAE, MambaCoder, SparseCoder
 from saes.config import ARCHITECTURES, NEEDS_K
 from saes.files import CoderFileError, open_coder
 from saes.files.save import write_files
-from saes.find import PRETRAINED
 from tests.saes.coders import activations, coder
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -88,20 +87,48 @@ def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_what_float8_cannot_hold_is_not_written(tmp_path):
-    made = coder("topk", dtype=torch.float32)
-    small = SparseCoder(made.cfg)
-    small.load_state_dict(made.state_dict())
+def changed(**values):
+    """A coder some of whose numbers are others: (factor, latents) by matrix."""
+    made = coder("topk", "skip", dtype=torch.float64)
     with torch.no_grad():
-        made.W_dec[3, 2] = 1e3
-        small.W_enc /= 1000
-    with pytest.raises(CoderFileError, match="W_dec has numbers up to 1000, beyond float8_e4m3fn's 448"):
-        made.save(tmp_path / "x", dtype="float8_e4m3fn")
-    with pytest.raises(CoderFileError, match=r"rounding W_enc to float8.* would miss \d+\.\d% of its norm.*float16"):
-        small.save(tmp_path / "x", dtype="float8_e4m3fn")
-    with pytest.raises(CoderFileError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
-        SparseCoder.load_from_disk(PRETRAINED / "tinystories-4l/l2-out", dtype="float8_e4m3fn")
+        for name, change in values.items():
+            change(getattr(made, name))
+    return made
+
+
+def test_what_float8_cannot_hold_is_not_written(tmp_path):
+    cases = {
+        "W_dec has numbers up to 1000, beyond float8_e4m3fn's 448; use bfloat16": {"W_dec": lambda W: W[3].fill_(1e3)},
+        r"rounding W_enc to float8.* would miss \d+\.\d% of its norm.*float16": {"W_enc": lambda W: W.div_(1000)},
+        "rounding W_skip to float8_e4m3fn would miss 100.0%": {"W_skip": lambda W: W.fill_(1e-300)},
+        "rounding W_enc to float8_e4m3fn would take most of 3 of 40 latents": {"W_enc": lambda W: W[:, :3].mul_(1e-3)},
+        "rounding W_dec to float8_e4m3fn would take most of 2 of 40 latents": {"W_dec": lambda W: W[5:7].mul_(1e-3)},
+        r"b_enc has numbers up to 1e\+300, beyond float32's .*; use float64": {"b_enc": lambda b: b.fill_(1e300)},
+        "W_dec holds numbers that are not finite": {"W_dec": lambda W: W[0, 0].fill_(float("inf"))},
+    }
+    for message, change in cases.items():
+        with pytest.raises(CoderFileError, match=message):
+            changed(**change).save(tmp_path / "x", dtype="float8_e4m3fn")
     assert os.listdir(tmp_path) == []
+    nothing = changed(W_skip=lambda W: W.zero_(), W_enc=lambda W: W[:, 2].zero_())
+    back = SparseCoder.load(nothing.save(tmp_path / "x", dtype="float8_e4m3fn"))
+    assert not back.W_skip.any()
+    assert not back.W_enc[:, 2].any()
+
+
+def test_float8_is_a_format_of_files_alone(tmp_path):
+    folder = coder("topk", dtype=torch.float32).save(tmp_path / "c", dtype="float8_e4m3fn")
+    with pytest.raises(CoderFileError, match="'float8_e4m3fn': float8_e4m3fn is a format of files alone; leave it out"):
+        SparseCoder.load_from_disk(folder, dtype="float8_e4m3fn")
+    with pytest.raises(CoderFileError, match="got 'float8'; nearest: 'float8_e4m3fn'"):
+        SparseCoder.load(folder).save(tmp_path / "d", dtype="float8")
+    moved = SparseCoder.load(folder).to(torch.float8_e4m3fn)
+    assert torch.equal(SparseCoder.load(moved.save(tmp_path / "e")).W_enc, SparseCoder.load(folder).W_enc)
+
+
+def test_what_rounds_to_a_format_s_largest_number_is_written(tmp_path):
+    made = changed(W_enc=lambda W: W[0, 0].fill_(65510.0))
+    assert float(SparseCoder.load(made.save(tmp_path / "c", dtype="float16")).W_enc[0, 0].detach()) == 65504
 
 
 def test_the_thin_classes_check_the_kind(tmp_path):
