@@ -21,7 +21,16 @@ from typing import Any
 
 import torch
 
-from demos.dictionaries.cards import HEADING, earlier_text, kept_sections, others, training_section, tuned_section
+from demos.dictionaries.cards import (
+    HEADING,
+    REST,
+    earlier_text,
+    kept_sections,
+    others,
+    stored_as,
+    training_section,
+    tuned_section,
+)
 from demos.dictionaries.tune import coders_in, mean_of
 from demos.tinystories.data import windows
 from demos.tinystories.text import read_stories
@@ -124,8 +133,9 @@ def put(
     section: str,
     dtype: str = "float16",
     dead: dict[str, float] | None = None,
+    folders: dict[str, Path] | None = None,
 ) -> dict[str, Report]:
-    """Store coders, measure what is stored, store again with the figures.
+    """Measure coders as they are stored, and store them with the figures.
 
     Parameters
     ----------
@@ -133,6 +143,8 @@ def put(
         What the card says of their training; sections there under another heading stay.
     dead
         Shares of latents that were silent at the end of a training; None: in the held-out text.
+    folders
+        Where they were read from, if what else is recorded there is to stay.
 
     Raises
     ------
@@ -148,12 +160,13 @@ def put(
         for scores in report.coders:
             silent = scores.values["dead_share"] or 0.0
             metrics[scores.name] = {**numbers(scores), "dead_share": (dead or {}).get(scores.name, round(silent, 5))}
-    sections, everything = kept_sections(to), kept_reports(to)
-    push(coders, to, dtype=dtype, metrics=metrics)
+    everything, section = kept_reports(to), stored_as(section, dtype)
+    section += others(kept_sections(to), section)
+    push(folders or coders, to, dtype=dtype, metrics=metrics)
     everything |= {kind: report.to_dict() for kind, report in reports.items()}
     (to / "evaluation.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with open(to / "README.md", "a", encoding="utf-8") as card:
-        card.write(section + others(sections, section))
+        card.write(section)
     return reports
 
 
@@ -169,6 +182,7 @@ def bundle(
     average: int = 1,
     onwards: bool = False,
     note: str = "",
+    rest: str = REST,
 ) -> dict[str, Report]:
     """Put a training's coders where the package finds them; with `text`, thresholds are calibrated on it.
 
@@ -185,6 +199,8 @@ def bundle(
         All of these stages went on from the write dictionaries that are there now, through the model.
     note
         A sentence for the card about these stages.
+    rest
+        One about the rows that no model told.
 
     Raises
     ------
@@ -205,7 +221,7 @@ def bundle(
         return put(trained, model, valid, to, training_section(run), dtype, last_dead_shares(run))
     told = told or [["0.5", model.cfg.model_name]] * len(stages)
     earlier = earlier_text(kept_sections(to)) if onwards else None
-    return put(trained, model, valid, to, tuned_section(stages, told, average, earlier, note), dtype)
+    return put(trained, model, valid, to, tuned_section(stages, told, average, earlier, note, rest), dtype)
 
 
 def bundle_again(valid: Path, to: Path, dtype: str, model_name: str | None = None) -> dict[str, Report]:
@@ -219,7 +235,7 @@ def bundle_again(valid: Path, to: Path, dtype: str, model_name: str | None = Non
     coders = coders_in(to, "write")
     model = load_model(model_name or next(iter(coders.values())).cfg.model_name or "")
     section = next((one for one in kept_sections(to) if HEADING in one), "")
-    return put(coders, model, valid, to, section, dtype)
+    return put(coders, model, valid, to, section, dtype, folders={name: to / name for name in coders})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -243,12 +259,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--average", type=int, default=1, help="stages whose ends are averaged (default: %(default)s)")
     parser.add_argument("--note", default="", help="a sentence for the card about these stages")
+    parser.add_argument("--rest", default=REST, help="one about the rows that no model told (default: %(default)s)")
     parser.add_argument("--valid", type=Path, required=True, help="held-out text")
     parser.add_argument("--text", type=Path, help="text on which BatchTopK's thresholds are calibrated")
     parser.add_argument("--to", type=Path, required=True, help="folder to add the coders to")
     parser.add_argument("--model", help="name or folder of the model (default: the coders')")
     parser.add_argument("--dtype", default="float16", help="on disk (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.again:
+        of_a_run = ("before", "told", "onwards", "average", "note", "rest", "text")
+        given = [f"--{name}" for name in of_a_run if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"{', '.join(given)}: for --run; with --again coders and thresholds stay as they are")
     reports = (
         bundle_again(args.valid, args.to, args.dtype, args.model)
         if args.again
@@ -264,6 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             args.average,
             args.onwards,
             args.note,
+            args.rest,
         )
     )
     for report in reports.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ FIGURES = "The figures above are of held-out text"
 """How the sentence begins that ends what a card says of write dictionaries."""
 
 
-def text_of(told: list[list[str]]) -> str:
+REST = "All other rows are its own training mix (see its card)."
+"""What a card says of the rows that no model told."""
+
+
+def text_of(told: list[list[str]], rest: str = REST) -> str:
     """What the card says of the text.
 
     Parameters
     ----------
     told
         For every stage the share of its rows that was sampled from models, and the models.
+    rest
+        A sentence about all other rows.
     """
-    if all(share == NOBODY for share, *_ in told):
+    if rest == REST and all(share == NOBODY for share, *_ in told):
         return "The text is the model's own training mix (see its card)."
     stages = [
         f"{float(share):.0%} of the rows are stories that {listed(tellers)} told at temperature 1"
@@ -40,8 +47,7 @@ def text_of(told: list[list[str]]) -> str:
     else:
         named = (f"of stage {i} {stage}" for i, stage in enumerate(stages, start=1))
         sampled = "; ".join(named).capitalize()
-    mix = "All other rows are its own training mix (see its card)."
-    return f"{sampled}: text that the model has not learnt by heart. {mix}"
+    return f"{sampled}: text that the model has not learnt by heart. {rest}"
 
 
 def through_the_model(stage: dict[str, Any]) -> str:
@@ -55,7 +61,12 @@ def through_the_model(stage: dict[str, Any]) -> str:
 
 
 def tuned_section(
-    stages: list[Path], told: list[list[str]], average: int = 1, earlier: str | None = None, note: str = ""
+    stages: list[Path],
+    told: list[list[str]],
+    average: int = 1,
+    earlier: str | None = None,
+    note: str = "",
+    rest: str = REST,
 ) -> str:
     """What the card says of a training in stages, from all stages' last checkpoints and logs.
 
@@ -63,7 +74,7 @@ def tuned_section(
     ----------
     stages
         Folders of the trainings, the last one at the end.
-    told
+    told, rest
         See :func:`text_of`.
     average
         How many stages' ends the weights are the means of.
@@ -90,7 +101,7 @@ def tuned_section(
     return f"""
 {HEADING}
 
-{begun}{then}{mean}. {text_of(told)} {note + " " if note else ""}{FIGURES}
+{begun}{then}{mean}. {text_of(told, rest)} {note + " " if note else ""}{FIGURES}
 and of the files as stored; `dead_share` is the share of latents that are silent in all of the held-out text.
 Made by `demos/dictionaries`.
 """
@@ -112,14 +123,20 @@ def training_section(run: Path) -> str:
     return f"""
 ## Training
 
-{last["tokens"]:,} positions (repeats counted) in {state["step"]:,} steps; Adam, learning rate {lr}, warm-up over
-{train["warmup"]:.0%} of the steps, decay to 0 over the last {train["decay"]:.0%}; seed {train["seed"]}. The text is the
+Trained in one stage, at their sites: {last["tokens"]:,} positions (repeats counted) in {state["step"]:,} steps;
+Adam, learning rate {lr}, warm-up over {train["warmup"]:.0%} of the steps, decay to 0 over the last
+{train["decay"]:.0%}; seed {train["seed"]}. The text is the
 model's own training mix (see its card). The figures above are of held-out text and of the files as stored;
 `dead_share` is the share of latents that were silent for {train["dead_after_tokens"]:,} positions when training ended.
 Made by `demos/dictionaries`.
 
 A MambaCoder reads one position and its block mixes many: most of what it misses no function of that position has.
 """
+
+
+def stored_as(section: str, dtype: str) -> str:
+    """A section that says in which number format its figures' files are."""
+    return re.sub(r"files as stored(, in \w+)?", f"files as stored, in {dtype}", section)
 
 
 def kept_sections(to: Path) -> list[str]:
@@ -130,8 +147,8 @@ def kept_sections(to: Path) -> list[str]:
 
 
 def others(sections: list[str], section: str) -> str:
-    """Those under another heading than a section's."""
-    return "".join(one for one in sections if _heading(one) != _heading(section))
+    """Those under another heading than a section's; all of them if it is empty."""
+    return "".join(one for one in sections if not section or _heading(one) != _heading(section))
 
 
 def earlier_text(sections: list[str]) -> str:

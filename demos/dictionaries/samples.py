@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from demos.dictionaries.text import count
 from demos.tinystories.text import write_stories
 from hooked_mamba.models import HookedModel
 from saes.training import load_model
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.samples", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="bundled name or folder")
-    parser.add_argument("--stories", type=int, default=3000, help="how many (default: %(default)s)")
+    parser.add_argument("--stories", type=count, default=3000, help="how many (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="text file to write")
-    parser.add_argument("--batch", type=int, default=64, help="told at once; more is faster (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=64, help="told at once; more is faster (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     args = parser.parse_args(argv)

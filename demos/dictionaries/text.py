@@ -92,6 +92,19 @@ def training_rows(
     return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed=data.seed)
 
 
+def count(text: str) -> int:
+    """A number from a command line.
+
+    Raises
+    ------
+    ArgumentTypeError
+        It is no whole number of 1 or more.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
 def told_by(args: argparse.Namespace) -> tuple[Path, float] | None:
     """`samples` of :func:`training_rows` from a command line's --samples and --samples-share."""
     return None if args.samples is None else (args.samples, args.samples_share)

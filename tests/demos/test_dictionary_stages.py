@@ -24,9 +24,44 @@ def test_a_card_says_who_told_what() -> None:
     assert "Of stage 1 50% of the rows are stories that a told" in apart
     assert "of stage 2 no row was told by a model" in apart
     assert "of stage 3 80% of the rows are stories that a, b and c told" in apart
+    assert apart.endswith(cards.REST)
+    assert cards.text_of([["0"]], "All rows are walks.").endswith("heart. All rows are walks.")
 
 
-def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_storing_again_keeps_what_a_card_and_files_say(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Also of coders whose card has no section about write dictionaries."""
+    first = ["--layers", "0", "--d-sae", "24", "--architecture", "topk", "--k", "3", "--site", "x", "--steps", "2"]
+    assert train.main(arguments(folder, tmp_path / "run", *first)) == 0
+    shown = ["--valid", str(folder / "text.txt"), "--to", str(tmp_path / "to"), "--model", str(folder)]
+    bundle.main(["--run", str(tmp_path / "run"), *shown])
+    before = (tmp_path / "to" / "README.md").read_text()
+    coder = tmp_path / "to" / "l0-write"
+    SparseCoder.load(coder).save(coder, training={"text": "mine.txt"}, metrics={"mine": 3.0})
+    bundle.main(["--again", "--dtype", "bfloat16", *shown])
+    assert "in float16" in before
+    after = (tmp_path / "to" / "README.md").read_text()
+    assert before[before.index("## Training") :] in after
+    found = json.loads((coder / "cfg.json").read_text())
+    assert found["dtype"] == "bfloat16"
+    assert found["hooked_mamba"]["training"] == {"text": "mine.txt"}
+    assert found["hooked_mamba"]["metrics"]["mine"] == 3.0
+
+
+@pytest.mark.parametrize("wrong", ["0", "-3", "x"])
+def test_texts_are_at_least_one(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (cuttings, walks):
+        with pytest.raises(SystemExit):
+            command.main(["--text", "x", "--out", "y", f"--stories={wrong}"])
+        assert f"expected a whole number of 1 or more, got '{wrong}'" in capsys.readouterr().err
+    assert cuttings.main(["--text", "not/there.txt", "--out", "y"]) == 2
+    assert "not/there.txt" in capsys.readouterr().err
+
+
+def test_going_on_from_what_is_bundled(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words, to = str(folder / "text.txt"), tmp_path / "to"
     first = ["--layers", "0", "1", "--d-sae", "24", "--architecture", "topk", "--k", "3", "--site", "x", "--steps", "6"]
     assert train.main(arguments(folder, tmp_path / "first", *first)) == 0
@@ -51,7 +86,11 @@ def test_going_on_from_what_is_bundled(folder: Path, tmp_path: Path) -> None:  #
     assert SparseCoder.load(to / "l1-write").cfg.architecture == "batchtopk"
 
     large = (to / "l1-write" / "sae_weights.safetensors").stat().st_size
+    with pytest.raises(SystemExit):
+        bundle.main(["--again", *shown, "--text", words, "--average", "2"])
+    assert "--average, --text: for --run; with --again" in capsys.readouterr().err
     bundle.main(["--again", "--dtype", "float8_e4m3fn", *shown])
+    assert "files as stored, in float8_e4m3fn;" in " ".join((to / "README.md").read_text().split())
     assert (to / "README.md").read_text().count("## Training") == 1
     assert f"It began so. {cards.FIGURES}" in (to / "README.md").read_text()
     assert (to / "l1-write" / "sae_weights.safetensors").stat().st_size < 0.75 * large
@@ -135,8 +174,10 @@ def test_walks_go_through_a_text_by_what_is_the_same() -> None:
     assert sum(tuple(map(str, walk)) in documents for walk in made) < 10, "most are new"
     assert made == list(walks.walks(stream, 0, 30, tokens=20, seed=1))
     assert list(walks.walks([0, 1, 0], 0, 3)) == [[1]] * 3, "the first tokens have too few before them to go elsewhere"
-    with pytest.raises(ValueError, match="nothing to walk through"):
-        next(walks.walks([0], 0, 1))
+    assert [len(walk) for walk in walks.walks([0, 0, 5, 0, 0], 0, 3)] == [1, 1, 1], "none begins in an empty document"
+    for nothing in ([], [0], [0, 0], [5]):
+        with pytest.raises(ValueError, match="nothing to walk through"):
+            next(walks.walks(nothing, 0, 1))
 
 
 def test_walks_on_the_command_line(tmp_path: Path) -> None:
