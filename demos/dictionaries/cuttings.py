@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from demos.dictionaries.text import count
+from demos.dictionaries.text import check_out, count
 from demos.tinystories.text import read_stories, write_stories
 
 SENTENCE = re.compile(r'\S.*?[.!?]"?(?=\s|$)')
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="text file to write")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_out(parser, args)
     try:
         write_stories(args.out, cuttings(read_stories(args.text), args.stories, args.seed))
     except (ValueError, OSError) as error:

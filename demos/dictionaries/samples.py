@@ -10,6 +10,7 @@ seed, and the same on every run.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def tell(model: HookedModel, stories: int, tokens: int = 255, batch: int = 64, s
                 yield model.tokenizer.decode(told)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.samples", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="bundled name or folder")
@@ -61,9 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    told = tell(load_model(args.model), args.stories, batch=args.batch, seed=args.seed)
-    write_stories(args.out, tqdm(told, total=args.stories, unit="story", disable=None))
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        told = tell(load_model(args.model), args.stories, batch=args.batch, seed=args.seed)
+        write_stories(args.out, tqdm(told, total=args.stories, unit="story", disable=None))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -105,6 +105,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def check_out(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message if --out is the --text that is read, and make the folder that it is to be in."""
+    if args.out.resolve() == args.text.resolve():
+        parser.error(f"--out is --text, {args.text}: it would be overwritten; name another file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def told_by(args: argparse.Namespace) -> tuple[Path, float] | None:
     """`samples` of :func:`training_rows` from a command line's --samples and --samples-share."""
     return None if args.samples is None else (args.samples, args.samples_share)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demos.dictionaries.text import count
+from demos.dictionaries.text import check_out, count
 from demos.tinystories.text import read_stories, write_stories
 from demos.tinystories.tokenizer import encode_stream
 from saes.training import load_model
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="text file to write")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_out(parser, args)
     try:
         model = load_model(args.model)
         stream, end = encode_stream(model.tokenizer, read_stories(args.text)), model.eos_token_id

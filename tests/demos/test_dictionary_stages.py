@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demos.dictionaries import bundle, cards, cuttings, presets, table, train, tune, walks
+from demos.dictionaries import bundle, cards, cuttings, presets, samples, table, train, tune, walks
 from demos.tinystories.text import read_stories
 from hooked_mamba import load_model
 from saes import SparseCoder
@@ -53,8 +53,6 @@ def test_texts_are_at_least_one(wrong: str, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             command.main(["--text", "x", "--out", "y", f"--stories={wrong}"])
         assert f"expected a whole number of 1 or more, got '{wrong}'" in capsys.readouterr().err
-    assert cuttings.main(["--text", "not/there.txt", "--out", "y"]) == 2
-    assert "not/there.txt" in capsys.readouterr().err
 
 
 def test_going_on_from_what_is_bundled(
@@ -189,3 +187,21 @@ def test_walks_on_the_command_line(tmp_path: Path) -> None:
     found = read_stories(tmp_path / "out.txt")
     assert len(found) == 3
     assert all(text.startswith("The ") for text in found)
+
+
+def test_what_texts_cannot_be_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The cat sat.")
+    with pytest.raises(SystemExit):
+        cuttings.main(["--text", "text.txt", "--out", "./text.txt"])
+    assert "--out is --text, text.txt: it would be overwritten" in capsys.readouterr().err
+    assert cuttings.main(["--text", "not/there.txt", "--out", "y"]) == 2
+    assert "not/there.txt" in capsys.readouterr().err
+    assert cuttings.main(["--text", "text.txt", "--out", "new/y"]) == 2
+    assert "nothing to cut from" in capsys.readouterr().err
+    for command, more in ((walks, ["--text", "text.txt"]), (samples, [])):
+        assert command.main(["--model", "tinystories-5l", *more, "--out", "z"]) == 2
+        assert "tinystories-5l" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "text.txt"]
