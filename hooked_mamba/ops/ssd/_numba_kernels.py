@@ -30,6 +30,9 @@ ROWS = 4
 TILE = 16
 """Positions that the forward walks before it turns to the next rows: their numbers stay in the first cache."""
 
+FEW = 8
+"""Positions whose terms are summed in float32 before they are added in float64."""
+
 
 @kernel
 @no_type_check
@@ -190,18 +193,24 @@ def backward(u, d, B, C, starts, dy, g, dstates, positions, du, dd, dB, dC, lo, 
 @kernel
 @no_type_check
 def to_x(x, dt, D, dy, du, ddt, dD, lo, hi):
-    """From the gradient to u = dt x, in place, the one to x; also dt's by way of u, and D's in each batch element."""
+    """From the gradient to u = dt x, in place, the one to x; also dt's by way of u, and D's in each batch element.
+
+    D's sums terms of both signs over all positions: in float32 for few of them only, and these in float64.
+    """
     _, l, H, P = x.shape
     x, dt, dy, du = x.reshape(-1), dt.reshape(-1), dy.reshape(-1), du.reshape(-1)
     ddt, dD, zero = ddt.reshape(-1), dD.reshape(-1), splat(np.float32(0))
     for head in range(lo, hi):
-        skip, to_D = broadcast(D, head % H), zero
-        for t in range(l):
-            row = (head // H * l + t) * H + head % H
-            dt_t, to_dt = broadcast(dt, row), zero
-            for p in range(row * P, (row + 1) * P, LANES):
-                x_p, dy_p, du_p = load(x, p), load(dy, p), load(du, p)
-                to_dt, to_D = fma(du_p, x_p, to_dt), fma(dy_p, x_p, to_D)
-                store(du, p, fma(dt_t, du_p, mul(skip, dy_p)))
-            ddt[row] = total(to_dt)
-        dD[head] = total(to_D)
+        skip, sum_D = broadcast(D, head % H), np.float64(0)
+        for begin in range(0, l, FEW):
+            to_D = zero
+            for t in range(begin, min(begin + FEW, l)):
+                row = (head // H * l + t) * H + head % H
+                dt_t, to_dt = broadcast(dt, row), zero
+                for p in range(row * P, (row + 1) * P, LANES):
+                    x_p, dy_p, du_p = load(x, p), load(dy, p), load(du, p)
+                    to_dt, to_D = fma(du_p, x_p, to_dt), fma(dy_p, x_p, to_D)
+                    store(du, p, fma(dt_t, du_p, mul(skip, dy_p)))
+                ddt[row] = total(to_dt)
+            sum_D += np.float64(total(to_D))
+        dD[head] = sum_D
