@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from demos.dictionaries.cards import (
-    HEADING,
     REST,
     earlier_text,
     kept_sections,
+    of_writes,
     others,
     stored_as,
     training_section,
@@ -234,8 +234,9 @@ def bundle_again(valid: Path, to: Path, dtype: str, model_name: str | None = Non
     """
     coders = coders_in(to, "write")
     model = load_model(model_name or next(iter(coders.values())).cfg.model_name or "")
-    section = next((one for one in kept_sections(to) if HEADING in one), "")
-    return put(coders, model, valid, to, section, dtype, folders={name: to / name for name in coders})
+    return put(
+        coders, model, valid, to, of_writes(kept_sections(to)), dtype, folders={name: to / name for name in coders}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

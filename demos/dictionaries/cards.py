@@ -19,7 +19,6 @@ HEADING = "## Training of the write dictionaries"
 FIGURES = "The figures above are of held-out text"
 """How the sentence begins that ends what a card says of write dictionaries."""
 
-
 REST = "All other rows are its own training mix (see its card)."
 """What a card says of the rows that no model told."""
 
@@ -94,7 +93,7 @@ def tuned_section(
             "Write dictionaries are SAEs on the value that a token writes into a layer's memory (x of Mamba after its"
             f" convolution, v of attention). {found[0]['tokens']:,} positions (repeats counted) in"
             f" {found[0]['state']['step']:,} steps on what the layers write, learning rate"
-            f" {train['lr'] or '6e-4 / sqrt(d_sae / 16384)'}, decay to 0 over the last {train['decay']:.0%}"
+            f" {_rate(train)}, decay to 0 over the last {train['decay']:.0%}"
         )
     then = "".join(f"; then {part}" for part in parts)
     mean = "" if average == 1 else f"; the weights are the means over the ends of the last {average} stages"
@@ -114,17 +113,20 @@ def _last(run: Path) -> dict[str, Any]:
     return {"state": json.loads(path.read_text(encoding="utf-8")), "tokens": last["tokens"]}
 
 
+def _rate(train: dict[str, Any]) -> str:
+    """The learning rate of a training at the sites."""
+    return str(train["lr"] or "6e-4 / sqrt(d_sae / 16384)")
+
+
 def training_section(run: Path) -> str:
     """What the card says of the training, from the last checkpoint and the log."""
-    state = json.loads(max((run / "checkpoints").glob("step-*")).joinpath("state.json").read_text(encoding="utf-8"))
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    train = state["train"]
-    lr = train["lr"] or "6e-4 / sqrt(d_sae / 16384)"
+    last = _last(run)
+    state, train = last["state"], last["state"]["train"]
     return f"""
 ## Training
 
 Trained in one stage, at their sites: {last["tokens"]:,} positions (repeats counted) in {state["step"]:,} steps;
-Adam, learning rate {lr}, warm-up over {train["warmup"]:.0%} of the steps, decay to 0 over the last
+Adam, learning rate {_rate(train)}, warm-up over {train["warmup"]:.0%} of the steps, decay to 0 over the last
 {train["decay"]:.0%}; seed {train["seed"]}. The text is the
 model's own training mix (see its card). The figures above are of held-out text and of the files as stored;
 `dead_share` is the share of latents that were silent for {train["dead_after_tokens"]:,} positions when training ended.
@@ -151,10 +153,14 @@ def others(sections: list[str], section: str) -> str:
     return "".join(one for one in sections if not section or _heading(one) != _heading(section))
 
 
+def of_writes(sections: list[str]) -> str:
+    """The section about write dictionaries; empty if there is none."""
+    return next((one for one in sections if _heading(one) == HEADING), "")
+
+
 def earlier_text(sections: list[str]) -> str:
     """What a card says of how write dictionaries were made, on one line, for those that go on from them."""
-    writes = next((one for one in sections if _heading(one) == HEADING), "")
-    return " ".join(writes.partition(HEADING)[2].partition(FIGURES)[0].split())
+    return " ".join(of_writes(sections).partition(HEADING)[2].partition(FIGURES)[0].split())
 
 
 def _heading(section: str) -> str:

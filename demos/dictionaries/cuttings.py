@@ -14,10 +14,9 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from demos.dictionaries.text import check_out, count
-from demos.tinystories.text import read_stories, write_stories
+from demos.dictionaries import made
+from demos.tinystories.text import read_stories
 
 SENTENCE = re.compile(r'\S.*?[.!?]"?(?=\s|$)')
 
@@ -58,19 +57,11 @@ def cuttings(stories: Iterable[str], n: int, seed: int = 0) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.cuttings", allow_abbrev=False)
-    parser.add_argument("--text", type=Path, required=True, help="stories to cut from, parted by lines <|endoftext|>")
-    parser.add_argument("--stories", type=count, default=2500, help="how many to make (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="text file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
-    args = parser.parse_args(argv)
-    check_out(parser, args)
-    try:
-        write_stories(args.out, cuttings(read_stories(args.text), args.stories, args.seed))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def make(args: argparse.Namespace) -> Iterator[str]:
+        return cuttings(read_stories(args.text), args.stories, args.seed)
+
+    return made.write(made.parser("cuttings", stories=2500), argv, make)
 
 
 if __name__ == "__main__":

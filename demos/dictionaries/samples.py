@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
 
-from demos.dictionaries.text import count
-from demos.tinystories.text import write_stories
+from demos.dictionaries import made
 from hooked_mamba.models import HookedModel
 from saes.training import load_model
 
@@ -52,24 +50,19 @@ def tell(model: HookedModel, stories: int, tokens: int = 255, batch: int = 64, s
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.samples", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="bundled name or folder")
-    parser.add_argument("--stories", type=count, default=3000, help="how many (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="text file to write")
-    parser.add_argument("--batch", type=count, default=64, help="told at once; more is faster (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+    parser = made.parser("samples", stories=3000, text=False)
+    add = parser.add_argument
+    add("--model", required=True, help="bundled name or folder")
+    add("--batch", type=made.count, default=64, help="told at once; more is faster (default: %(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
+
+    def make(args: argparse.Namespace) -> Iterable[str]:
+        if args.threads:
+            torch.set_num_threads(args.threads)
         told = tell(load_model(args.model), args.stories, batch=args.batch, seed=args.seed)
-        write_stories(args.out, tqdm(told, total=args.stories, unit="story", disable=None))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return tqdm(told, total=args.stories, unit="story", disable=None)
+
+    return made.write(parser, argv, make)
 
 
 if __name__ == "__main__":

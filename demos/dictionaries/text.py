@@ -92,26 +92,6 @@ def training_rows(
     return parts[0][0] if len(parts) == 1 else MixedRows(parts, seed=data.seed)
 
 
-def count(text: str) -> int:
-    """A number from a command line.
-
-    Raises
-    ------
-    ArgumentTypeError
-        It is no whole number of 1 or more.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def check_out(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a message if --out is the --text that is read, and make the folder that it is to be in."""
-    if args.out.resolve() == args.text.resolve():
-        parser.error(f"--out is --text, {args.text}: it would be overwritten; name another file")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def told_by(args: argparse.Namespace) -> tuple[Path, float] | None:
     """`samples` of :func:`training_rows` from a command line's --samples and --samples-share."""
     return None if args.samples is None else (args.samples, args.samples_share)

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from demos.dictionaries.text import check_out, count
-from demos.tinystories.text import read_stories, write_stories
+from demos.dictionaries import made
+from demos.tinystories.text import read_stories
 from demos.tinystories.tokenizer import encode_stream
 from saes.training import load_model
 
@@ -70,23 +69,15 @@ def walks(stream: Sequence[int], end: int, n: int, tokens: int = 255, seed: int 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m demos.dictionaries.walks", allow_abbrev=False)
+    parser = made.parser("walks", stories=6500)
     parser.add_argument("--model", required=True, help="bundled name or folder, for its tokenizer")
-    parser.add_argument("--text", type=Path, required=True, help="stories to walk through")
-    parser.add_argument("--stories", type=count, default=6500, help="how many to make (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="text file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
-    args = parser.parse_args(argv)
-    check_out(parser, args)
-    try:
+
+    def make(args: argparse.Namespace) -> Iterator[str]:
         model = load_model(args.model)
         stream, end = encode_stream(model.tokenizer, read_stories(args.text)), model.eos_token_id
-        found = (model.tokenizer.decode(walk) for walk in walks(stream, end, args.stories, seed=args.seed))
-        write_stories(args.out, found)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return (model.tokenizer.decode(walk) for walk in walks(stream, end, args.stories, seed=args.seed))
+
+    return made.write(parser, argv, make)
 
 
 if __name__ == "__main__":

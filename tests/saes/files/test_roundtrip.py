@@ -88,7 +88,7 @@ def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
 
 
 def changed(**values):
-    """A coder some of whose numbers are others: (factor, latents) by matrix."""
+    """A coder some of whose numbers are others: by tensor, what changes it in place."""
     made = coder("topk", "skip", dtype=torch.float64)
     with torch.no_grad():
         for name, change in values.items():
